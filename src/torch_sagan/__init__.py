@@ -1,0 +1,45 @@
+"""Self-attention and spectral normalisation for GANs (arXiv:1805.08318)."""
+
+from torch_sagan import functional
+from torch_sagan.attention import SelfAttention2d
+from torch_sagan.checkpoints import load_reference_state_dict
+from torch_sagan.discriminator import SAGANDiscriminator
+from torch_sagan.generator import SAGANGenerator
+from torch_sagan.losses import (
+    gradient_penalty,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    wasserstein_discriminator_loss,
+    wasserstein_generator_loss,
+)
+from torch_sagan.spectral import (
+    SpectralNorm,
+    apply_spectral_norm,
+    remove_spectral_norm,
+    reset_power_iteration,
+    spectral_norm,
+    spectral_norms,
+)
+from torch_sagan.visualization import attention_overlay
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAGANDiscriminator",
+    "SAGANGenerator",
+    "SelfAttention2d",
+    "SpectralNorm",
+    "apply_spectral_norm",
+    "attention_overlay",
+    "functional",
+    "gradient_penalty",
+    "hinge_discriminator_loss",
+    "hinge_generator_loss",
+    "load_reference_state_dict",
+    "remove_spectral_norm",
+    "reset_power_iteration",
+    "spectral_norm",
+    "spectral_norms",
+    "wasserstein_discriminator_loss",
+    "wasserstein_generator_loss",
+]

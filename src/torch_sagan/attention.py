@@ -1,0 +1,175 @@
+"""Self-attention over the positions of a feature map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_sagan import functional
+from torch_sagan.arguments import at_least_one
+
+__all__ = ["SelfAttention2d"]
+
+
+class SelfAttention2d(nn.Module):
+    r"""Self-attention for feature maps, a drop-in layer: (B, C, H, W) in, (B, C, H, W) out.
+
+    .. math::
+        y_j = \gamma\, o_j + x_j, \qquad
+        o_j = W_v \sum_i \beta_{ji}\, h(x_i), \qquad
+        \beta_{ji} = \operatorname{softmax}_i\bigl(f(x_i)^\top g(x_j)\bigr)
+
+    where j is the position that looks and i the positions that it looks at; f, g and h are the 1×1 convolutions
+    ``key``, ``query`` and ``value``, :math:`W_v` is ``out`` (the identity when there is none), and ``gamma`` is one
+    learned number that starts at zero: a new layer returns its input to the bit, so it can be put into a trained model.
+    There is no :math:`1/\sqrt{d}`, as in the paper.
+
+    Args:
+        channels: C, the channels of the feature map.
+        qk_channels: channels of query and key. Default: ``max(1, C // 8)``.
+        value_channels: channels of the value. Default: C.
+        pool: keys and values are max-pooled by this factor in both directions (rows and columns left over are
+            dropped, as the paper's released code does), so a query looks at ``(H // pool) · (W // pool)`` places.
+        out_projection: whether a convolution takes the result back to C channels. Default: only where
+            ``value_channels`` differs from C.
+        bias: whether the 1×1 convolutions have biases. (The key's bias never gets a gradient: softmax does not see
+            a shift that all keys share.)
+        projection: ``projection(in_channels, out_channels) -> Module`` makes what stands in the place of each 1×1
+            convolution. It must keep H×W.
+
+    Attributes:
+        query, key, value, out: the projections.
+        gamma: a parameter of shape (1,).
+
+    Raises:
+        ValueError: for sizes below 1, for an output projection that is needed and refused, for ``bias=False``
+            together with ``projection``; in ``forward`` for an input that is not (B, C, H, W), and for a map that
+            is smaller than ``pool``.
+        TypeError: in ``forward`` for what is no tensor.
+
+    The defaults are those of the PyTorch implementation that most tutorials copy. :meth:`paper` and
+    :meth:`official` give the paper's text and the paper's released code.
+
+    Source: Zhang et al., *Self-Attention Generative Adversarial Networks*, arXiv:1805.08318, section 3.
+
+    >>> import torch
+    >>> layer = SelfAttention2d(64)
+    >>> x = torch.randn(2, 64, 32, 32)
+    >>> torch.equal(layer(x), x)
+    True
+    >>> y, attention = layer(x, return_attention=True)
+    >>> attention.shape
+    torch.Size([2, 1024, 1024])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        qk_channels: int | None = None,
+        value_channels: int | None = None,
+        pool: int = 1,
+        out_projection: bool | None = None,
+        bias: bool = True,
+        projection: Callable[[int, int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        at_least_one(channels=channels, pool=pool)
+        qk_channels = max(1, channels // 8) if qk_channels is None else qk_channels
+        value_channels = channels if value_channels is None else value_channels
+        at_least_one(qk_channels=qk_channels, value_channels=value_channels)
+        if out_projection is None:
+            out_projection = value_channels != channels
+        if not out_projection and value_channels != channels:
+            raise ValueError(
+                f"without an output projection value_channels must equal channels ({channels}), got {value_channels}"
+            )
+        if projection is None:
+            projection = _conv1x1 if bias else _conv1x1_without_bias
+        elif not bias:
+            raise ValueError("bias=False has no effect on a projection of your own: leave the bias out there")
+
+        self.channels = channels
+        self.pool = pool
+        self.query = projection(channels, qk_channels)
+        self.key = projection(channels, qk_channels)
+        self.value = projection(channels, value_channels)
+        self.out = projection(value_channels, channels) if out_projection else nn.Identity()
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    @classmethod
+    def paper(cls, channels: int) -> SelfAttention2d:
+        """The layer of the paper's text: value = C // 8 (at least 1), then the output projection back to C."""
+        return cls(channels, value_channels=max(1, channels // 8), out_projection=True)
+
+    @classmethod
+    def official(cls, channels: int) -> SelfAttention2d:
+        """The layer of the paper's released code: keys and values max-pooled 2×2, value = C // 2 (at least 1),
+        output projection, no biases."""
+        return cls(channels, value_channels=max(1, channels // 2), pool=2, out_projection=True, bias=False)
+
+    @overload
+    def forward(self, x: Tensor, *, return_attention: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, *, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, *, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x: (B, C, H, W).
+            return_attention: also return the map, which takes memory in proportion to N·M.
+
+        Returns:
+            y (B, C, H, W); with ``return_attention`` the pair of y and the map (B, N, M), where N = H·W query
+            positions, M = keys left after pooling, both counted row by row, and each row of the map sums to 1.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a tensor (B, {self.channels}, H, W), got {type(x).__name__}")
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"expected a feature map (B, {self.channels}, H, W), got {tuple(x.shape)}")
+        query = self._query(x)  # (B, D, N)
+        key = self._pooled(self.key(x))  # (B, D, M)
+        value = self._pooled(self.value(x))  # (B, E, M)
+        if return_attention:
+            attention = functional.attention_map(query, key)  # (B, N, M)
+            attended = value @ attention.transpose(1, 2)  # (B, E, N)
+        else:
+            attended = functional.attention(query, key, value)  # (B, E, N)
+        o = self.out(attended.view(*attended.shape[:2], *x.shape[2:]))  # (B, C, H, W)
+        # Under autocast o is in half precision while gamma is not; the residual keeps the input's own dtype.
+        y = x + self.gamma.to(o.dtype) * o  # (B, C, H, W)
+        return (y, attention) if return_attention else y
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, pool={self.pool}"
+
+    def _query(self, x: Tensor) -> Tensor:
+        query: Tensor = self.query(x)  # (B, D, H, W)
+        if query.shape[2:] != x.shape[2:]:
+            raise ValueError(
+                f"a projection must keep the size of the map: {tuple(x.shape[2:])} became {tuple(query.shape[2:])}"
+            )
+        return query.flatten(2)  # (B, D, N)
+
+    def _pooled(self, projected: Tensor) -> Tensor:
+        if self.pool > 1:
+            if min(projected.shape[2:]) < self.pool:
+                raise ValueError(
+                    f"a feature map of {tuple(projected.shape[2:])} is smaller than pool={self.pool}: no key is left"
+                )
+            projected = F.max_pool2d(projected, self.pool)  # (B, ·, H // pool, W // pool)
+        return projected.flatten(2)  # (B, ·, M)
+
+
+def _conv1x1(in_channels: int, out_channels: int) -> nn.Module:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+
+def _conv1x1_without_bias(in_channels: int, out_channels: int) -> nn.Module:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
