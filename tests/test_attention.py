@@ -1,0 +1,399 @@
+"""``SelfAttention2d`` against nested loops and two other implementations; gamma ≠ 0, since at 0 everything hides."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from references import (
+    assert_all_close,
+    attention_by_loops,
+    attention_shapes,
+    filled,
+    max_pool_by_loops,
+    official_attention_shapes,
+    rand,
+    self_attention_by_loops,
+)
+from torch import Tensor, nn
+
+from torch_sagan import SelfAttention2d
+
+Build = Callable[[int], SelfAttention2d]
+
+VARIANTS: dict[str, Build] = {
+    "default": SelfAttention2d,
+    "paper": SelfAttention2d.paper,
+    "official": SelfAttention2d.official,
+    "pooled": lambda channels: SelfAttention2d(channels, pool=2),
+    "no bias": lambda channels: SelfAttention2d(channels, bias=False),
+    "own sizes": lambda channels: SelfAttention2d(channels, qk_channels=3, value_channels=5),
+    "projected": lambda channels: SelfAttention2d(channels, out_projection=True),
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def build(variant: str, channels: int, gamma: float = 0.7) -> SelfAttention2d:
+    layer = VARIANTS[variant](channels).double()
+    with torch.no_grad():
+        layer.gamma.fill_(gamma)
+    return layer
+
+
+class TutorialProjection(nn.Sequential):
+    """4x4 convolution with TensorFlow's "same" padding (one before, two after), batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(
+            nn.ZeroPad2d((1, 2, 1, 2)),
+            nn.Conv2d(in_channels, out_channels, 4, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
+        )
+
+
+# --- what it computes ----------------------------------------------------------------------------------------------
+
+
+@given(
+    variant=st.sampled_from(sorted(VARIANTS)),
+    batch=st.integers(1, 2),
+    channels=st.integers(1, 20),
+    height=st.integers(2, 6),
+    width=st.integers(2, 6),
+)
+def test_is_the_equation(variant: str, batch: int, channels: int, height: int, width: int) -> None:
+    layer = build(variant, channels)
+    x = torch.randn(batch, channels, height, width, dtype=torch.float64)
+    pool = 2 if variant in ("official", "pooled") else 1
+    expected, expected_map = self_attention_by_loops(x, layer.state_dict(), pool)
+    y, attention = layer(x, return_attention=True)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-10)
+
+
+@given(
+    pool=st.integers(1, 4),
+    qk_channels=st.integers(1, 5),
+    value_channels=st.integers(1, 5),
+    height=st.integers(4, 9),
+    width=st.integers(4, 9),
+    bias=st.booleans(),
+)
+def test_pooling_and_sizes(
+    pool: int, qk_channels: int, value_channels: int, height: int, width: int, bias: bool
+) -> None:
+    layer = SelfAttention2d(4, qk_channels=qk_channels, value_channels=value_channels, pool=pool, bias=bias).double()
+    with torch.no_grad():
+        layer.gamma.fill_(-1.3)
+    x = torch.randn(2, 4, height, width, dtype=torch.float64)
+    expected, expected_map = self_attention_by_loops(x, layer.state_dict(), pool)
+    y, attention = layer(x, return_attention=True)
+    assert attention.shape == (2, height * width, (height // pool) * (width // pool))
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
+
+
+@variants
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_layer_is_the_identity_to_the_bit(variant: str, dtype: torch.dtype) -> None:
+    layer = VARIANTS[variant](16).to(dtype)
+    x = torch.randn(2, 16, 6, 5, dtype=dtype)
+    assert layer.gamma.shape == (1,)
+    assert layer.gamma.item() == 0
+    assert torch.equal(layer(x), x)
+    assert torch.equal(layer(x, return_attention=True)[0], x)
+
+
+@variants
+def test_gamma_learns_from_the_first_step(variant: str) -> None:
+    layer = VARIANTS[variant](16)
+    x = torch.randn(2, 16, 6, 5)
+    layer(x).square().sum().backward()
+    assert layer.gamma.grad is not None
+    assert layer.gamma.grad.abs().item() > 1e-6
+
+
+@variants
+def test_rows_sum_to_one_and_columns_do_not(variant: str) -> None:
+    layer = build(variant, 16)
+    _, attention = layer(3 * torch.randn(2, 16, 6, 4, dtype=torch.float64), return_attention=True)
+    assert attention.shape[:2] == (2, 24)
+    torch.testing.assert_close(attention.sum(2), torch.ones(2, 24, dtype=torch.float64))
+    shares = attention.sum(1) * attention.shape[2] / attention.shape[1]
+    assert (shares - 1).abs().max() > 0.01
+
+
+@variants
+def test_every_place_sees_every_other(variant: str) -> None:
+    """Changing one corner changes the output in the corner opposite to it."""
+    layer = build(variant, 16)
+    x = torch.randn(1, 16, 8, 6, dtype=torch.float64)
+    changed = x.clone()
+    changed[..., 0, 0] += 10
+    assert (layer(changed) - layer(x))[..., -1, -1].abs().max() > 1e-6
+
+
+def test_against_the_pytorch_reference(arrays: Mapping[str, Tensor]) -> None:
+    layer = SelfAttention2d(64).double()
+    weights = filled(attention_shapes(64))
+    layer.load_state_dict({name.replace("_conv", ""): value for name, value in weights.items()}, strict=False)
+    assert {name.replace("_conv", "") for name in weights} == set(layer.state_dict())
+    x = rand(1, 2, 64, 6, 5).requires_grad_()
+    y, attention = layer(x, return_attention=True)
+    (y * rand(2, 2, 64, 6, 5)).sum().backward()
+    grads = dict(layer.named_parameters())
+    assert_all_close(
+        [
+            ("y", y, arrays["attention/y"]),
+            ("y without the map", layer(x), arrays["attention/y"]),
+            ("map", attention, arrays["attention/map"]),
+            ("grad_x", x.grad, arrays["attention/grad_x"]),
+            *((n, grads[n.replace("_conv", "")].grad, arrays[f"attention/grad/{n}"]) for n in weights),
+        ],
+        atol=1e-10,
+    )
+
+
+@pytest.mark.parametrize("return_attention", [False, True])
+def test_against_the_official_block(arrays: Mapping[str, Tensor], return_attention: bool) -> None:
+    layer = SelfAttention2d.official(64).double()
+    ours = {"theta": "query", "phi": "key", "g": "value", "o": "out"}
+    weights = {
+        ".".join(ours.get(part, part) for part in name.split(".")): value
+        for name, value in filled(official_attention_shapes(64)).items()
+    }
+    weights["gamma"] = weights["gamma"].reshape(1)
+    layer.load_state_dict(weights)
+    x = rand(5, 2, 64, 8, 6).requires_grad_()
+    y = layer(x, return_attention=True)[0] if return_attention else layer(x)
+    (y * rand(6, 2, 64, 8, 6)).sum().backward()
+    assert_all_close(
+        [("y", y, arrays["official_attention/y"]), ("grad_x", x.grad, arrays["official_attention/grad_x"])],
+        atol=1e-10,
+    )
+
+
+# --- layout --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "qk", "value", "projected", "bias"),
+    [
+        (SelfAttention2d(64), 8, 64, False, True),
+        (SelfAttention2d.paper(64), 8, 8, True, True),
+        (SelfAttention2d.official(64), 8, 32, True, False),
+        (SelfAttention2d(4), 1, 4, False, True),
+        (SelfAttention2d.paper(4), 1, 1, True, True),
+        (SelfAttention2d.official(1), 1, 1, True, False),
+        (SelfAttention2d(64, value_channels=16), 8, 16, True, True),
+        (SelfAttention2d(64, out_projection=True), 8, 64, True, True),
+        (SelfAttention2d(64, qk_channels=5, bias=False), 5, 64, False, False),
+    ],
+)
+def test_sizes_of_the_variants(layer: SelfAttention2d, qk: int, value: int, projected: bool, bias: bool) -> None:
+    assert layer.query.weight.shape[0] == qk
+    assert layer.key.weight.shape[0] == qk
+    assert layer.value.weight.shape[0] == value
+    assert isinstance(layer.out, nn.Identity) is not projected
+    if projected:
+        assert layer.out.weight.shape[1] == value
+        assert (layer.out.bias is not None) is bias
+    for convolution in (layer.query, layer.key, layer.value):
+        assert isinstance(convolution, nn.Conv2d)
+        assert convolution.kernel_size == (1, 1)
+        assert (convolution.bias is not None) is bias
+
+
+def test_state_dict_names() -> None:
+    plain = {"gamma", *(f"{n}.{p}" for n in ("query", "key", "value") for p in ("weight", "bias"))}
+    assert set(SelfAttention2d(8).state_dict()) == plain
+    assert set(SelfAttention2d.paper(8).state_dict()) == plain | {"out.weight", "out.bias"}
+
+
+def test_return_attention_is_keyword_only() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        SelfAttention2d(8)(torch.randn(1, 8, 4, 4), True)
+
+
+def test_the_tensorflow_tutorials_projection() -> None:
+    """C = 128 on 7x7, as on the last feature map of an MNIST network."""
+    layer = SelfAttention2d(128, projection=TutorialProjection).double()
+    with torch.no_grad():
+        layer.gamma.fill_(0.7)
+    x = torch.randn(3, 128, 7, 7, dtype=torch.float64)
+    for _ in range(2):  # let the running statistics leave their defaults
+        layer(x)
+    layer.eval()
+    assert isinstance(layer.out, nn.Identity)
+    query, key, value = (p(x).flatten(2) for p in (layer.query, layer.key, layer.value))
+    assert query.shape == (3, 16, 49)
+    assert value.shape == (3, 128, 49)
+    attended, expected_map = attention_by_loops(query, key, value)
+    y, attention = layer(x, return_attention=True)
+    torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
+    torch.testing.assert_close(y, 0.7 * attended.reshape(x.shape) + x, rtol=0, atol=1e-10)
+
+
+def test_projection_replaces_every_convolution() -> None:
+    calls: list[tuple[int, int]] = []
+
+    def projection(in_channels: int, out_channels: int) -> nn.Module:
+        calls.append((in_channels, out_channels))
+        return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    layer = SelfAttention2d(16, value_channels=4, pool=2, projection=projection).double()
+    assert sorted(calls) == [(4, 16), (16, 2), (16, 2), (16, 4)]
+    with torch.no_grad():
+        layer.gamma.fill_(2.0)
+    x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
+    key, value = (max_pool_by_loops(p(x).detach(), 2).flatten(2) for p in (layer.key, layer.value))
+    attended, _ = attention_by_loops(layer.query(x).flatten(2), key, value)
+    torch.testing.assert_close(layer(x), 2 * layer.out(attended.reshape(2, 4, 5, 7)) + x, rtol=0, atol=1e-10)
+
+
+# --- derivatives ---------------------------------------------------------------------------------------------------
+
+
+def functional_form(layer: SelfAttention2d) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The layer as a function of its input and of all parameters, for gradcheck."""
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+        return out
+
+    return call, [value.detach().clone().requires_grad_() for value in values]
+
+
+@variants
+def test_derivatives(variant: str) -> None:
+    call, parameters = functional_form(build(variant, 2))
+    x = torch.randn(2, 2, 4, 2, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(call, (x, *parameters))
+    torch.autograd.gradgradcheck(call, (x, *parameters), fast_mode=True)
+
+
+def test_derivatives_of_the_map() -> None:
+    layer = build("default", 3)
+    x = torch.randn(1, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda t: layer(t, return_attention=True), (x,))
+
+
+def test_key_bias_gets_no_gradient() -> None:
+    """A shift that all keys share moves every logit of a row alike, and softmax does not see it."""
+    layer = build("default", 16)
+    layer(torch.randn(2, 16, 4, 4, dtype=torch.float64)).square().sum().backward()
+    assert layer.key.bias.grad.abs().max() < 1e-10
+    assert layer.query.bias.grad.abs().max() > 1e-6
+
+
+# --- numbers of other kinds ----------------------------------------------------------------------------------------
+
+
+@variants
+def test_bfloat16(variant: str) -> None:
+    layer = build(variant, 16)
+    x = torch.randn(2, 16, 6, 5, dtype=torch.float64)
+    expected = layer(x)
+    low = layer.bfloat16()
+    y = low(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=0.05)
+    assert (y.double() - x).abs().max() > 0.2  # the tolerance would not let the identity pass
+
+
+def test_autocast() -> None:
+    layer = build("default", 16).float()
+    x = torch.randn(2, 16, 6, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    torch.testing.assert_close(y.float(), layer(x), rtol=0, atol=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(SelfAttention2d(16)(x).float(), x)
+
+
+@variants
+def test_memory_layouts(variant: str) -> None:
+    layer = build(variant, 16)
+    x = torch.randn(2, 16, 6, 5, dtype=torch.float64)
+    expected = layer(x)
+    for other in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        torch.cat([x, x], dim=1)[:, :16],
+        torch.stack([x, x], dim=-1)[..., 0],
+    ):
+        assert not other.is_contiguous()
+        torch.testing.assert_close(layer(other), expected)
+    layer = layer.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x.contiguous(memory_format=torch.channels_last)), expected)
+
+
+def test_input_is_not_changed() -> None:
+    layer = build("default", 16)
+    x = torch.randn(2, 16, 4, 4, dtype=torch.float64)
+    before = x.clone()
+    layer(x)
+    assert torch.equal(x, before)
+
+
+def test_deepcopy() -> None:
+    layer = build("official", 16)
+    other = copy.deepcopy(layer)
+    x = torch.randn(2, 16, 6, 5, dtype=torch.float64)
+    expected = layer(x)
+    assert torch.equal(other(x), expected)
+    with torch.no_grad():
+        other.gamma.fill_(0)
+    assert torch.equal(layer(x), expected)
+
+
+def test_samples_do_not_mix() -> None:
+    layer = build("official", 16)
+    x = torch.randn(3, 16, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), torch.cat([layer(sample[None]) for sample in x]))
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 0}, "channels.*0"),
+        ({"channels": -3}, "channels.*-3"),
+        ({"channels": 8, "qk_channels": 0}, "qk_channels.*0"),
+        ({"channels": 8, "value_channels": -1}, "value_channels.*-1"),
+        ({"channels": 8, "pool": 0}, "pool.*0"),
+        ({"channels": 8, "value_channels": 4, "out_projection": False}, "projection.*8.*4"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SelfAttention2d(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 5), (8, 6, 5), (2, 8, 30), (2, 16, 6, 5), (2, 8, 1, 6, 5)])
+def test_wrong_input_names_what_was_expected_and_what_came(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="8") as error:
+        SelfAttention2d(8)(torch.randn(shape))
+    for size in shape:
+        assert str(size) in str(error.value)
+
+
+def test_input_that_is_not_a_tensor() -> None:
+    with pytest.raises((TypeError, ValueError), match=r"list|[Tt]ensor"):
+        SelfAttention2d(8)([1.0, 2.0])
+
+
+def test_input_smaller_than_one_tile() -> None:
+    """No whole 2x2 tile means no keys: said, not left to a NaN."""
+    with pytest.raises(ValueError, match="pool"):
+        SelfAttention2d(8, pool=2)(torch.randn(1, 8, 1, 5))

@@ -1,0 +1,294 @@
+"""``load_reference_state_dict``: the PyTorch reference's weights go in, the reference's numbers come out."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from references import (
+    assert_all_close,
+    attention_shapes,
+    discriminator_shapes,
+    filled,
+    generator_shapes,
+    official_attention_shapes,
+    rand,
+    with_after,
+)
+from torch import Tensor, nn
+
+from torch_sagan import (
+    SAGANDiscriminator,
+    SAGANGenerator,
+    SelfAttention2d,
+    SpectralNorm,
+    load_reference_state_dict,
+    spectral_norm,
+)
+
+Arrays = Mapping[str, Tensor]
+
+# The reference unfolds every weight along dimension 0, transposed convolutions too.
+along_zero = functools.partial(spectral_norm, dim=0)
+
+
+def generator() -> SAGANGenerator:
+    return SAGANGenerator(64, spectral_norm=along_zero)
+
+
+def discriminator() -> SAGANDiscriminator:
+    return SAGANDiscriminator(64, spectral_norm=along_zero)
+
+
+@pytest.fixture(scope="module")
+def generator_weights() -> dict[str, Tensor]:
+    return filled(generator_shapes())
+
+
+@pytest.fixture(scope="module")
+def discriminator_weights() -> dict[str, Tensor]:
+    return filled(discriminator_shapes())
+
+
+def check_generator(network: SAGANGenerator, arrays: Arrays, atol: float = 1e-6) -> None:
+    images, maps = network(rand(3, 2, 128).to(next(network.parameters()).dtype), return_attention=True)
+    assert_all_close(
+        [
+            ("images", images, arrays["generator/images"]),
+            ("map1", maps[0][:, ::32], arrays["generator/map1_rows"]),
+            ("map2", maps[1][:, ::128], arrays["generator/map2_rows"]),
+        ],
+        atol=atol,
+    )
+
+
+def check_discriminator(network: SAGANDiscriminator, arrays: Arrays) -> None:
+    logits, maps = network(rand(4, 2, 3, 64, 64).clamp(-1, 1), return_attention=True)
+    assert_all_close([("logits", logits, arrays["discriminator/logits"])], atol=1e-10)
+    assert_all_close(
+        [("map1", maps[0], arrays["discriminator/map1"]), ("map2", maps[1], arrays["discriminator/map2"])], atol=1e-6
+    )
+
+
+def iterate_in_evaluation(network: nn.Module) -> list[SpectralNorm]:
+    """What the reference does: batch norm in evaluation, yet u and v move. In the order of the layers."""
+    network.eval()
+    norms = [module for module in network.modules() if isinstance(module, SpectralNorm)]
+    for norm in norms:
+        norm.train()
+    return norms
+
+
+def check_u_and_v(norms: list[SpectralNorm], arrays: Arrays, network: str) -> None:
+    assert len(norms) == 4
+    for index, norm in enumerate(norms, start=1):
+        prefix = f"{network}/after/l{index}.0.module.weight"
+        assert_all_close([("u", norm._u, arrays[f"{prefix}_u"]), ("v", norm._v, arrays[f"{prefix}_v"])], atol=1e-10)
+
+
+# --- same numbers --------------------------------------------------------------------------------------------------
+
+
+def test_generator(arrays: Arrays, generator_weights: dict[str, Tensor]) -> None:
+    network = generator().double()
+    load_reference_state_dict(network, with_after(generator_weights, arrays, "generator"))
+    check_generator(network.eval(), arrays)
+    for module in network.modules():
+        if isinstance(module, SelfAttention2d):
+            assert module.gamma.item() == 0.5
+
+
+def test_generator_iterates_as_the_reference(arrays: Arrays, generator_weights: dict[str, Tensor]) -> None:
+    network = generator().double()
+    load_reference_state_dict(network, generator_weights)
+    norms = iterate_in_evaluation(network)
+    check_generator(network, arrays)
+    check_u_and_v(norms, arrays, "generator")
+
+
+def test_discriminator(arrays: Arrays, discriminator_weights: dict[str, Tensor]) -> None:
+    network = discriminator().double()
+    load_reference_state_dict(network, with_after(discriminator_weights, arrays, "discriminator"))
+    check_discriminator(network.eval(), arrays)
+
+
+def test_discriminator_iterates_as_the_reference(arrays: Arrays, discriminator_weights: dict[str, Tensor]) -> None:
+    network = discriminator().double()
+    load_reference_state_dict(network, discriminator_weights)
+    norms = iterate_in_evaluation(network)
+    check_discriminator(network, arrays)
+    check_u_and_v(norms, arrays, "discriminator")
+
+
+def test_into_float32(arrays: Arrays, generator_weights: dict[str, Tensor]) -> None:
+    network = generator()
+    load_reference_state_dict(network, with_after(generator_weights, arrays, "generator"))
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    check_generator(network.eval(), arrays, atol=1e-4)
+
+
+def test_attention(arrays: Arrays) -> None:
+    layer = SelfAttention2d(64).double()
+    load_reference_state_dict(layer, filled(attention_shapes(64)))
+    y, attention = layer(rand(1, 2, 64, 6, 5), return_attention=True)
+    assert_all_close([("y", y, arrays["attention/y"]), ("map", attention, arrays["attention/map"])], atol=1e-10)
+
+
+def test_official_attention(arrays: Arrays) -> None:
+    """Its gamma is a scalar, ours has one entry."""
+    layer = SelfAttention2d.official(64).double()
+    load_reference_state_dict(layer, filled(official_attention_shapes(64)))
+    assert layer.gamma.shape == (1,)
+    y = layer(rand(5, 2, 64, 8, 6))
+    assert_all_close([("y", y, arrays["official_attention/y"])], atol=1e-10)
+
+
+def test_saved_from_data_parallel(
+    arrays: Arrays, generator_weights: dict[str, Tensor], discriminator_weights: dict[str, Tensor]
+) -> None:
+    """The prefix of the wrapper goes, the reference's own ``module`` inside the names stays."""
+
+    def wrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {f"module.{name}": value for name, value in weights.items()}
+
+    g, d, layer = generator().double(), discriminator().double(), SelfAttention2d(64).double()
+    load_reference_state_dict(g, wrapped(with_after(generator_weights, arrays, "generator")))
+    load_reference_state_dict(d, wrapped(with_after(discriminator_weights, arrays, "discriminator")))
+    load_reference_state_dict(layer, wrapped(filled(attention_shapes(64))))
+    check_generator(g.eval(), arrays)
+    check_discriminator(d.eval(), arrays)
+    assert_all_close([("y", layer(rand(1, 2, 64, 6, 5)), arrays["attention/y"])], atol=1e-10)
+
+
+def test_every_entry_arrives(generator_weights: dict[str, Tensor]) -> None:
+    """Nothing in the model is left as it was made: parameters, u, v and running statistics all change."""
+    network = generator().double()
+    before = copy.deepcopy(network.state_dict())
+    load_reference_state_dict(network, generator_weights)
+    kept = [name for name, value in network.state_dict().items() if torch.equal(value, before[name])]
+    assert all(name.endswith("num_batches_tracked") for name in kept), kept
+    assert len(network.state_dict()) == len(generator_weights)
+
+
+def test_the_state_dict_is_left_alone_and_not_shared() -> None:
+    weights = filled(attention_shapes(16))
+    names = list(weights)
+    before = copy.deepcopy(weights)
+    layer = SelfAttention2d(16).double()
+    load_reference_state_dict(layer, weights)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(1)
+    assert list(weights) == names
+    assert all(torch.equal(value, before[name]) for name, value in weights.items())
+
+
+def test_training_goes_on_from_there(discriminator_weights: dict[str, Tensor]) -> None:
+    network = discriminator()
+    load_reference_state_dict(network, discriminator_weights)
+    network.train()(torch.randn(2, 3, 64, 64)).sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+# --- errors: what is wrong is named, and nothing is loaded ---------------------------------------------------------
+
+
+def without(weights: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    assert set(names) <= set(weights)
+    return {name: value for name, value in weights.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("build", "shapes", "break_", "names"),
+    [
+        (
+            generator,
+            generator_shapes,
+            lambda w: without(w, "l2.0.module.weight_bar", "attn1.gamma"),
+            ["l2.0.module.weight_bar", "attn1.gamma"],
+        ),
+        (generator, generator_shapes, lambda w: without(w, "l3.0.module.weight_v"), ["l3.0.module.weight_v"]),
+        (generator, generator_shapes, lambda w: {**w, "l9.weight": torch.zeros(1)}, ["l9.weight"]),
+        (
+            generator,
+            generator_shapes,
+            lambda w: {**w, "last.0.weight": torch.zeros(64, 1, 4, 4)},
+            ["last.0.weight", "64, 1, 4, 4", "64, 3, 4, 4"],
+        ),
+        (
+            discriminator,
+            discriminator_shapes,
+            lambda w: {**without(w, "l1.0.module.bias"), "extra": torch.zeros(1), "last.0.bias": torch.zeros(2)},
+            ["l1.0.module.bias", "extra", "last.0.bias"],
+        ),
+        (discriminator, generator_shapes, dict, ["l1.1.weight"]),
+        (
+            lambda: SelfAttention2d(16),
+            lambda: attention_shapes(16),
+            lambda w: without(w, "key_conv.bias"),
+            ["key_conv.bias"],
+        ),
+        (lambda: SelfAttention2d(16), lambda: attention_shapes(32), dict, ["value_conv.weight", "32, 32, 1, 1"]),
+        (
+            lambda: SelfAttention2d.official(16),
+            lambda: official_attention_shapes(16),
+            lambda w: without(w, "theta.weight"),
+            ["theta.weight"],
+        ),
+    ],
+)
+def test_wrong_entries(
+    build: Callable[[], nn.Module],
+    shapes: Callable[[], Mapping[str, tuple[int, ...]]],
+    break_: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    names: list[str],
+) -> None:
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises((ValueError, KeyError)) as error:
+        load_reference_state_dict(model, break_(filled(shapes())))
+    for name in names:
+        assert name in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_normalised_along_another_dimension(generator_weights: dict[str, Tensor]) -> None:
+    """Our default for transposed convolutions is dim=1: its u and v have other sizes, and the message says so."""
+    network = SAGANGenerator(64)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises((ValueError, KeyError), match=re.escape("l1.0.module.weight_u")):
+        load_reference_state_dict(network, generator_weights)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(2, 2), lambda: nn.Sequential(SelfAttention2d(16))])
+def test_models_that_the_reference_does_not_have(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    with pytest.raises((ValueError, TypeError), match=type(model).__name__):
+        load_reference_state_dict(model, filled(attention_shapes(16)))
+
+
+@pytest.mark.parametrize(
+    ("network", "shapes"),
+    [
+        (SAGANGenerator(32, base_channels=8, spectral_norm=along_zero), generator_shapes),
+        (SAGANGenerator(64, base_channels=8, spectral_norm=along_zero), generator_shapes),
+        (SAGANGenerator(64, base_channels=8, spectral_norm=None), generator_shapes),
+        (SAGANGenerator(64, base_channels=8, spectral_norm=along_zero, attention_resolutions=()), generator_shapes),
+        (SAGANDiscriminator(32, base_channels=8), discriminator_shapes),
+        (SAGANDiscriminator(64, base_channels=8, spectral_norm=None), discriminator_shapes),
+    ],
+)
+def test_networks_that_the_reference_does_not_have(
+    network: nn.Module, shapes: Callable[[], Mapping[str, tuple[int, ...]]]
+) -> None:
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises((ValueError, KeyError)):
+        load_reference_state_dict(network, filled(shapes()))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

@@ -1,0 +1,175 @@
+"""``torch_sagan.functional`` against nested loops, closed forms and an SVD."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from references import attention_by_loops, largest_singular_value, power_iteration_by_numpy
+from torch import Tensor
+
+from torch_sagan import functional
+
+SIZES = st.integers(1, 6)
+
+
+def draw(batch: int, qk: int, values: int, queries: int, keys: int, requires_grad: bool = False) -> list[Tensor]:
+    """A query (B, D, N), a key (B, D, M) and a value (B, E, M)."""
+    shapes = [(batch, qk, queries), (batch, qk, keys), (batch, values, keys)]
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=requires_grad) for shape in shapes]
+
+
+def unit(size: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(size, dtype=torch.float64), dim=0)
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+@given(batch=st.integers(1, 3), qk=SIZES, values=SIZES, queries=st.integers(1, 9), keys=st.integers(1, 9))
+def test_attention_is_the_equation(batch: int, qk: int, values: int, queries: int, keys: int) -> None:
+    query, key, value = draw(batch, qk, values, queries, keys)
+    out, weights = attention_by_loops(query, key, value)
+    torch.testing.assert_close(functional.attention(query, key, value), out, rtol=0, atol=1e-12)
+    torch.testing.assert_close(functional.attention_map(query, key), weights, rtol=0, atol=1e-12)
+
+
+def test_closed_form() -> None:
+    """Logits 0 and log 3 give weights 1/4 and 3/4: nothing divides by the root of the channel count."""
+    query = torch.full((1, 4, 1), 0.5, dtype=torch.float64)
+    key = torch.stack([torch.zeros(4), torch.full((4,), 0.5 * math.log(3))], dim=1).double()[None]
+    value = torch.tensor([[[8.0, 16.0]]], dtype=torch.float64)
+    torch.testing.assert_close(functional.attention_map(query, key), torch.tensor([[[0.25, 0.75]]]).double())
+    torch.testing.assert_close(functional.attention(query, key, value), torch.tensor([[[14.0]]]).double())
+
+
+def test_softmax_runs_over_the_keys() -> None:
+    query, key, _ = draw(2, 3, 1, 4, 4)
+    weights = functional.attention_map(query, key)
+    torch.testing.assert_close(weights.sum(dim=2), torch.ones(2, 4, dtype=torch.float64))
+    assert (weights.sum(dim=1) - 1).abs().max() > 0.05  # square, so only the sums tell the two axes apart
+
+
+def test_order_of_positions() -> None:
+    """Queries carry their outputs along; keys with their values may stand in any order."""
+    query, key, value = draw(2, 3, 5, 7, 6)
+    out = functional.attention(query, key, value)
+    rows, columns = torch.randperm(7), torch.randperm(6)
+    torch.testing.assert_close(functional.attention(query[..., rows], key, value), out[..., rows])
+    torch.testing.assert_close(functional.attention(query, key[..., columns], value[..., columns]), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_extreme_logits_are_finite(dtype: torch.dtype) -> None:
+    """Logits of ±1e4 are a choice of one key, not an overflow."""
+    query = torch.tensor([[[100.0, -100.0]]], dtype=dtype)
+    key = torch.tensor([[[-100.0, 0.0, 100.0]]], dtype=dtype)
+    value = torch.tensor([[[1.0, 2.0, 3.0]]], dtype=dtype)
+    assert functional.attention(query, key, value).tolist() == [[[3.0, 1.0]]]
+    assert functional.attention_map(query, key).tolist() == [[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_the_dtype(dtype: torch.dtype) -> None:
+    query, key, value = (t.to(dtype) for t in draw(2, 4, 8, 9, 5))
+    out, weights = attention_by_loops(query, key, value)
+    tolerance = 4 * torch.finfo(dtype).eps * float(value.abs().max())
+    for actual, expected in [
+        (functional.attention(query, key, value), out),
+        (functional.attention_map(query, key), weights),
+    ]:
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("values", [3, 2], ids=["value sizes differ", "one size for all"])
+def test_derivatives(values: int) -> None:
+    """One size for all is where torch may take a fused kernel, which has no second derivative of its own."""
+    inputs = draw(1, 2, values, 3, 4, requires_grad=True)
+    torch.autograd.gradcheck(functional.attention, inputs)
+    torch.autograd.gradgradcheck(functional.attention, inputs)
+    torch.autograd.gradcheck(functional.attention_map, inputs[:2])
+    torch.autograd.gradgradcheck(functional.attention_map, inputs[:2])
+
+
+def test_double_backward_in_float32() -> None:
+    inputs = [t.detach().float().requires_grad_() for t in draw(2, 8, 8, 16, 16)]
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    seconds = []
+    for query, key, value in (inputs, doubles):
+        (grad,) = torch.autograd.grad(functional.attention(query, key, value).square().sum(), query, create_graph=True)
+        seconds.append(torch.autograd.grad(grad.square().sum(), (query, key, value)))
+    for single, double in zip(*seconds, strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-3 * float(double.abs().max()))
+
+
+# --- power iteration -----------------------------------------------------------------------------------------------
+
+
+@given(rows=st.integers(1, 8), columns=st.integers(1, 8), n_iterations=st.integers(1, 4))
+def test_power_iteration_is_the_equation(rows: int, columns: int, n_iterations: int) -> None:
+    matrix, u, v = torch.randn(rows, columns, dtype=torch.float64), unit(rows), unit(columns)
+    actual = functional.power_iteration(matrix, u, v, n_iterations=n_iterations)
+    expected = power_iteration_by_numpy(matrix, u, v, n_iterations)
+    for vector, oracle in zip(actual, expected, strict=True):
+        torch.testing.assert_close(vector, oracle, rtol=0, atol=1e-9)
+
+
+def test_power_iteration_starts_from_u() -> None:
+    """v = normalise(Wᵀu) comes first, so the v that is passed in does not matter unless Wᵀu vanishes."""
+    matrix, u = torch.randn(5, 3, dtype=torch.float64), unit(5)
+    first = functional.power_iteration(matrix, u, unit(3))
+    second = functional.power_iteration(matrix, u, unit(3))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    torch.testing.assert_close(first[1], torch.nn.functional.normalize(matrix.T @ u, dim=0))
+
+
+def test_power_iteration_finds_sigma() -> None:
+    matrix = torch.randn(12, 30, dtype=torch.float64)
+    u, v = functional.power_iteration(matrix, unit(12), unit(30), n_iterations=500)
+    assert float(u @ matrix @ v) == pytest.approx(largest_singular_value(matrix), rel=1e-9)
+
+
+def test_power_iteration_makes_fresh_tensors() -> None:
+    """In place, the second of two forward passes would spoil the first one's backward."""
+    matrix, u, v = torch.randn(4, 6), torch.randn(4), torch.randn(6)
+    before = [t.clone() for t in (matrix, u, v)]
+    new_u, new_v = functional.power_iteration(matrix, u, v)
+    for tensor, old in zip((matrix, u, v), before, strict=True):
+        assert torch.equal(tensor, old)
+    assert {new_u.data_ptr(), new_v.data_ptr()}.isdisjoint({u.data_ptr(), v.data_ptr()})
+    assert not torch.equal(new_u, u)
+    assert not torch.equal(new_v, v)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20])
+def test_power_iteration_keeps_u_and_v_where_there_is_no_direction(scale: float) -> None:
+    u, v = unit(3), unit(4)
+    new_u, new_v = functional.power_iteration(torch.full((3, 4), scale).double(), u, v, n_iterations=3)
+    assert torch.equal(new_u, u)
+    assert torch.equal(new_v, v)
+
+
+def test_power_iteration_leaves_the_null_space() -> None:
+    """Wᵀu = 0 with W ≠ 0: the old v is kept, and finds the way back."""
+    matrix = torch.tensor([[3.0, 0.0], [0.0, 0.0]]).double()
+    u = torch.tensor([0.0, 1.0]).double()
+    v = torch.tensor([0.6, 0.8]).double()
+    new_u, new_v = functional.power_iteration(matrix, u, v)
+    assert torch.equal(new_v, v)
+    torch.testing.assert_close(new_u, torch.tensor([1.0, 0.0]).double())
+    new_u, new_v = functional.power_iteration(matrix, new_u, new_v)
+    assert float(new_u @ matrix @ new_v) == pytest.approx(3.0)
+
+
+def test_eps_is_the_smallest_norm_that_counts() -> None:
+    matrix, u, v = torch.full((3, 4), 0.01).double(), unit(3).abs(), unit(4).abs()
+    kept = functional.power_iteration(matrix, u, v, eps=0.1)
+    assert torch.equal(kept[0], u)
+    assert torch.equal(kept[1], v)
+    moved = functional.power_iteration(matrix, u, v, eps=1e-6)
+    torch.testing.assert_close(moved[1], torch.full((4,), 0.5).double())

@@ -1,0 +1,795 @@
+"""Spectral normalisation against an SVD, closed forms, torch's own parametrization and the PyTorch reference."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from references import (
+    as_matrix,
+    assert_all_close,
+    fill,
+    largest_singular_value,
+    power_iteration_by_numpy,
+    spectral_gradient,
+)
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel
+
+from torch_sagan import (
+    SpectralNorm,
+    apply_spectral_norm,
+    remove_spectral_norm,
+    reset_power_iteration,
+    spectral_norm,
+    spectral_norms,
+)
+
+# A layer of each kind, the dimension that its outputs are counted along, and the shape of an input.
+LAYERS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(7, 5), 0, (3, 7)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), 0, (2, 4, 8)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2)), 0, (2, 4, 6, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 6, 2), 0, (2, 2, 4, 3, 5)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(4, 6, 3), 1, (2, 4, 8)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(4, 6, (3, 2)), 1, (2, 4, 6, 5)),
+    "transposed conv3d": (lambda: nn.ConvTranspose3d(2, 6, 2), 1, (2, 2, 4, 3, 5)),
+    "embedding": (lambda: nn.Embedding(9, 4), 0, (3,)),
+}
+layers = pytest.mark.parametrize("kind", LAYERS)
+
+
+def make(kind: str, **arguments: object) -> nn.Module:
+    return spectral_norm(LAYERS[kind][0]().double(), **arguments)
+
+
+def inputs(kind: str) -> Tensor:
+    shape = LAYERS[kind][2]
+    return torch.randint(0, 9, shape) if kind == "embedding" else torch.randn(shape, dtype=torch.float64)
+
+
+def original(layer: nn.Module) -> Tensor:
+    return layer.parametrizations.weight.original
+
+
+def norm_of(layer: nn.Module) -> nn.Module:
+    return layer.parametrizations.weight[0]
+
+
+def u_and_v(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    return norm_of(layer)._u.clone(), norm_of(layer)._v.clone()
+
+
+def converge(layer: nn.Module, reads: int = 400) -> None:
+    layer.train()
+    with torch.no_grad():
+        for _ in range(reads):
+            _ = layer.weight
+    layer.eval()
+
+
+# --- sigma ---------------------------------------------------------------------------------------------------------
+
+
+@layers
+def test_converges_to_the_svd(kind: str) -> None:
+    layer = make(kind)
+    converge(layer)
+    dim = LAYERS[kind][1]
+    sigma = largest_singular_value(original(layer), dim)
+    torch.testing.assert_close(layer.weight, original(layer) / sigma, rtol=1e-5, atol=0)
+    assert largest_singular_value(layer.weight, dim) == pytest.approx(1, abs=1e-5)
+
+
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), factor=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_warmed_up_when_made(rows: int, columns: int, factor: float) -> None:
+    """Before any training step, sigma is already near, and never above the true one."""
+    weight = factor * torch.randn(rows, columns, dtype=torch.float64)
+    norm = SpectralNorm(weight).eval()
+    assert 1 - 1e-9 <= largest_singular_value(norm(weight)) < 1.3
+
+
+@layers
+def test_follows_moving_weights(kind: str) -> None:
+    """One iteration a step keeps up with weights that an optimiser moves."""
+    layer = make(kind)
+    dim = LAYERS[kind][1]
+    before = largest_singular_value(original(layer), dim)
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.02)
+    target = torch.randn_like(original(layer))
+    for _ in range(150):
+        optimiser.zero_grad()
+        (original(layer) * target).sum().backward()
+        _ = layer.weight
+        optimiser.step()
+    layer.eval()
+    assert abs(largest_singular_value(original(layer), dim) / before - 1) > 0.5
+    assert largest_singular_value(layer.weight, dim) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_diagonal_weight(dtype: torch.dtype) -> None:
+    """PyTorch's own check of the value: a diagonal matrix is divided by its largest entry in absolute value."""
+    weight = torch.diag(torch.tensor([0.5, -2.0])).to(dtype)
+    layer = nn.Linear(2, 2, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    spectral_norm(layer)
+    torch.testing.assert_close(layer.weight, weight / 2, rtol=0, atol=1e-6)
+
+
+@layers
+def test_one_reading_is_one_iteration(kind: str) -> None:
+    """PyTorch's naive forward, in our order: v from the old u, then u from the new v."""
+    layer = make(kind).train()
+    matrix = as_matrix(original(layer), LAYERS[kind][1])
+    u, v = power_iteration_by_numpy(matrix, *u_and_v(layer))
+    weight = layer.weight
+    torch.testing.assert_close(weight, original(layer) / (u @ matrix @ v), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(u_and_v(layer), (u, v), rtol=0, atol=1e-12)
+
+
+def test_n_power_iterations() -> None:
+    bare = nn.Linear(7, 5).double()
+    once, thrice = spectral_norm(copy.deepcopy(bare)), spectral_norm(bare, n_power_iterations=3)
+    thrice.load_state_dict(once.state_dict())
+    for _ in range(3):
+        _ = once.weight
+    _ = thrice.weight
+    torch.testing.assert_close(u_and_v(once), u_and_v(thrice), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("conv", (16, 8, 3, 3)), ("linear", (12, 20)), ("conv_transpose", (8, 16, 4, 4))],
+)
+def test_against_the_pytorch_reference(arrays: Mapping[str, Tensor], kind: str, shape: tuple[int, ...]) -> None:
+    """Five successive iterations from the same start; the reference always unfolds along dimension 0."""
+    layer: nn.Module = {
+        "conv": lambda: nn.Conv2d(8, 16, 3),
+        "linear": lambda: nn.Linear(20, 12),
+        "conv_transpose": lambda: nn.ConvTranspose2d(8, 16, 4),
+    }[kind]()
+    layer = spectral_norm(layer.double(), dim=0).train()
+    weight = fill("module.weight_bar", shape)
+    rows, columns = as_matrix(weight).shape
+    start = {
+        "parametrizations.weight.original": weight,
+        "parametrizations.weight.0._u": fill("module.weight_u", (rows,)),
+        "parametrizations.weight.0._v": fill("module.weight_v", (columns,)),
+    }
+    layer.load_state_dict({**layer.state_dict(), **start})
+    ratios = [weight / layer.weight.detach() for _ in range(5)]
+    u, v = u_and_v(layer)
+    sigmas = torch.stack([ratio.flatten()[0] for ratio in ratios])
+    assert_all_close(
+        [
+            ("one sigma for all entries", ratios[4], sigmas[4].expand(shape)),
+            ("sigma", sigmas, arrays[f"spectral_norm/{kind}/sigma"]),
+            ("u", u, arrays[f"spectral_norm/{kind}/u"]),
+            ("v", v, arrays[f"spectral_norm/{kind}/v"]),
+        ],
+        atol=1e-10,
+    )
+
+
+# --- training and evaluation ---------------------------------------------------------------------------------------
+
+
+@layers
+def test_evaluation_changes_nothing(kind: str) -> None:
+    layer = make(kind)
+    x = inputs(kind)
+    layer(x)
+    last = layer(x)
+    state = copy.deepcopy(layer.state_dict())
+    layer.eval()
+    assert torch.equal(layer(x), last)  # evaluation continues from the last training forward
+    assert torch.equal(layer(x), last)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_training_updates_u_and_v(trainable: bool) -> None:
+    layer = nn.Linear(3, 4).double()
+    layer.weight.requires_grad_(trainable)
+    layer = spectral_norm(layer).train()
+    assert original(layer).requires_grad is trainable
+    with torch.no_grad():
+        original(layer).add_(torch.randn(4, 3))
+    before = u_and_v(layer)
+    out = layer(torch.randn(2, 3, dtype=torch.float64))
+    assert out.requires_grad
+    for old, new in zip(before, u_and_v(layer), strict=True):
+        assert not torch.equal(old, new)
+        assert new.norm().item() == pytest.approx(1)
+
+
+def test_u_and_v_are_buffers_outside_the_graph() -> None:
+    layer = spectral_norm(nn.Conv2d(4, 6, 3))
+    layer(torch.randn(1, 4, 5, 5)).sum().backward()
+    norm = norm_of(layer)
+    assert isinstance(norm, SpectralNorm)
+    assert isinstance(norm, nn.Module)
+    assert set(dict(norm.named_buffers())) == {"_u", "_v"}
+    assert not list(norm.parameters())
+    assert norm._u.shape == (6,)
+    assert norm._v.shape == (36,)
+    assert not norm._u.requires_grad
+    assert not norm._v.requires_grad
+    assert isinstance(original(layer), nn.Parameter)
+    assert "weight" not in layer._parameters
+    assert "weight" not in layer._buffers
+    assert layer.weight.shape == original(layer).shape
+    assert layer.weight.stride() == original(layer).stride()
+
+
+def test_two_forwards_before_one_backward() -> None:
+    """Each forward is differentiated with the u and v of its own."""
+    layer = make("conv2d").train()
+    with torch.no_grad():
+        original(layer).add_(torch.randn_like(original(layer)))
+    x1, x2 = inputs("conv2d"), inputs("conv2d")
+    expected = torch.zeros_like(original(layer))
+    twin = copy.deepcopy(layer)
+    for x in (x1, x2):
+        weight = twin.weight.detach().requires_grad_()
+        u, v = u_and_v(twin)
+        (grad,) = torch.autograd.grad(nn.functional.conv2d(x, weight, twin.bias).square().sum(), weight)
+        expected += spectral_gradient(grad, original(twin), u, v)
+    loss = layer(x1).square().sum() + layer(x2).square().sum()
+    loss.backward()
+    torch.testing.assert_close(original(layer).grad, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_forwards_in_training_and_evaluation_before_one_backward() -> None:
+    layer = make("linear")
+    start = copy.deepcopy(layer.state_dict())
+
+    def four(x: Tensor) -> Tensor:
+        layer.load_state_dict(start)
+        return sum((layer.train(mode)(x) for mode in (True, False, True, False)), start=torch.zeros(()))
+
+    torch.autograd.gradcheck(four, (inputs("linear").requires_grad_(),))
+    four(inputs("linear")).square().sum().backward()
+    assert original(layer).grad is not None
+    assert original(layer).grad.isfinite().all()
+
+
+# --- derivatives ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((3, 4), 0), ((3, 4), 1), ((2, 3, 2, 2), 0), ((2, 3, 2, 2), 1)])
+def test_gradient_formula(shape: tuple[int, ...], dim: int) -> None:
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    norm = SpectralNorm(weight, dim=dim).eval()
+    incoming = torch.randn(shape, dtype=torch.float64)
+    norm(weight).backward(incoming)
+    expected = spectral_gradient(incoming, weight, norm._u, norm._v, dim)
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((3, 4), 0), ((2, 3, 2), 1), ((3, 1), 0)])
+@pytest.mark.parametrize("start", ["warmed up", "cold"])
+def test_derivatives(shape: tuple[int, ...], dim: int, start: str) -> None:
+    """Also far from the singular vectors, where u and v do not happen to make terms vanish."""
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    norm = SpectralNorm(weight, dim=dim).eval()
+    if start == "cold":
+        for vector in (norm._u, norm._v):
+            vector.copy_(nn.functional.normalize(vector + 0.4 * torch.randn_like(vector), dim=0))
+    assert norm._u @ as_matrix(weight, dim) @ norm._v > 0.3 * largest_singular_value(weight, dim)
+    torch.autograd.gradcheck(norm, (weight,))
+    torch.autograd.gradgradcheck(norm, (weight,))
+
+
+@layers
+def test_gradient_reaches_the_original(kind: str) -> None:
+    layer = make(kind)
+    layer(inputs(kind)).square().sum().backward()
+    grad = original(layer).grad
+    assert grad is not None
+    assert grad.isfinite().all()
+    assert grad.abs().max() > 1e-6
+
+
+@layers
+def test_equals_torchs(kind: str) -> None:
+    """Same state, same outputs and gradients as torch's parametrization."""
+    ours = make(kind).train()
+    theirs = parametrizations.spectral_norm(LAYERS[kind][0]().double())
+    x = inputs(kind)
+    ours(x)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours.eval()
+    theirs.eval()
+    outputs = [layer(x) for layer in (ours, theirs)]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
+    grads = []
+    for layer, out in zip((ours, theirs), outputs, strict=True):
+        out.pow(3).sum().backward()
+        grads.append({name: parameter.grad for name, parameter in layer.named_parameters()})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-10, atol=1e-10)
+
+
+# --- state dicts ---------------------------------------------------------------------------------------------------
+
+
+@layers
+def test_state_dicts_move_both_ways(kind: str) -> None:
+    def fresh(normalise: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        return normalise(LAYERS[kind][0]().double())
+
+    x = inputs(kind)
+    for source, destination in [
+        (fresh(spectral_norm), fresh(parametrizations.spectral_norm)),
+        (fresh(parametrizations.spectral_norm), fresh(spectral_norm)),
+    ]:
+        for _ in range(3):
+            source(x)
+        assert set(source.state_dict()) == set(destination.state_dict())
+        destination.load_state_dict(source.state_dict(), strict=True)
+        torch.testing.assert_close(source.eval()(x), destination.eval()(x), rtol=1e-12, atol=1e-12)
+        for name, value in source.state_dict().items():
+            assert torch.equal(value, destination.state_dict()[name])
+
+
+def test_sigma_is_what_u_and_v_say() -> None:
+    """In evaluation, a state with any u and v gives W / (uᵀWv), as torch's does, where that is negative too."""
+    ours, theirs = make("linear").eval(), parametrizations.spectral_norm(nn.Linear(7, 5).double()).eval()
+    for sign in (1, -1):
+        state = copy.deepcopy(ours.state_dict())
+        state["parametrizations.weight.0._u"] = sign * nn.functional.normalize(original(ours)[:, 0].detach(), dim=0)
+        state["parametrizations.weight.0._v"] = torch.eye(7, dtype=torch.float64)[0]
+        for layer in (ours, theirs):
+            layer.load_state_dict(state)
+            expected = original(layer) / (sign * original(layer)[:, 0].norm())
+            torch.testing.assert_close(layer.weight, expected)
+
+
+def test_made_without_memory_and_loaded_later() -> None:
+    """On the meta device, as large models are made before their weights are read from a file."""
+    layer = spectral_norm(nn.Linear(3, 5))
+    with torch.device("meta"):
+        empty = spectral_norm(nn.Linear(3, 5))
+    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    assert torch.equal(empty.eval().weight, layer.eval().weight)
+
+
+def test_state_dict_names() -> None:
+    assert set(spectral_norm(nn.Linear(3, 5)).state_dict()) == {
+        "parametrizations.weight.original",
+        "parametrizations.weight.0._u",
+        "parametrizations.weight.0._v",
+        "bias",
+    }
+
+
+@pytest.mark.parametrize("activate_times", [0, 3])
+def test_loading_continues_where_it_was_saved(activate_times: int) -> None:
+    x = torch.randn(2, 3)
+    layer = spectral_norm(nn.Linear(3, 5)).train()
+    for _ in range(activate_times):
+        layer(x)
+
+    def run(layer: nn.Module) -> list[Tensor]:
+        layer.load_state_dict(state, strict=True)
+        return [layer.train(mode)(x).detach() for mode in (False, True, True, False)]
+
+    with torch.no_grad():  # far enough for u and v to lag behind
+        original(layer).normal_()
+    state = copy.deepcopy(layer.state_dict())
+    expected = run(layer)
+    assert not torch.equal(expected[0], expected[1])
+    assert not torch.equal(expected[1], expected[2])
+    assert torch.equal(expected[2], expected[3])
+    for actual, out in zip(run(spectral_norm(nn.Linear(3, 5))), expected, strict=True):
+        assert torch.equal(actual, out)
+
+
+def test_loading_what_does_not_fit() -> None:
+    layer = spectral_norm(nn.Linear(3, 5))
+    state = {**layer.state_dict(), "nonsense": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match="nonsense"):
+        layer.load_state_dict(state, strict=True)
+    while state:
+        layer.load_state_dict(state, strict=False)
+        state.popitem()
+    with pytest.raises(RuntimeError, match=r"_u"):
+        layer.load_state_dict({"bias": layer.bias}, strict=True)
+
+
+def test_deepcopy() -> None:
+    layer = make("conv2d")
+    twin = copy.deepcopy(layer)
+    x = inputs("conv2d")
+    state = copy.deepcopy(layer.state_dict())
+    for _ in range(3):
+        twin(x)
+    with torch.no_grad():
+        original(twin).mul_(2)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    twin.load_state_dict(state)
+    assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("implementation", ["sagan", "torch"])
+def test_averaged_model_copies_u_and_v(implementation: str) -> None:
+    """The average of unit vectors is no unit vector: an EMA averages weights, and copies u and v."""
+    model = nn.Sequential(
+        spectral_norm(nn.Conv2d(3, 8, 3), implementation=implementation), nn.BatchNorm2d(8), nn.Flatten()
+    )
+    average = AveragedModel(model, avg_fn=lambda old, new, _: 0.5 * old + 0.5 * new)
+    for _ in range(5):
+        model(torch.randn(4, 3, 5, 5))
+        with torch.no_grad():
+            original(model[0]).add_(0.3 * torch.randn_like(original(model[0])))
+        average.update_parameters(model)
+    source, copied = dict(model.named_buffers()), dict(average.module.named_buffers())
+    assert source.keys() == copied.keys()
+    for name, buffer in source.items():
+        assert torch.equal(buffer, copied[name])
+        assert buffer is not copied[name]
+    assert not torch.equal(original(model[0]), original(average.module[0]))
+
+
+# --- weights that are zero, new, or of few bits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_zero_weight(training: bool) -> None:
+    layer = make("conv2d").train(training)
+    nn.init.zeros_(original(layer))
+    before = u_and_v(layer)
+    for _ in range(3):
+        out = layer(inputs("conv2d"))
+    assert torch.equal(layer.weight, torch.zeros_like(layer.weight))
+    out.square().sum().backward()
+    assert original(layer).grad.isfinite().all()
+    torch.testing.assert_close(u_and_v(layer), before, rtol=0, atol=0)
+    with torch.no_grad():
+        original(layer).normal_()
+    converge(layer)
+    assert largest_singular_value(layer.weight) == pytest.approx(1, abs=1e-4)
+
+
+def test_normalising_a_zero_weight() -> None:
+    layer = nn.Linear(4, 3)
+    nn.init.zeros_(layer.weight)
+    spectral_norm(layer)
+    assert torch.equal(layer.weight, torch.zeros(3, 4))
+    for vector in u_and_v(layer):
+        assert vector.norm().item() == pytest.approx(1)
+
+
+@layers
+@pytest.mark.parametrize("training", [True, False])
+def test_new_weight_through_the_parametrization(kind: str, training: bool) -> None:
+    """Assigning a weight leaves sigma right, in evaluation too, where nothing else would iterate."""
+    layer = make(kind).train(training)
+    dim = LAYERS[kind][1]
+    weight = torch.randn_like(original(layer))
+    matrix = as_matrix(weight, dim)
+    left, right = torch.randn(len(matrix)).double(), torch.randn(matrix.shape[1]).double()
+    weight += 10 * torch.outer(left, right).reshape(
+        [weight.shape[dim], *(size for axis, size in enumerate(weight.shape) if axis != dim)]
+    ).movedim(0, dim)
+    layer.weight = weight
+    torch.testing.assert_close(original(layer).detach(), weight)
+    layer.eval()
+    assert largest_singular_value(layer.weight, dim) == pytest.approx(1, abs=1e-6)
+
+
+def test_new_weight_is_a_copy_of_nothing_else() -> None:
+    """A weight set through the parametrization stays trainable, and setting it back does nothing to its values."""
+    layer = make("linear")
+    weight = torch.randn(5, 7, dtype=torch.float64)
+    layer.weight = weight
+    assert isinstance(original(layer), nn.Parameter)
+    assert original(layer).requires_grad
+    layer.eval()
+    first = layer.weight.detach().clone()
+    torch.testing.assert_close(first * float(torch.linalg.matrix_norm(weight, 2)), weight, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 500.0])
+def test_iterates_in_float32_for_weights_of_few_bits(dtype: torch.dtype, scale: float) -> None:
+    """Sigma of the large weight is above what a float16 holds; in bfloat16 alone it would be off by a per cent."""
+    weight = (scale * torch.randn(64, 512)).to(dtype)
+    layer = nn.Linear(512, 64, bias=False, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    layer = spectral_norm(layer)
+    with torch.no_grad():
+        for _ in range(100):
+            normalised = layer.weight
+    assert normalised.dtype == dtype
+    assert original(layer).dtype == dtype
+    expected = (weight.double() / largest_singular_value(weight)).to(dtype)
+    ratio = float((normalised.double() * expected.double()).sum() / expected.double().square().sum())
+    assert ratio == pytest.approx(1, abs=1e-3)
+    layer.weight.float().square().sum().backward()
+    assert original(layer).grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moved_to_few_bits_after_it_was_made(dtype: torch.dtype) -> None:
+    layer = spectral_norm(nn.Conv2d(16, 32, 3)).to(dtype)
+    with torch.no_grad():
+        for _ in range(100):
+            normalised = layer.weight
+    assert normalised.dtype == dtype
+    weight = original(layer).detach()
+    expected = weight.double() / largest_singular_value(weight)
+    ratio = float((normalised.double() * expected).sum() / expected.square().sum())
+    assert ratio == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_does_not_reach_the_iteration(training: bool) -> None:
+    layer = spectral_norm(nn.Linear(64, 48)).train(training)
+    with torch.no_grad():
+        original(layer).normal_()
+    twin = copy.deepcopy(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = [layer.weight for _ in range(3)][-1]
+        out = layer(torch.randn(2, 64))
+    outside = [twin.weight for _ in range(3)][-1]
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, outside, rtol=1e-6, atol=1e-6)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert original(layer).grad.dtype == torch.float32
+    assert original(layer).grad.isfinite().all()
+
+
+# --- where it is put, and how it is taken away ---------------------------------------------------------------------
+
+
+@layers
+def test_dim_of_each_layer(kind: str) -> None:
+    layer = make(kind)
+    outputs = LAYERS[kind][1]
+    assert norm_of(layer)._u.shape == (original(layer).shape[outputs],)
+    assert norm_of(layer)._v.shape == (original(layer).numel() // original(layer).shape[outputs],)
+    assert layer(inputs(kind)).isfinite().all()
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_dim_can_be_chosen(dim: int) -> None:
+    layer = make("transposed conv2d", dim=dim)
+    assert norm_of(layer)._u.shape == (original(layer).shape[dim],)
+    converge(layer)
+    assert largest_singular_value(layer.weight, dim % 4) == pytest.approx(1, abs=1e-5)
+
+
+def test_positional_arguments_are_those_of_torch() -> None:
+    ours = spectral_norm(nn.Linear(7, 5), "weight", 2, 1e-6, 1)
+    theirs = spectral_norm(nn.Linear(7, 5), "weight", 2, 1e-6, 1, implementation="torch")
+    for layer in (ours, theirs):
+        norm = norm_of(layer)
+        assert (norm.n_power_iterations, norm.eps, norm.dim) == (2, 1e-6, 1)
+    with pytest.raises(TypeError, match="positional"):
+        spectral_norm(nn.Linear(7, 5), "weight", 2, 1e-6, 1, "torch")
+
+
+@layers
+def test_implementation_of_torch(kind: str) -> None:
+    layer = make(kind, implementation="torch")
+    theirs = parametrizations.spectral_norm(LAYERS[kind][0]().double())
+    assert type(norm_of(layer)) is type(norm_of(theirs))
+    assert norm_of(layer).dim == LAYERS[kind][1]
+    ours = make(kind)
+    ours.load_state_dict(layer.state_dict(), strict=True)
+    torch.testing.assert_close(ours.eval().weight, layer.eval().weight)
+
+
+def test_returns_the_module_and_takes_other_names() -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    assert spectral_norm(attention, "in_proj_weight") is attention
+    assert parametrize.is_parametrized(attention, "in_proj_weight")
+    attention.eval()
+    assert 0.99 < largest_singular_value(attention.in_proj_weight) < 1.3
+
+
+def test_on_a_vector() -> None:
+    """As with torch's, a bias is divided by its length, and each weight comes off on its own."""
+    layer = spectral_norm(spectral_norm(nn.Linear(5, 7).double()), "bias")
+    bias = layer.parametrizations.bias.original
+    torch.testing.assert_close(layer.bias, bias / bias.norm())
+    assert layer(torch.randn(3, 5, dtype=torch.float64)).isfinite().all()
+    parametrize.remove_parametrizations(layer, "bias")
+    assert "bias" in layer._parameters
+    assert "weight" not in layer._parameters
+    parametrize.remove_parametrizations(layer, "weight")
+    assert not hasattr(layer, "parametrizations")
+    assert not parametrize.is_parametrized(layer)
+    assert "weight" in layer._parameters
+
+
+def test_twice_on_one_weight() -> None:
+    """PyTorch stacks a second, useless one; here that is an error, for either implementation."""
+    layer = spectral_norm(nn.Linear(5, 7))
+    with pytest.raises(ValueError, match="already"):
+        spectral_norm(layer, implementation="torch")
+    assert len(layer.parametrizations.weight) == 1
+
+
+@layers
+@pytest.mark.parametrize("implementation", ["sagan", "torch"])
+def test_remove_keeps_the_normalised_weight(kind: str, implementation: str) -> None:
+    layer = make(kind, implementation=implementation)
+    x = inputs(kind)
+    for _ in range(3):
+        before = layer(x).detach()
+    layer.eval()
+    assert remove_spectral_norm(layer) is layer
+    assert not parametrize.is_parametrized(layer)
+    assert type(layer) is type(LAYERS[kind][0]())
+    assert isinstance(layer.weight, nn.Parameter)
+    assert set(layer.state_dict()) == set(LAYERS[kind][0]().state_dict())
+    assert torch.equal(layer(x), before)
+    spectral_norm(layer, implementation=implementation)  # and it can come back
+    assert parametrize.is_parametrized(layer, "weight")
+
+
+def test_remove_in_training_makes_no_iteration() -> None:
+    layer = make("conv2d").train()
+    with torch.no_grad():
+        original(layer).normal_()
+    expected = copy.deepcopy(layer).eval().weight.detach()
+    remove_spectral_norm(layer)
+    assert layer.training
+    assert torch.equal(layer.weight, expected)
+
+
+def test_remove_by_name() -> None:
+    attention = spectral_norm(nn.MultiheadAttention(4, 2), "in_proj_weight")
+    remove_spectral_norm(attention, "in_proj_weight")
+    assert isinstance(attention.in_proj_weight, nn.Parameter)
+
+
+def test_removing_what_is_not_there() -> None:
+    layer = spectral_norm(nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="bias"):
+        remove_spectral_norm(layer, "bias")
+    remove_spectral_norm(layer)
+    with pytest.raises(ValueError, match="weight"):
+        remove_spectral_norm(layer)
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="weight"):
+        remove_spectral_norm(layer)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="heavy"):
+        spectral_norm(nn.Linear(3, 4), "heavy")
+    with pytest.raises(ValueError, match="bias"):
+        spectral_norm(nn.Linear(3, 4, bias=False), "bias")
+    with pytest.raises(ValueError, match="jax") as error:
+        spectral_norm(nn.Linear(3, 4), implementation="jax")
+    assert "sagan" in str(error.value)
+    assert "torch" in str(error.value)
+    for iterations in (0, -1):
+        with pytest.raises(ValueError, match=f"n_power_iterations.*{iterations}"):
+            spectral_norm(nn.Linear(3, 4), n_power_iterations=iterations)
+        with pytest.raises(ValueError, match=f"n_power_iterations.*{iterations}"):
+            SpectralNorm(torch.randn(3, 4), n_power_iterations=iterations)
+    for dim in (2, -3):
+        with pytest.raises((ValueError, IndexError), match=f"(?i)dim.*{dim}"):
+            SpectralNorm(torch.randn(3, 4), dim=dim)
+
+
+# --- whole models --------------------------------------------------------------------------------------------------
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.ReLU()),
+        nn.Flatten(),
+        nn.Linear(6 * 8 * 8, 5),
+    )
+
+
+def normalised(network: nn.Module) -> set[str]:
+    return {name for name, module in network.named_modules() if parametrize.is_parametrized(module)}
+
+
+def test_apply_normalises_every_layer_with_a_weight() -> None:
+    network = model()
+    assert apply_spectral_norm(network) is network
+    assert normalised(network) == {"0", "2.0", "4"}
+    assert norm_of(network[2][0])._u.shape == (6,)  # outputs of a transposed convolution
+    network(torch.randn(2, 3, 8, 8)).sum().backward()
+    everything = nn.ModuleList([make_layer() for make_layer, _, _ in LAYERS.values()])
+    apply_spectral_norm(everything)
+    assert normalised(everything) == {str(index) for index in range(len(LAYERS))}
+
+
+def test_apply_leaves_what_is_normalised_already() -> None:
+    network = model()
+    spectral_norm(network[0], implementation="torch")
+    kept = norm_of(network[0])
+    apply_spectral_norm(network)
+    apply_spectral_norm(network)
+    assert norm_of(network[0]) is kept
+    assert [len(m.parametrizations.weight) for m in (network[0], network[2][0], network[4])] == [1, 1, 1]
+
+
+def test_apply_to_a_single_layer() -> None:
+    layer = nn.Linear(3, 4)
+    assert apply_spectral_norm(layer) is layer
+    assert parametrize.is_parametrized(layer, "weight")
+
+
+@pytest.mark.parametrize("implementation", ["sagan", "torch"])
+def test_spectral_norms_are_exact_and_change_nothing(implementation: str) -> None:
+    network = model().double()
+    for layer in (network[0], network[2][0], network[4]):
+        spectral_norm(layer, implementation=implementation)
+    network.train()
+    with torch.no_grad():
+        original(network[0]).mul_(3)
+        original(network[4]).add_(torch.randn_like(original(network[4])))  # u and v are now behind
+    state = copy.deepcopy(network.state_dict())
+    found = spectral_norms(network)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert network.training
+    network.eval()
+    expected = {"0": (network[0], 0), "2.0": (network[2][0], 1), "4": (network[4], 0)}
+    assert len(found) == 3
+    for name, value in found.items():
+        layer, dim = expected[name.removesuffix(".weight")]
+        assert isinstance(value, float)
+        assert value == pytest.approx(largest_singular_value(layer.weight, dim), rel=1e-9)
+    assert max(found.values()) > 1.5
+
+
+def test_spectral_norms_of_a_model_without_any() -> None:
+    assert spectral_norms(model()) == {}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("initialise", [functools.partial(nn.init.normal_, std=2.0), nn.init.zeros_])
+def test_reset_after_new_weights(training: bool, initialise: Callable[[Tensor], Tensor]) -> None:
+    """Weights that were initialised behind the back of u and v: stale before, right after."""
+    network = apply_spectral_norm(model()).train(training)
+    for layer in (network[0], network[2][0], network[4]):
+        initialise(original(layer))
+    stale = max(spectral_norms(network.eval()).values())
+    network.train(training)
+    reset_power_iteration(network)
+    assert network.training is training
+    fresh = spectral_norms(network.eval())
+    if initialise is nn.init.zeros_:
+        assert set(fresh.values()) == {0.0}
+    else:
+        assert stale > 2
+        for value in fresh.values():
+            assert 0.999 < value < 1.3
+
+
+def test_sigma_of_a_network_in_training() -> None:
+    """Twenty optimiser steps on a loss: every weight still has a largest singular value of about 1."""
+    network = apply_spectral_norm(model())
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2, betas=(0.0, 0.9))
+    start = copy.deepcopy(network.state_dict())
+    for _ in range(40):
+        optimiser.zero_grad()
+        network(torch.randn(4, 3, 8, 8)).square().mean().neg().backward()
+        optimiser.step()
+    moved = original(network[4]) - start["4.parametrizations.weight.original"]
+    assert moved.norm() > 0.5
+    for value in spectral_norms(network.eval()).values():
+        assert value == pytest.approx(1, abs=0.1)

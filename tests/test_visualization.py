@@ -1,0 +1,211 @@
+"""``attention_overlay``: light where the map looks, and the query marked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torch_sagan import SAGANGenerator, SelfAttention2d, attention_overlay
+
+
+def looks_at(batch: int, queries: int, keys: int, query: int, key: int) -> Tensor:
+    """A map in which one query looks at one key, and every other query at every key alike."""
+    attention = torch.full((batch, queries, keys), 1 / keys)
+    attention[:, query] = 0
+    attention[:, query, key] = 1
+    return attention
+
+
+def brightness(overlay: Tensor, rows: slice, columns: slice) -> float:
+    return float(overlay[..., rows, columns].mean())
+
+
+def cell(index: int, size: tuple[int, int], image: tuple[int, int]) -> tuple[slice, slice]:
+    """The pixels of a feature map's cell, counted row by row."""
+    row, column = divmod(index, size[1])
+    height, width = image[0] // size[0], image[1] // size[1]
+    return slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width)
+
+
+@settings(max_examples=20)
+@given(
+    queries=st.sampled_from([(4, 4), (8, 8), (2, 4), (4, 2), (3, 6)]),
+    pool=st.sampled_from([1, 2]),
+    data=st.data(),
+)
+def test_light_falls_where_the_query_looks(queries: tuple[int, int], pool: int, data: st.DataObject) -> None:
+    keys = (queries[0] // pool, queries[1] // pool)
+    image = (queries[0] * 8, queries[1] * 8)
+    row, column = data.draw(st.integers(0, image[0] - 1)), data.draw(st.integers(0, image[1] - 1))
+    key = data.draw(st.integers(0, keys[0] * keys[1] - 1))
+    query = (row // 8) * queries[1] + column // 8
+    attention = looks_at(2, queries[0] * queries[1], keys[0] * keys[1], query, key)
+    overlay = attention_overlay(
+        torch.zeros(2, 3, *image), attention, (row, column), mark=False, query_size=queries, key_size=keys
+    )
+    assert overlay.shape == (2, 3, *image)
+    rows, columns = cell(key, keys, image)
+    inside = brightness(overlay, rows, columns)
+    if keys[0] * keys[1] > 1:
+        for other in range(keys[0] * keys[1]):
+            if other != key:
+                assert inside > brightness(overlay, *cell(other, keys, image)) + 0.01
+
+
+def test_rows_are_queries() -> None:
+    """Query 5 looks at key 10, and query 10 at nothing in particular; read the other way round this would swap."""
+    attention = looks_at(1, 16, 16, 5, 10)
+    image = torch.zeros(1, 3, 32, 32)
+    looking = attention_overlay(image, attention, (12, 12), mark=False)  # the cell of query 5
+    assert brightness(looking, *cell(10, (4, 4), (32, 32))) > brightness(looking, *cell(5, (4, 4), (32, 32))) + 0.01
+    plain = attention_overlay(image, attention, (20, 20), mark=False)  # the cell of query 10
+    assert plain.flatten(2).std(2).max() < 1e-5  # evenly lit
+    assert looking.flatten(2).std(2).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("image", "queries", "keys"),
+    [
+        ((32, 32), (8, 8), (8, 8)),
+        ((32, 32), (8, 8), (4, 4)),
+        ((32, 64), (4, 8), (4, 8)),
+        ((64, 32), (8, 4), (4, 2)),
+        ((28, 28), (7, 7), (3, 3)),
+        ((48, 32), (6, 4), (6, 4)),
+    ],
+)
+def test_sizes_are_inferred(image: tuple[int, int], queries: tuple[int, int], keys: tuple[int, int]) -> None:
+    n_queries, n_keys = queries[0] * queries[1], keys[0] * keys[1]
+    attention = torch.rand(2, n_queries, n_keys).softmax(2)
+    images = torch.rand(2, 3, *image) * 2 - 1
+    query = (image[0] - 2, 1)
+    inferred = attention_overlay(images, attention, query)
+    told = attention_overlay(images, attention, query, query_size=queries, key_size=keys)
+    assert torch.equal(inferred, told)
+    other = attention.clone()
+    cell_of_query = (query[0] * queries[0] // image[0]) * queries[1]
+    other[:, cell_of_query] = torch.rand(2, n_keys)
+    assert not torch.equal(attention_overlay(images, other, query), inferred)
+
+
+def test_the_aspect_ratio_of_the_image_comes_first() -> None:
+    """16 positions of an image four times as wide as high are 2 by 8, though 16 is a square too."""
+    attention = torch.rand(1, 16, 16)
+    images = torch.rand(1, 3, 8, 32) * 2 - 1
+    inferred = attention_overlay(images, attention, (6, 30))
+    assert torch.equal(inferred, attention_overlay(images, attention, (6, 30), query_size=(2, 8), key_size=(2, 8)))
+
+
+@settings(max_examples=15)
+@given(
+    channels=st.sampled_from([1, 3]),
+    batch=st.integers(1, 3),
+    scale=st.sampled_from([0.0, 0.3, 1.0]),
+    strength=st.sampled_from([0.0, 0.5, 1.0]),
+    sharpness=st.sampled_from([0.0, 1.0, 50.0]),
+)
+def test_range_and_shape(channels: int, batch: int, scale: float, strength: float, sharpness: float) -> None:
+    images = scale * torch.randn(batch, channels, 16, 16).clamp(-1, 1)
+    attention = (sharpness * torch.randn(batch, 16, 16)).softmax(2)
+    overlay = attention_overlay(images, attention, (3, 9), strength=strength)
+    assert overlay.shape == (batch, 3, 16, 16)
+    assert overlay.dtype == torch.float32
+    assert overlay.isfinite().all()
+    assert overlay.min() >= 0
+    assert overlay.max() <= 1
+    assert not overlay.requires_grad
+
+
+def test_image_shows_through() -> None:
+    """White stays brighter than black, left stays left, and a grey image is that of three equal channels."""
+    images = -torch.ones(1, 1, 32, 32)
+    images[..., :16] = 1
+    attention = torch.full((1, 16, 16), 1 / 16)
+    overlay = attention_overlay(images, attention, (20, 20), mark=False)
+    assert brightness(overlay, slice(None), slice(0, 16)) > brightness(overlay, slice(None), slice(16, 32)) + 0.1
+    colour = attention_overlay(images.expand(1, 3, 32, 32), attention, (20, 20), mark=False)
+    torch.testing.assert_close(overlay, colour)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_strength_zero_is_the_image(channels: int) -> None:
+    images = torch.rand(2, channels, 16, 16) * 2 - 1
+    overlay = attention_overlay(images, torch.rand(2, 16, 16), (3, 9), strength=0.0, mark=False)
+    torch.testing.assert_close(overlay, ((images + 1) / 2).expand(2, 3, 16, 16))
+
+
+def test_strength() -> None:
+    images = torch.zeros(1, 3, 32, 32)
+    attention = looks_at(1, 16, 16, 0, 15)
+    contrast = []
+    for strength in (0.2, 0.5, 0.9):
+        overlay = attention_overlay(images, attention, (1, 1), strength=strength, mark=False)
+        contrast.append(
+            brightness(overlay, *cell(15, (4, 4), (32, 32))) - brightness(overlay, *cell(3, (4, 4), (32, 32)))
+        )
+    assert contrast[0] < contrast[1] < contrast[2]
+
+
+@pytest.mark.parametrize("query", [(0, 0), (40, 10), (63, 63), (5, 60)])
+def test_mark_is_at_the_query_and_nowhere_else(query: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    attention = torch.rand(2, 64, 64).softmax(2)
+    marked = attention_overlay(images, attention, query)
+    bare = attention_overlay(images, attention, query, mark=False)
+    assert torch.equal(marked, attention_overlay(images, attention, query, mark=True))
+    rows, columns = (marked != bare).any(1).any(0).nonzero(as_tuple=True)
+    assert len(rows) > 0
+    assert (rows - query[0]).abs().max() <= 8
+    assert (columns - query[1]).abs().max() <= 8
+    centre = (rows.double().mean(), columns.double().mean())
+    assert abs(float(centre[0]) - query[0]) <= 4
+    assert abs(float(centre[1]) - query[1]) <= 4
+    assert (marked - bare).abs().max() > 0.2
+
+
+def test_each_image_has_its_own_map() -> None:
+    attention = torch.cat([looks_at(1, 16, 16, 0, 3), looks_at(1, 16, 16, 0, 12)])
+    overlay = attention_overlay(torch.zeros(2, 3, 32, 32), attention, (0, 0), mark=False)
+    right, left = cell(3, (4, 4), (32, 32)), cell(12, (4, 4), (32, 32))
+    assert brightness(overlay[0], *right) > brightness(overlay[0], *left) + 0.01
+    assert brightness(overlay[1], *left) > brightness(overlay[1], *right) + 0.01
+
+
+def test_inputs_are_not_changed() -> None:
+    images, attention = torch.rand(1, 3, 16, 16), torch.rand(1, 16, 16)
+    before = images.clone(), attention.clone()
+    attention_overlay(images, attention, (0, 0))
+    assert torch.equal(images, before[0])
+    assert torch.equal(attention, before[1])
+
+
+def test_maps_of_a_network() -> None:
+    network = SAGANGenerator(32, base_channels=8, attention=SelfAttention2d.official)
+    images, maps = network(torch.randn(2, 128), return_attention=True)
+    assert attention_overlay(images, maps[0], (31, 0)).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("images", "attention", "arguments", "message"),
+    [
+        ((2, 2, 16, 16), (2, 16, 16), {}, r"2, 2, 16, 16"),
+        ((3, 16, 16), (2, 16, 16), {}, r"3, 16, 16"),
+        ((2, 3, 16, 16), (16, 16), {}, r"16, 16"),
+        ((2, 3, 16, 16), (3, 16, 16), {}, r"3"),
+        ((2, 3, 16, 16), (2, 16, 16), {"query": (16, 0)}, r"16"),
+        ((2, 3, 16, 16), (2, 16, 16), {"query": (0, -1)}, r"-1"),
+        ((2, 3, 16, 16), (2, 17, 16), {}, r"17"),
+        ((2, 3, 16, 16), (2, 16, 13), {}, r"13"),
+        ((2, 3, 16, 16), (2, 16, 16), {"query_size": (3, 5)}, r"3.*5|16"),
+        ((2, 3, 16, 16), (2, 16, 16), {"key_size": (3, 5)}, r"3.*5|16"),
+    ],
+)
+def test_errors(images: tuple[int, ...], attention: tuple[int, ...], arguments: dict[str, Any], message: str) -> None:
+    arguments = {"query": (0, 0), **arguments}
+    with pytest.raises(ValueError, match=message):
+        attention_overlay(torch.zeros(images), torch.ones(attention), **arguments)
