@@ -1,0 +1,82 @@
+# `make demo` and `make test` each start from a bare checkout: they make .venv and install into it what they need.
+#
+#   PYTHON       the interpreter that .venv is made with (3.10 or newer)
+#   CONSTRAINTS  the file of pinned versions; empty for none
+#   DEMO         the arguments of the demo
+#   PYTEST_ARGS  further arguments for pytest, e.g. make test PYTEST_ARGS="-k attention"
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+DEMO ?= --data faces --out runs/demo
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# The checks share two or so cores and print in order.
+.NOTPARALLEL:
+.PHONY: help demo test check lint format types docs package coverage clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.stamp-examples ## set up, train on embedded faces, say which files came out (minutes on two CPU cores)
+	@echo "==> train: examples/train_celeba.py $(DEMO)"
+	@$(BIN)/python examples/train_celeba.py $(DEMO)
+
+test: $(VENV)/.stamp-dev ## set up and run the tests and the docstring examples
+	@echo "==> tests and docstring examples"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint types docs package coverage ## everything that CI runs: lint, types, docs, package, tests with coverage
+	@echo "==> all checks passed"
+
+lint: $(VENV)/.stamp-dev ## ruff: rules and formatting
+	@echo "==> lint"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(VENV)/.stamp-dev ## let ruff mend and format the tree
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(VENV)/.stamp-dev ## mypy, strict
+	@echo "==> types"
+	@$(BIN)/mypy
+
+docs: $(VENV)/.stamp-dev ## build the documentation into docs/_build/html, warnings are errors
+	@echo "==> docs"
+	@$(BIN)/sphinx-build -q -E -n -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/ and check them
+	@echo "==> package"
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist . > dist.log 2>&1 || { cat dist.log; rm -f dist.log; exit 1; }
+	@rm -f dist.log
+	@$(BIN)/twine check --strict dist/*
+
+coverage: $(VENV)/.stamp-dev
+	@echo "==> tests and docstring examples, with line coverage"
+	@$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+clean: ## remove what the targets above made, except .venv and runs
+	rm -rf dist docs/_build .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@echo "==> set up: $(VENV), with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, set PYTHON=") if sys.version_info < (3, 10) else None'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-examples: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "==> set up: the package and what the examples need, into $(VENV) (torch is large: this may take minutes)"
+	@$(PIP_INSTALL) -e '.[examples]'
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "==> set up: the package and the development tools, into $(VENV) (torch is large: this may take minutes)"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $(VENV)/.stamp-examples $@
