@@ -114,8 +114,17 @@ def test_power_iteration_is_the_equation(rows: int, columns: int, n_iterations: 
     matrix, u, v = torch.randn(rows, columns, dtype=torch.float64), unit(rows), unit(columns)
     actual = functional.power_iteration(matrix, u, v, n_iterations=n_iterations)
     expected = power_iteration_by_numpy(matrix, u, v, n_iterations)
-    for vector, oracle in zip(actual, expected, strict=True):
+    for vector, oracle in zip(actual[:2], expected, strict=True):
         torch.testing.assert_close(vector, oracle, rtol=0, atol=1e-9)
+    assert float(actual[2]) == pytest.approx(float(expected[0] @ matrix @ expected[1]), abs=1e-9)
+
+
+def test_no_iteration_is_an_estimate() -> None:
+    matrix, u, v = torch.randn(5, 3, dtype=torch.float64), unit(5), unit(3)
+    same_u, same_v, sigma = functional.power_iteration(matrix, u, v, n_iterations=0)
+    assert torch.equal(same_u, u)
+    assert torch.equal(same_v, v)
+    assert float(sigma) == pytest.approx(float(u @ matrix @ v), abs=1e-12)
 
 
 def test_power_iteration_starts_from_u() -> None:
@@ -130,15 +139,16 @@ def test_power_iteration_starts_from_u() -> None:
 
 def test_power_iteration_finds_sigma() -> None:
     matrix = torch.randn(12, 30, dtype=torch.float64)
-    u, v = functional.power_iteration(matrix, unit(12), unit(30), n_iterations=500)
-    assert float(u @ matrix @ v) == pytest.approx(largest_singular_value(matrix), rel=1e-9)
+    u, v, sigma = functional.power_iteration(matrix, unit(12), unit(30), n_iterations=500)
+    assert float(u @ matrix @ v) == pytest.approx(float(sigma), rel=1e-12)
+    assert float(sigma) == pytest.approx(largest_singular_value(matrix), rel=1e-9)
 
 
 def test_power_iteration_makes_fresh_tensors() -> None:
     """In place, the second of two forward passes would spoil the first one's backward."""
     matrix, u, v = torch.randn(4, 6), torch.randn(4), torch.randn(6)
     before = [t.clone() for t in (matrix, u, v)]
-    new_u, new_v = functional.power_iteration(matrix, u, v)
+    new_u, new_v, _ = functional.power_iteration(matrix, u, v)
     for tensor, old in zip((matrix, u, v), before, strict=True):
         assert torch.equal(tensor, old)
     assert {new_u.data_ptr(), new_v.data_ptr()}.isdisjoint({u.data_ptr(), v.data_ptr()})
@@ -149,7 +159,7 @@ def test_power_iteration_makes_fresh_tensors() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e-20])
 def test_power_iteration_keeps_u_and_v_where_there_is_no_direction(scale: float) -> None:
     u, v = unit(3), unit(4)
-    new_u, new_v = functional.power_iteration(torch.full((3, 4), scale).double(), u, v, n_iterations=3)
+    new_u, new_v, _ = functional.power_iteration(torch.full((3, 4), scale).double(), u, v, n_iterations=3)
     assert torch.equal(new_u, u)
     assert torch.equal(new_v, v)
 
@@ -159,10 +169,10 @@ def test_power_iteration_leaves_the_null_space() -> None:
     matrix = torch.tensor([[3.0, 0.0], [0.0, 0.0]]).double()
     u = torch.tensor([0.0, 1.0]).double()
     v = torch.tensor([0.6, 0.8]).double()
-    new_u, new_v = functional.power_iteration(matrix, u, v)
+    new_u, new_v, _ = functional.power_iteration(matrix, u, v)
     assert torch.equal(new_v, v)
     torch.testing.assert_close(new_u, torch.tensor([1.0, 0.0]).double())
-    new_u, new_v = functional.power_iteration(matrix, new_u, new_v)
+    new_u, new_v, _ = functional.power_iteration(matrix, new_u, new_v)
     assert float(new_u @ matrix @ new_v) == pytest.approx(3.0)
 
 

@@ -138,12 +138,12 @@ class SelfAttention2d(nn.Module):
         value = self._pooled(self.value(x))  # (B, E, M)
         if return_attention:
             attention = functional.attention_map(query, key)  # (B, N, M)
-            attended = value @ attention.transpose(1, 2)  # (B, E, N)
+            attended = torch.bmm(value, attention.mT)  # (B, E, N)
         else:
             attended = functional.attention(query, key, value)  # (B, E, N)
         o = self.out(attended.view(*attended.shape[:2], *x.shape[2:]))  # (B, C, H, W)
         # Under autocast o is in half precision while gamma is not; the residual keeps the input's own dtype.
-        y = x + self.gamma.to(o.dtype) * o  # (B, C, H, W)
+        y = torch.addcmul(x, self.gamma.to(o.dtype), o)  # (B, C, H, W)
         return (y, attention) if return_attention else y
 
     def extra_repr(self) -> str:

@@ -5,31 +5,41 @@ No modules and no state. Everything here works on plain tensors, so that the mat
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from torch_sagan.memory_efficient import attention_backward, memory_efficient_attention
+
 __all__ = ["attention", "attention_map", "power_iteration", "spectral_normalize"]
+
+# On the CPU a map of up to so many weights in the whole batch is faster held than walked in tiles (measured).
+SMALL_MAP = 2**20
 
 
 def attention_map(query: Tensor, key: Tensor) -> Tensor:
-    r"""Where every query position looks: :math:`\beta_{ji} = \operatorname{softmax}_i(f_j^\top g_i)`.
+    r"""Where every query position looks: :math:`\beta_{ji} = \operatorname{softmax}_i(f_i^\top g_j)`.
 
     There is no :math:`1/\sqrt{D}`: the paper has none.
 
     Args:
-        query: (B, D, N), one column per query position.
-        key: (B, D, M), one column per key position.
+        query: g, (B, D, N), one column per query position j.
+        key: f, (B, D, M), one column per key position i.
 
     Returns:
         (B, N, M); each row is a distribution over the keys and sums to 1.
 
     Source: Zhang et al., arXiv:1805.08318, equation 1.
     """
-    return torch.softmax(query.transpose(1, 2) @ key, dim=-1)  # (B, N, M)
+    return torch.softmax(torch.bmm(query.mT, key), dim=2)  # (B, N, M)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     r"""Exact softmax attention over positions: :math:`o_j = \sum_i \beta_{ji} h_i`.
+
+    On the CPU and on CUDA the map is never held, so memory grows with N + M; where it is so small that holding it is
+    faster, and on other devices, it is computed as it is written. Differentiable twice.
 
     Args:
         query: (B, D, N).
@@ -37,16 +47,21 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         value: (B, E, M). E may differ from D.
 
     Returns:
-        (B, E, N). Differentiable twice, so a gradient penalty may pass through it.
+        (B, E, N).
 
     Source: Zhang et al., arXiv:1805.08318, equation 2 without the output projection.
     """
-    return value @ attention_map(query, key).transpose(1, 2)  # (B, E, N)
+    if not _map_is_held(query, key):
+        return memory_efficient_attention(query, key, value)  # (B, E, N)
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+        return torch.bmm(value, attention_map(query, key).mT)  # (B, E, N)
+    attended: Tensor = _HeldMap.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return attended  # (B, E, N)
 
 
 def power_iteration(
     matrix: Tensor, u: Tensor, v: Tensor, *, n_iterations: int = 1, eps: float = 1e-12
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""Turn u and v towards the first singular vectors: :math:`v = W^\top u / \lVert W^\top u \rVert`,
     :math:`u = W v / \lVert W v \rVert`, ``n_iterations`` times.
 
@@ -57,39 +72,100 @@ def power_iteration(
         matrix: (h, w).
         u: (h,), of unit norm.
         v: (w,), of unit norm.
-        n_iterations: how often to iterate.
+        n_iterations: how often to iterate; 0 estimates with u and v as they are.
         eps: norms up to this one count as zero.
 
     Returns:
-        New u (h,) and v (w,). The arguments are not modified.
+        New u (h,), new v (w,), and the estimate of the spectral norm :math:`\sigma = u^\top W v`, a scalar tensor.
+        The arguments are not modified.
 
     Source: Miyato et al., *Spectral Normalization for GANs*, arXiv:1802.05957, algorithm 1.
     """
+    if n_iterations == 0:
+        return u, v, torch.vdot(u, matrix @ v)
     for _ in range(n_iterations):
-        v = _unit(matrix.mH @ u, otherwise=v, eps=eps)
-        u = _unit(matrix @ v, otherwise=u, eps=eps)
-    return u, v
+        v = _unit(matrix.mH @ u, otherwise=v, eps=eps)  # (w,)
+        image = matrix @ v  # (h,)
+        u = _unit(image, otherwise=u, eps=eps)  # (h,)
+    return u, v, torch.vdot(u, image)
 
 
-def spectral_normalize(matrix: Tensor, u: Tensor, v: Tensor, *, eps: float = 1e-12) -> Tensor:
-    r"""Divide a matrix by its spectral norm, :math:`W / \sigma` with :math:`\sigma = u^\top W v`.
+def spectral_normalize(
+    weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, *, dim: int = 0, eps: float = 1e-12
+) -> Tensor:
+    r"""Divide a weight by its spectral norm, :math:`W / \sigma` with :math:`\sigma = u^\top W v`.
 
-    u and v are constants to the gradient. Where :math:`|\sigma| \le` ``eps`` (an all-zero matrix) there is nothing to
-    divide by, and the matrix is returned as it is.
+    u and v are constants to the gradient, which is :math:`(G - \langle G, W/\sigma \rangle\, u v^\top) / \sigma` for a
+    gradient G of the result: one product and one sum over the weight. It can be differentiated again. Where
+    :math:`|\sigma| \le` ``eps`` (an all-zero weight) there is nothing to divide by: the weight is returned as it is.
 
     Args:
-        matrix: (h, w).
+        weight: any shape, unfolded to a matrix (h, w) with h = ``weight.shape[dim]``.
         u: (h,), of unit norm.
         v: (w,), of unit norm.
+        sigma: the value of :math:`u^\top W v`, as :func:`power_iteration` returns it.
+        dim: the dimension of u.
         eps: a sigma up to this one counts as zero.
 
     Returns:
-        (h, w).
+        The normalised weight, in the shape of the weight.
 
-    Source: Miyato et al., arXiv:1802.05957, equation 8.
+    Source: Miyato et al., arXiv:1802.05957, equations 8 and 12.
     """
-    sigma = torch.vdot(u, matrix @ v)
-    return matrix / torch.where(sigma.abs() > eps, sigma, 1.0)
+    # u and v in the shape of the weight, so that nothing is unfolded: (h, 1, ...) and (1, rest...) about dim.
+    rest = [1 if i == dim else size for i, size in enumerate(weight.shape)]
+    normalized: Tensor = _DivideBySigma.apply(  # type: ignore[no-untyped-call]
+        weight, u.view([-1 if i == dim else 1 for i in range(weight.ndim)]), v.view(rest), sigma, eps
+    )
+    return normalized
+
+
+class _HeldMap(torch.autograd.Function):
+    """The equation as it is written. Its backward is its own because PyTorch's copies transposed maps about."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = attention_map(query, key)  # (B, N, M)
+        ctx.save_for_backward(query, key, value, weights)
+        return torch.bmm(value, weights.mT)  # (B, E, N)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        (d_attended,) = gradients
+        query, key, value, weights = ctx.saved_tensors
+        # Where this backward is differentiated itself, the map has to be a function of query and key again.
+        held = None if torch.is_grad_enabled() else weights
+        return attention_backward(d_attended, query, key, value, held)
+
+
+class _DivideBySigma(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, eps: float) -> Tensor:
+        return weight / torch.where(sigma.abs() > eps, sigma, 1.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        weight, u, v, sigma = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody differentiates this backward, where sigma is a function of the weight
+            sigma = (u.conj() * v * weight).sum()
+        nonzero = sigma.abs() > ctx.eps
+        divisor = torch.where(nonzero, sigma, 1.0)
+        # G / sigma - <W / sigma, G> / sigma · u v*, with conjugates where the weight is complex
+        along = torch.where(nonzero, torch.vdot(weight.flatten(), gradient.flatten()), 0.0) / divisor.conj().square()
+        return (gradient / divisor.conj()).addcmul_(-along * u, v.conj()), None, None, None, None
+
+
+def _map_is_held(query: Tensor, key: Tensor) -> bool:
+    # An exported program should hold plain operators that every runtime knows.
+    if torch.compiler.is_exporting() or query.device.type not in ("cpu", "cuda"):
+        return True
+    return query.device.type == "cpu" and len(query) * query.shape[2] * key.shape[2] <= SMALL_MAP
 
 
 def _unit(direction: Tensor, *, otherwise: Tensor, eps: float) -> Tensor:

@@ -70,24 +70,23 @@ class SpectralNorm(nn.Module):
         self.dim = dim % weight.ndim
         self.eps = eps
         if weight.ndim > 1:
-            with torch.no_grad():
-                matrix = self._matrix(weight)  # (h, w)
-                self.register_buffer("_u", matrix.new_empty(matrix.shape[0]))  # (h,)
-                self.register_buffer("_v", matrix.new_empty(matrix.shape[1]))  # (w,)
+            h, w = _matrix(weight, self.dim).shape
+            self.register_buffer("_u", weight.new_empty(h))
+            self.register_buffer("_v", weight.new_empty(w))
             self.reset(weight)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight divided by its spectral norm, in the weight's own shape and dtype."""
+        dtype = weight.dtype
         if weight.ndim == 1:
             norm = torch.linalg.vector_norm(weight)
             return weight / torch.where(norm > self.eps, norm, 1.0)
         # In half precision, or under autocast, a norm would overflow or lose the direction.
         with _no_autocast(weight.device.type):
-            matrix = self._matrix(weight)  # (h, w)
-            u, v = self._vectors(matrix, self.n_power_iterations if self.training else 0)
-            normalized = functional.spectral_normalize(matrix, u, v, eps=self.eps)  # (h, w)
-        shape = weight.movedim(self.dim, 0).shape
-        return normalized.view(shape).movedim(0, self.dim).to(weight.dtype)
+            weight = _at_least_single(weight)
+            u, v, sigma = self._iterate(weight, self.n_power_iterations if self.training else 0)
+            normalized = functional.spectral_normalize(weight, u, v, sigma, dim=self.dim, eps=self.eps)
+        return normalized.to(dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Take a new weight: u and v are turned towards it, so that sigma is right at once."""
@@ -105,27 +104,24 @@ class SpectralNorm(nn.Module):
             self._v /= torch.linalg.vector_norm(self._v)
             self._warm_up(weight)
 
-    @torch.no_grad()
     def _warm_up(self, weight: Tensor) -> None:
         with _no_autocast(weight.device.type):
-            self._vectors(self._matrix(weight), WARM_UP_ITERATIONS)
+            self._iterate(_at_least_single(weight), WARM_UP_ITERATIONS)
 
     @torch.no_grad()
-    def _vectors(self, matrix: Tensor, n_iterations: int) -> tuple[Tensor, Tensor]:
+    def _iterate(self, weight: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Make the iterations, keep u and v, and return them with sigma."""
         # The graph gets tensors of its own and never the buffers: those are written to by the next forward, by
         # DistributedDataParallel's broadcast and by load_state_dict, all of which may come before the backward.
-        u, v = self._u.to(matrix.dtype, copy=True), self._v.to(matrix.dtype, copy=True)
-        if self._u.dtype != matrix.dtype:  # rounding to half precision has cost them their unit norm
+        u, v = self._u.to(weight.dtype, copy=True), self._v.to(weight.dtype, copy=True)
+        if self._u.dtype != weight.dtype:  # rounding to half precision has cost them their unit norm
             u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
+        matrix = _matrix(weight, self.dim)  # (h, w)
+        u, v, sigma = functional.power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
         if n_iterations:
-            u, v = functional.power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
             self._u.copy_(u)
             self._v.copy_(v)
-        return u, v
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        matrix = weight.movedim(self.dim, 0).flatten(1)  # (h, w)
-        return matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
+        return u, v, sigma
 
     def extra_repr(self) -> str:
         return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps}"
@@ -250,9 +246,19 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
         norm = _parametrizations(module, name)[-1]
         with _frozen(module):
             weight = getattr(module, name)
-        matrix = weight.movedim(norm.dim, 0).flatten(1) if weight.ndim > 1 else weight[:, None]  # (h, w)
+        assert isinstance(norm.dim, int)
+        matrix = _matrix(weight, norm.dim) if weight.ndim > 1 else weight[:, None]  # (h, w)
         values[path] = torch.linalg.matrix_norm(matrix.double(), ord=2).item()
     return values
+
+
+def _matrix(weight: Tensor, dim: int) -> Tensor:
+    """The weight unfolded to (h, w), h along ``dim``."""
+    return weight.movedim(dim, 0).flatten(1)
+
+
+def _at_least_single(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
 
 
 def _parametrizations(module: nn.Module, name: str) -> parametrize.ParametrizationList:

@@ -1,0 +1,317 @@
+"""Attention without the map, against the equation written plainly: every path, every border, every derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torch_sagan import functional, gradient_penalty, memory_efficient
+from torch_sagan.attention import SelfAttention2d
+from torch_sagan.memory_efficient import memory_efficient_attention
+
+TILE = 16  # in most tests, so that small maps straddle the borders of tiles
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return value @ torch.softmax(query.transpose(1, 2) @ key, dim=-1).transpose(1, 2)
+
+
+def inputs(
+    batch: int = 2,
+    d: int = 3,
+    e: int = 5,
+    n: int = 40,
+    m: int = 23,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    shapes = [(batch, d, n), (batch, d, m), (batch, e, m)]
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    tensors[0] *= scale
+    return [t.to(dtype).requires_grad_() for t in tensors]
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What CUDA tensors take; on the CPU PyTorch answers with its own kernel, which is enough for the arithmetic."""
+    result: Tensor = memory_efficient._FusedAttention.apply(query, key, value)
+    return result
+
+
+paths = pytest.mark.parametrize("attention", [memory_efficient_attention, fused], ids=["tiled", "fused"])
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_efficient, "TILE_QUERIES", TILE)
+    monkeypatch.setattr(memory_efficient, "TILE_KEYS", TILE)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+
+
+borders = st.sampled_from([1, 2, TILE - 1, TILE, TILE + 1, 2 * TILE, 2 * TILE + 1, 3 * TILE - 1])
+
+
+@pytest.mark.usefixtures("small_tiles", "threads")
+@pytest.mark.parametrize("threads", [1, 2, 6], indirect=True)
+def test_equals_the_equation_across_tile_borders() -> None:
+    @given(
+        batch=st.integers(1, 5),
+        d=st.integers(1, 4),
+        e=st.integers(1, 6),
+        n=borders,
+        m=borders,
+        scale=st.sampled_from([1e-3, 1.0, 30.0]),
+    )
+    def check(batch: int, d: int, e: int, n: int, m: int, scale: float) -> None:
+        ours, theirs = (inputs(batch, d, e, n, m, scale=scale) for _ in range(2))
+        for mine, other in zip(ours, theirs, strict=True):
+            other.data.copy_(mine.data)
+        gradient = torch.randn(batch, e, n, dtype=torch.float64)
+        y, expected = memory_efficient_attention(*ours), plain(*theirs)
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+        y.backward(gradient)
+        expected.backward(gradient)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-10 * max(1.0, scale))
+
+    check()
+
+
+@paths
+def test_large_maps_with_the_real_tiles(attention: Callable[..., Tensor]) -> None:
+    ours = inputs(3, 4, 7, memory_efficient.TILE_QUERIES + 90, memory_efficient.TILE_KEYS + 1)
+    gradient = torch.randn(3, 7, memory_efficient.TILE_QUERIES + 90, dtype=torch.float64)
+    y = attention(*ours)
+    torch.testing.assert_close(y, plain(*ours), rtol=1e-10, atol=1e-10)
+    for mine, other in zip(
+        torch.autograd.grad(y, ours, gradient), torch.autograd.grad(plain(*ours), ours, gradient), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+@paths
+@pytest.mark.usefixtures("small_tiles")
+def test_first_and_second_derivatives(attention: Callable[..., Tensor]) -> None:
+    tensors = inputs(2, 2, 3, TILE + 2, 4)
+    # Every entry costs a full pass: the first derivative over all of them, the second over a map of one sample.
+    assert torch.autograd.gradcheck(attention, tensors)
+    assert torch.autograd.gradgradcheck(attention, inputs(1, 2, 2, 5, 4))
+
+
+@paths
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_logits_do_not_overflow(attention: Callable[..., Tensor], scale: float, dtype: torch.dtype) -> None:
+    query = torch.tensor([[[1.0, -1.0, 0.0] * TILE]], dtype=dtype)  # (1, 1, N)
+    key = scale * torch.linspace(-1, 1, 2 * TILE + 3, dtype=dtype).view(1, 1, -1)
+    value = torch.randn(1, 4, 2 * TILE + 3, dtype=dtype)
+    tensors = [t.requires_grad_() for t in (query, key, value)]
+    y = attention(*tensors)
+    # The map is one-hot at the largest key, at the smallest, and even.
+    largest, smallest = (value[..., -1], value[..., 0]) if scale > 0 else (value[..., 0], value[..., -1])
+    expected = torch.stack([largest, smallest, value.mean(-1)] * TILE, dim=-1)
+    torch.testing.assert_close(y, expected)
+    gradients = torch.autograd.grad(y.sum(), tensors)
+    others = torch.autograd.grad(plain(*tensors).sum(), tensors)
+    for mine, other in zip(gradients, others, strict=True):
+        assert mine.isfinite().all()
+        # A logit of 1e4 is itself rounded to 1e-3 in float32; the rest is the dtype's own rounding.
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=float(other.abs().max()) * 1e-3 + 1e-3)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_rows_of_very_different_logits_keep_their_precision() -> None:
+    """One row near zero, one far below: a shift for both at once would lose one of them."""
+    query, key, value = inputs(1, 1, 3, 2 * TILE, 2 * TILE, dtype=torch.float32)
+    with torch.no_grad():
+        query[..., ::2] *= 1e4
+        key.sub_(3)  # all logits of one sign
+    doubles = [t.detach().double() for t in (query, key, value)]
+    # float32 rounds a logit of 1e4 by about 1e-3, and so the weights
+    torch.testing.assert_close(
+        memory_efficient_attention(query, key, value), plain(*doubles).float(), rtol=0, atol=2e-2
+    )
+    torch.testing.assert_close(
+        memory_efficient_attention(query, key, value)[..., 1::2],
+        plain(*doubles).float()[..., 1::2],
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.usefixtures("small_tiles")
+def test_precision_of_each_dtype(dtype: torch.dtype, tolerance: float) -> None:
+    """The tolerance is a few roundings of the dtype, for values of order one: the inside runs in float32."""
+    tensors = inputs(dtype=dtype)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    y, expected = memory_efficient_attention(*tensors), plain(*doubles)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    gradient = torch.randn_like(expected)
+    for mine, other in zip(
+        torch.autograd.grad(y, tensors, gradient.to(dtype)),
+        torch.autograd.grad(expected, doubles, gradient),
+        strict=True,
+    ):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_autocast_does_not_reach_inside() -> None:
+    tensors = inputs(dtype=torch.float32)
+    outside = memory_efficient_attention(*tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = memory_efficient_attention(*tensors)
+        gradients = torch.autograd.grad(inside.sum(), tensors)
+    assert torch.equal(inside, outside)
+    for mine, other in zip(gradients, torch.autograd.grad(outside.sum(), tensors), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_memory_formats_and_strides_make_no_difference() -> None:
+    """Channels-last maps, and slices of larger tensors."""
+    tensors = inputs()
+    strided = [t.detach().transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+    sliced = [torch.cat([t.detach(), torch.full_like(t, 9.0)], dim=2)[..., : t.shape[2]] for t in tensors]
+    expected = memory_efficient_attention(*tensors)
+    gradient = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, tensors, gradient)
+    for variant in (strided, sliced):
+        leaves = [t.requires_grad_() for t in variant]
+        y = memory_efficient_attention(*leaves)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        for mine, other in zip(torch.autograd.grad(y, leaves, gradient), expected_gradients, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_not_a_number_is_not_hidden() -> None:
+    query, key, value = (t.detach() for t in inputs(1, 2, 3, 4, 5))
+    query[0, 0, 1] = float("nan")
+    y = memory_efficient_attention(query, key, value)
+    assert y[..., 1].isnan().all()
+    assert y[..., [0, 2, 3]].isfinite().all()
+
+
+def test_the_large_map_of_the_layer_takes_this_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the small one does not, nor one that is asked for: the dispatch is held here, the arithmetic elsewhere."""
+    taken = []
+    monkeypatch.setattr(
+        functional,
+        "memory_efficient_attention",
+        lambda *tensors: (taken.append(1), memory_efficient_attention(*tensors))[1],
+    )
+    layer = SelfAttention2d(8)
+    side = int(functional.SMALL_MAP**0.25) + 1
+    x = torch.randn(1, 8, side, side)
+    large = layer(x)
+    assert len(taken) == 1
+    with_map, _ = layer(x, return_attention=True)
+    layer(x[:, :, : side - 2, : side - 2])
+    assert len(taken) == 1
+    torch.testing.assert_close(large, with_map)
+
+
+# The compiler's own modules use parts of torch that torch has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_compiled_without_a_graph_break() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(memory_efficient_attention, fullgraph=True)
+    tensors = inputs(dtype=torch.float32)
+    y, expected = compiled(*tensors), memory_efficient_attention(*tensors)
+    torch.testing.assert_close(y, expected)
+    for mine, other in zip(
+        torch.autograd.grad(y.square().sum(), tensors),
+        torch.autograd.grad(expected.square().sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_an_export_holds_plain_operators() -> None:
+    layer = SelfAttention2d(8).eval()
+    side = int(functional.SMALL_MAP**0.25) + 1
+    x = torch.randn(1, 8, side, side)
+    with torch.no_grad():
+        layer.gamma.fill_(0.5)
+    program = torch.export.export(layer, (x,))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert not any("torch_sagan" in name for name in names)
+    assert any("softmax" in name for name in names)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_operators_keep_pytorchs_contract() -> None:
+    """Schema, shapes without data, and autograd registration, as PyTorch itself checks them."""
+    tensors = inputs(1, 2, 3, 9, 7, dtype=torch.float32)
+    torch.library.opcheck(memory_efficient._tiled, tuple(tensors))
+    y, lse = memory_efficient._tiled(*(t.detach() for t in tensors))
+    torch.library.opcheck(
+        memory_efficient._tiled_backward, (torch.randn_like(y), *(t.detach() for t in tensors), y, lse)
+    )
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_gradient_penalty_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty WGAN-GP steps, and the penalty comes down from far above."""
+    monkeypatch.setattr(functional, "SMALL_MAP", 0)
+    torch.manual_seed(0)
+    layer = SelfAttention2d(4)
+    with torch.no_grad():
+        layer.gamma.fill_(0.5)
+    discriminator = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1), layer, torch.nn.Flatten(), torch.nn.Linear(4 * 36, 1), torch.nn.Flatten(0)
+    )
+    with torch.no_grad():
+        discriminator[3].weight.mul_(100)
+    adam = torch.optim.Adam(discriminator.parameters(), 2e-2)
+    real, fake = torch.randn(8, 1, 6, 6), torch.randn(8, 1, 6, 6)
+    penalties = []
+    for _ in range(50):
+        penalty = gradient_penalty(discriminator, real, fake)
+        adam.zero_grad()
+        penalty.backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters())
+        adam.step()
+        penalties.append(penalty.item())
+    assert penalties[-1] < 0.1 * penalties[0]
+    assert layer.query.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("d", "e"), [(1, 8), (3, 5), (8, 64), (32, 256)])
+def test_cuda_never_holds_the_map(d: int, e: int, dtype: torch.dtype) -> None:
+    n = 4096
+    tensors = [t.detach().cuda().to(dtype).requires_grad_() for t in inputs(1, d, e, n, n)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(memory_efficient_attention(*tensors).float().square().sum(), tensors)
+    assert torch.cuda.max_memory_allocated() - before < n * n * dtype.itemsize / 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_equals_the_cpu_twice_differentiated() -> None:
+    tensors = [t.detach().float() for t in inputs(2, 3, 5, 40, 23)]
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device).requires_grad_() for t in tensors]
+        first = torch.autograd.grad(memory_efficient_attention(*leaves).square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        results.append([t.detach().cpu() for t in (*first, *second)])
+    for cpu, cuda in zip(*results, strict=True):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-3 * float(cpu.abs().max()))  # TF32-free float32 sums
