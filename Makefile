@@ -7,12 +7,16 @@
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
-DEMO ?= --data faces --out runs/demo
+DEMO ?= --data faces --image-size 64 --base-channels 16 --batch-size 16 --g-attention 16 --lr-g 1e-3 --lr-d 1e-3 \
+	--ema-decay 0.998 --steps 1200 --out runs/demo
 PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+# On a machine with other work to do, threads that spin while they wait slow each other down by an order of magnitude.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

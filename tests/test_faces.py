@@ -1,0 +1,71 @@
+"""The embedded faces: what must agree does, and face number i is always the same face."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import faces
+
+PALETTES = [faces.EYES, faces.EARRINGS, faces.BANDS]
+
+
+def colour_in(pictures: np.ndarray, palette: tuple, centre: tuple[float, float], reach: float) -> np.ndarray:
+    """Which of the palette's colours fills most of the window around (x, y), for each picture; -1 for none."""
+    size = pictures.shape[-1]
+    (left, right), (top, bottom) = [(int((c - reach + 1) / 2 * size), int((c + reach + 1) / 2 * size)) for c in centre]
+    window = pictures[:, :, top:bottom, left:right].astype(float)  # (n, 3, h, w)
+    distance = np.linalg.norm(window[:, None] - np.array(palette)[None, :, :, None, None], axis=2)  # (n, p, h, w)
+    votes = (distance < 30).sum((2, 3))  # (n, p)
+    return np.where(votes.max(1) > 0, votes.argmax(1), -1)
+
+
+@pytest.mark.parametrize(
+    ("palette", "one", "other", "reach"),
+    [
+        pytest.param(faces.EYES, (-0.255, 0.04), (0.255, 0.04), 0.1, id="eyes"),
+        pytest.param(faces.EARRINGS, (-0.58, 0.35), (0.58, 0.35), 0.15, id="earrings"),
+        pytest.param(faces.BANDS, (0.0, -0.6), (0.0, 0.93), 0.05, id="head-band and shirt"),
+    ],
+)
+def test_places_far_apart_share_a_colour(palette, one, other, reach):
+    pictures = faces.render(faces.traits(300), 128)
+    here, there = colour_in(pictures, palette, one, reach), colour_in(pictures, palette, other, reach)
+    assert (here >= 0).mean() > 0.95  # the place is seen, whatever the pose
+    assert (here == there).mean() > 0.95
+    assert set(here) >= set(range(len(palette)))  # and every colour occurs
+
+
+@pytest.mark.parametrize("palette", PALETTES)
+def test_colours_that_must_agree_are_easy_to_tell_apart(palette):
+    colours = np.array(palette, float)
+    distances = np.linalg.norm(colours[:, None] - colours[None], axis=2)
+    assert distances[~np.eye(len(colours), dtype=bool)].min() > 70
+
+
+def test_a_face_depends_on_its_seed_and_index_alone():
+    all_at_once, some = faces.traits(12, seed=3), faces.traits(4, seed=3, first=8)
+    for whole, part in zip(all_at_once, some, strict=True):
+        np.testing.assert_array_equal(whole[8:], part)
+    np.testing.assert_array_equal(faces.render(all_at_once, 32)[8:], faces.render(some, 32))
+    assert (faces.traits(12, seed=4).eyes != all_at_once.eyes).any()
+
+
+@pytest.mark.parametrize("size", [16, 28, 33, 64])
+def test_shape_and_type(size):
+    pictures = faces.render(faces.traits(5), size)
+    assert pictures.shape == (5, 3, size, size)
+    assert pictures.dtype == np.uint8
+    assert pictures.std() > 30
+
+
+def test_small_faces_are_large_faces_seen_from_afar():
+    people = faces.traits(20)
+    small, large = (faces.render(people, size).astype(float) for size in (32, 128))
+    averaged = large.reshape(20, 3, 32, 4, 32, 4).mean((3, 5))
+    assert np.abs(small - averaged).mean() < 3
