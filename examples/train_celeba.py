@@ -252,10 +252,9 @@ def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
 # ---------------------------------------------------------------------------------------------------------- step
 
 
-def discriminator_step(run: Run, real: Tensor) -> Tensor:
-    """One step of D on real images (B, C, S, S). Returns its loss."""
-    with torch.no_grad():  # G does not learn here, so nothing of its pass is kept
-        fake = run.generator(run.sample_latents())  # (B, C, S, S)
+def discriminator_step(run: Run, real: Tensor, fake: Tensor) -> Tensor:
+    """One step of D on real and generated images, each (B, C, S, S). Returns its loss."""
+    fake = fake.detach()  # G does not learn here
     logits = run.discriminator(torch.cat([real, fake]))  # (2B,): one pass, so the weights are normalised once
     loss = LOSSES[run.config.loss][0](*logits.chunk(2))
     if run.config.loss == "wgan-gp":
@@ -266,10 +265,13 @@ def discriminator_step(run: Run, real: Tensor) -> Tensor:
     return loss.detach()
 
 
-def generator_step(run: Run) -> Tensor:
-    """One step of G, and of its moving average. Returns G's loss."""
+def generator_step(run: Run, fake: Tensor) -> Tensor:
+    """One step of G on the images that D has just learnt from, and of its moving average. Returns G's loss.
+
+    G has not changed since it made them, so there is no need to make others.
+    """
     run.discriminator.requires_grad_(False)  # gradients flow through D, none to its weights
-    loss: Tensor = LOSSES[run.config.loss][1](run.discriminator(run.generator(run.sample_latents())))
+    loss: Tensor = LOSSES[run.config.loss][1](run.discriminator(fake))
     run.generator_optimizer.zero_grad()
     loss.backward()
     run.generator_optimizer.step()
@@ -363,9 +365,10 @@ def train(run: Run, source: Images | Folder, out: Path) -> int:
                     tqdm.write(f"unreadable, left out: {path}", file=sys.stderr)
                 named.update(unreadable)
                 real = images.to(run.device, non_blocking=True).float() / 127.5 - 1  # (B, C, S, S) in [-1, 1]
-                discriminator_loss = discriminator_step(run, real)
+                fake = run.generator(run.sample_latents())  # (B, C, S, S)
+                discriminator_loss = discriminator_step(run, real, fake)
                 run.images += len(images)
-            generator_loss = generator_step(run)
+            generator_loss = generator_step(run, fake)
             run.step += 1
             log.add(discriminator_loss, generator_loss)
 

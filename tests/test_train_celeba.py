@@ -143,10 +143,11 @@ def test_flips_mirror_the_image(folder):
 
 def test_fakes_do_not_reach_the_generator_nor_gradients_the_discriminator():
     run = train_celeba.Run(train_celeba.Config(image_size=16, base_channels=4, batch_size=4), 1, torch.device("cpu"))
-    train_celeba.discriminator_step(run, torch.rand(4, 1, 16, 16))
+    fake = run.generator(run.sample_latents())
+    train_celeba.discriminator_step(run, torch.rand(4, 1, 16, 16), fake)
     assert all(weight.grad is None for weight in run.generator.parameters())
     before = {name: weight.grad.clone() for name, weight in run.discriminator.named_parameters()}
-    train_celeba.generator_step(run)
+    train_celeba.generator_step(run, fake)
     assert all(weight.grad is not None for weight in run.generator.parameters())
     assert all(weight.requires_grad for weight in run.discriminator.parameters())
     for name, weight in run.discriminator.named_parameters():
@@ -158,7 +159,7 @@ def test_the_average_averages_weights_and_copies_buffers():
     run = train_celeba.Run(config, 1, torch.device("cpu"))
     expected = None
     for step in range(4):
-        train_celeba.generator_step(run)
+        train_celeba.generator_step(run, run.generator(run.sample_latents()))
         weights = [weight.detach().double().clone() for weight in run.generator.parameters()]
         decay = min(0.2, (1 + step) / (10 + step))
         old = weights if expected is None else expected
@@ -318,10 +319,10 @@ def test_losses_that_are_not_finite_stop_the_run_and_not_the_checkpoint(tmp_path
 def test_interrupted_between_two_halves_of_a_step(tmp_path, monkeypatch, capsys):
     generator_step = train_celeba.generator_step
 
-    def interrupted(run: train_celeba.Run) -> torch.Tensor:
+    def interrupted(run: train_celeba.Run, fake: torch.Tensor) -> torch.Tensor:
         if run.step == 2:
             signal.raise_signal(signal.SIGINT)
-        return generator_step(run)
+        return generator_step(run, fake)
 
     monkeypatch.setattr(train_celeba, "generator_step", interrupted)
     handler = signal.getsignal(signal.SIGINT)

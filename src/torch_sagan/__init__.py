@@ -3,6 +3,7 @@
 from torch_sagan import functional
 from torch_sagan.attention import SelfAttention2d
 from torch_sagan.checkpoints import load_reference_state_dict
+from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
 from torch_sagan.discriminator import SAGANDiscriminator
 from torch_sagan.generator import SAGANGenerator
 from torch_sagan.losses import (
@@ -25,6 +26,8 @@ from torch_sagan.visualization import attention_overlay
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConditionalBatchNorm2d",
+    "ProjectionHead",
     "SAGANDiscriminator",
     "SAGANGenerator",
     "SelfAttention2d",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["at_least_one"]
+import torch
+from torch import Tensor
+
+__all__ = ["at_least_one", "check_labels", "one_of"]
 
 
 def at_least_one(**sizes: int) -> None:
@@ -10,3 +13,39 @@ def at_least_one(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def one_of(choices: tuple[str, ...], **values: str) -> None:
+    """Raise a ValueError that names the first of the given values that is none of the choices."""
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_labels(labels: object, num_classes: int | None, batch: int, *, on_device: bool = False) -> None:
+    """Raise unless there is one class label in range for each sample, or none where none is wanted.
+
+    The range of labels on another device than the CPU is read back only with ``on_device``, as the networks do once a
+    pass: an index out of range would end the process's use of that device, and every reading waits for it.
+    ``torch.compile`` and ``torch.export`` leave the range unchecked.
+
+    Raises:
+        ValueError: for labels that are missing, not wanted, of another shape, or out of range.
+        TypeError: for labels that are no integer tensor.
+    """
+    if num_classes is None:
+        if labels is not None:
+            raise ValueError("labels were given, but this is not conditional: num_classes is None")
+        return
+    if labels is None:
+        raise ValueError(f"labels are needed: this is conditional on {num_classes} classes")
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
+        what = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"expected labels as a tensor of int64 or int32, got {what}")
+    if labels.shape != (batch,):
+        raise ValueError(f"expected labels of shape ({batch},), one for each sample, got {tuple(labels.shape)}")
+    if batch and (on_device or labels.is_cpu) and not torch.compiler.is_compiling():
+        least, largest = labels.aminmax()
+        if least < 0 or largest >= num_classes:
+            wrong = int(least) if least < 0 else int(largest)
+            raise ValueError(f"expected labels from 0 to {num_classes - 1}, got {wrong}")

@@ -1,28 +1,56 @@
-"""The up and down blocks that the networks are stacked from, and the plan of the stack."""
+"""The up and down blocks that the networks are stacked from, and the plan of the stack.
+
+Every up block is called as ``block(x, labels)``, with labels None in a network without classes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DownBlock", "UpBlock", "attention_layers", "feature_map_sizes", "stage_widths"]
+from torch_sagan.attention import SelfAttention2d
+from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead, class_embedding
+
+__all__ = [
+    "ConvolutionHead",
+    "DownBlock",
+    "FirstResidualDownBlock",
+    "LatentBlock",
+    "ResidualDownBlock",
+    "ResidualHead",
+    "ResidualUpBlock",
+    "UpBlock",
+    "attention_layers",
+    "feature_map_sizes",
+    "normalized_attention",
+    "stage_widths",
+]
 
 Normalizer = Callable[[nn.Module], nn.Module]
 AttentionFactory = Callable[[int], nn.Module]
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 # The widest stage has 16 times the base width, as in the paper's network; only images above 128 pixels reach it.
 WIDEST = 16
 
 
+# The DCGAN blocks of the PyTorch reference.
+
+
 class UpBlock(nn.Module):
-    """Transposed 4×4 convolution, batch norm, ReLU: twice the size. With ``kernel_size=k, stride=1, padding=0`` the
-    1×1 latent becomes a k×k map."""
+    """Transposed 4×4 convolution, batch norm, ReLU: twice the size.
+
+    With ``kernel_size=k, stride=1, padding=0`` the 1×1 latent becomes a k×k map.
+    """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
+        num_classes: int | None,
         normalize: Normalizer,
         *,
         kernel_size: int = 4,
@@ -31,11 +59,11 @@ class UpBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = normalize(nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride, padding))
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = _batch_norm(out_channels, num_classes)
         self.activation = nn.ReLU()
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.activation(self.norm(self.conv(x)))  # (B, out, 2H, 2W)
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        y: Tensor = self.activation(_normalize(self.norm, self.conv(x), labels))  # (B, out, 2H, 2W)
         return y
 
 
@@ -50,6 +78,122 @@ class DownBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.activation(self.conv(x))  # (B, out, H/2, W/2)
         return y
+
+
+class ConvolutionHead(nn.Module):
+    """The logit of a map: a convolution over the whole of it, and with classes the projection of the map's sum."""
+
+    def __init__(self, channels: int, size: int, num_classes: int | None, normalize: Normalizer) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 1, kernel_size=size)  # not normalised, as in the PyTorch reference
+        if num_classes is not None:
+            self.embedding = normalize(class_embedding(num_classes, channels))
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        logits: Tensor = self.conv(x).flatten()  # (B,)
+        if labels is not None:
+            logits = logits + (self.embedding(labels) * x.sum(dim=(2, 3))).sum(dim=1)  # (B,)
+        return logits
+
+
+# The residual blocks of the paper's released code. Weights start Xavier-uniform, biases zero, before normalisation.
+
+
+class LatentBlock(nn.Module):
+    """The latent (B, z_dim, 1, 1) to the first map, by a linear layer."""
+
+    def __init__(self, z_dim: int, out_channels: int, size: int, normalize: Normalizer) -> None:
+        super().__init__()
+        self.shape = (out_channels, size, size)
+        self.linear = normalize(_xavier(nn.Linear(z_dim, out_channels * size * size)))
+
+    def forward(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        x: Tensor = self.linear(z.flatten(1))  # (B, out · size²)
+        return x.view(len(x), *self.shape)  # (B, out, size, size)
+
+
+class ResidualUpBlock(nn.Module):
+    """Norm, ReLU, nearest ×2, 3×3, norm, ReLU, 3×3, beside nearest ×2, 1×1: twice the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_classes: int | None, normalize: Normalizer) -> None:
+        super().__init__()
+        self.norm1 = _batch_norm(in_channels, num_classes)
+        self.conv1 = normalize(_conv3x3(in_channels, out_channels))
+        self.norm2 = _batch_norm(out_channels, num_classes)
+        self.conv2 = normalize(_conv3x3(out_channels, out_channels))
+        self.shortcut = normalize(_conv1x1(in_channels, out_channels))
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        y = _double(F.relu(_normalize(self.norm1, x, labels)))  # (B, in, 2H, 2W)
+        y = F.relu(_normalize(self.norm2, self.conv1(y), labels))  # (B, out, 2H, 2W)
+        # A 1×1 convolution and a repetition commute: before the repetition it costs a quarter.
+        residual: Tensor = self.conv2(y) + _double(self.shortcut(x))  # (B, out, 2H, 2W)
+        return residual
+
+
+class FirstResidualDownBlock(nn.Module):
+    """3×3, ReLU, 3×3, mean of 2×2, beside mean of 2×2, 1×1: half the size, for images."""
+
+    def __init__(self, in_channels: int, out_channels: int, normalize: Normalizer) -> None:
+        super().__init__()
+        self.conv1 = normalize(_conv3x3(in_channels, out_channels))
+        self.conv2 = normalize(_conv3x3(out_channels, out_channels))
+        self.shortcut = normalize(_conv1x1(in_channels, out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.avg_pool2d(self.conv2(F.relu(self.conv1(x))), 2)  # (B, out, H/2, W/2)
+        residual: Tensor = y + self.shortcut(F.avg_pool2d(x, 2))  # (B, out, H/2, W/2)
+        return residual
+
+
+class ResidualDownBlock(nn.Module):
+    """ReLU, 3×3, ReLU, 3×3, mean of 2×2, beside 1×1, mean of 2×2: half the size."""
+
+    def __init__(self, in_channels: int, out_channels: int, normalize: Normalizer) -> None:
+        super().__init__()
+        self.conv1 = normalize(_conv3x3(in_channels, out_channels))
+        self.conv2 = normalize(_conv3x3(out_channels, out_channels))
+        self.shortcut = normalize(_conv1x1(in_channels, out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.avg_pool2d(self.conv2(F.relu(self.conv1(F.relu(x)))), 2)  # (B, out, H/2, W/2)
+        # A 1×1 convolution and a mean commute: after the mean it costs a quarter.
+        residual: Tensor = y + self.shortcut(F.avg_pool2d(x, 2))  # (B, out, H/2, W/2)
+        return residual
+
+
+class ResidualHead(nn.Module):
+    """The logit of a map: a last residual block of the same size and width, ReLU, the sum over positions, and
+    :class:`ProjectionHead`."""
+
+    def __init__(self, channels: int, num_classes: int | None, normalize: Normalizer) -> None:
+        super().__init__()
+        self.conv1 = normalize(_conv3x3(channels, channels))
+        self.conv2 = normalize(_conv3x3(channels, channels))
+        self.projection = ProjectionHead(channels, num_classes, spectral_norm=normalize)
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        x = x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, H, W)
+        logits: Tensor = self.projection(F.relu(x).sum(dim=(2, 3)), labels)  # (B,)
+        return logits
+
+
+def normalized_attention(channels: int, normalize: Normalizer) -> SelfAttention2d:
+    """The layer of the paper's released code, its projections Xavier-uniform and normalised."""
+    layer = SelfAttention2d.official(channels)
+    for name in ("query", "key", "value", "out"):
+        projection = getattr(layer, name)
+        nn.init.xavier_uniform_(projection.weight)
+        setattr(layer, name, normalize(projection))
+    return layer
+
+
+def to_image(in_channels: int, image_channels: int, normalize: Normalizer) -> nn.Sequential:
+    """Batch norm, ReLU, 3×3 to the image."""
+    return nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(), normalize(_conv3x3(in_channels, image_channels)))
+
+
+# The plan of the stack.
 
 
 def feature_map_sizes(image_size: int) -> list[int]:
@@ -100,3 +244,31 @@ def attention_layers(
     return nn.ModuleDict(
         {str(size): make(width) for size, width in zip(sizes, widths, strict=True) if size in resolutions}
     )
+
+
+def _batch_norm(channels: int, num_classes: int | None) -> nn.Module:
+    return nn.BatchNorm2d(channels) if num_classes is None else ConditionalBatchNorm2d(channels, num_classes)
+
+
+def _normalize(norm: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+    y: Tensor = norm(x) if labels is None else norm(x, labels)
+    return y
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return _xavier(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1))
+
+
+def _conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return _xavier(nn.Conv2d(in_channels, out_channels, kernel_size=1))
+
+
+def _xavier(layer: Layer) -> Layer:
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

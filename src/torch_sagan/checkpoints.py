@@ -13,13 +13,19 @@ from torch_sagan.generator import SAGANGenerator
 
 __all__ = ["load_reference_state_dict"]
 
-NORMALIZED_WEIGHT = {
+# Theirs -> ours, within a normalised layer, an attention layer and a batch norm.
+NORMALIZED = {
+    "bias": "bias",
     "weight_bar": "parametrizations.weight.original",
     "weight_u": "parametrizations.weight.0._u",
     "weight_v": "parametrizations.weight.0._v",
 }
 ATTENTION = {"query_conv": "query", "key_conv": "key", "value_conv": "value"}
 OFFICIAL_ATTENTION = {"theta": "query", "phi": "key", "g": "value", "o": "out"}
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+# BigGAN-PyTorch's own spectral norm keeps a row vector u for each weight and the last sigma, and iterates on v = W u.
+BIGGAN_BUFFERS = ("u0", "sv0")
 
 
 def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -37,6 +43,10 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     The reference normalises every weight along dimension 0, transposed convolutions too. Build the networks with
     ``spectral_norm=functools.partial(spectral_norm, dim=0)``. A ``module.`` before every key (DataParallel) is dropped.
 
+    BigGAN-PyTorch's block may come with the buffers of its spectral norm (``theta.u0``, ``theta.sv0``, ...). Where our
+    projections are spectrally normalised too (:func:`apply_spectral_norm`), u is taken from them and v follows from it;
+    where they are not, the weights are divided by the sigma that u gives, so that the output is the same.
+
     Args:
         model: one of the models above. Nothing is loaded unless everything fits.
         state_dict: the other implementation's weights.
@@ -45,80 +55,94 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         TypeError: for a model of another kind.
         ValueError: when keys are missing, unexpected or of another shape; the message names them.
 
+    >>> import torch
     >>> attention = SelfAttention2d(64)
     >>> load_reference_state_dict(attention, torch.load("attention.pt"))  # doctest: +SKIP
     """
-    names = _names(model)
     if state_dict and all(key.startswith("module.") for key in state_dict):
         state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    ours = model.state_dict()
-    unused = sorted(ours.keys() - names.values())
-    missing = sorted(names.keys() - state_dict.keys())
-    unexpected = sorted(state_dict.keys() - names.keys())
-    misshapen = [
-        f"{key} {tuple(state_dict[key].shape)} instead of {tuple(ours[name].shape)}"
-        for key, name in names.items()
-        if key in state_dict and name in ours and _reshaped(state_dict[key], ours[name]) is None
-    ]
-    absent = sorted(name for name in names.values() if name not in ours)
-    problems = [
-        f"{what}: {', '.join(keys)}"
-        for what, keys in [
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", misshapen),
-            ("without a place in the model", absent),
-            ("of the model, without a source", unused),
-        ]
-        if keys
-    ]
-    if problems:
-        raise ValueError(f"the state dict does not fit {type(model).__name__}: " + "; ".join(problems))
+    if isinstance(model, SelfAttention2d) and any(key.endswith(BIGGAN_BUFFERS) for key in state_dict):
+        state_dict = _with_biggan_buffers_resolved(model, state_dict)
+    targets, names = model.state_dict(keep_vars=True), _names(model)
+    problems = {
+        "missing": [key for key in names if key not in state_dict],
+        "unexpected": [key for key in state_dict if key not in names],
+        "without a place in this model": [key for key, name in names.items() if name not in targets],
+        "of another shape": [
+            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(targets[name].shape)}"
+            for key, name in names.items()
+            if key in state_dict and name in targets and not _same_shape(state_dict[key], targets[name])
+        ],
+        "in this model without a source": sorted(set(targets) - set(names.values())),
+    }
+    found = [f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"the state dict does not fit {type(model).__name__}: {'; '.join(found)}")
     with torch.no_grad():
         for key, name in names.items():
-            ours[name].copy_(state_dict[key].view_as(ours[name]))
+            targets[name].copy_(state_dict[key].view_as(targets[name]))
 
 
-def _reshaped(source: Tensor, target: Tensor) -> Tensor | None:
-    """The source in the target's shape, where that only adds or drops dimensions of size one (a scalar gamma)."""
-    if [size for size in source.shape if size > 1] != [size for size in target.shape if size > 1]:
-        return None
-    return source.view_as(target)
+def _same_shape(source: Tensor, target: Tensor) -> bool:
+    """Whether the shapes agree; a scalar and a tensor of one element do (gamma)."""
+    return source.shape == target.shape or source.numel() == target.numel() == 1
 
 
 def _names(model: nn.Module) -> dict[str, str]:
     """The other implementation's key -> our key."""
     if isinstance(model, SAGANGenerator):
-        return _network_names(model, "to_image", normalized_with_batch_norm=True)
+        return _network_names(model, "to_image")
     if isinstance(model, SAGANDiscriminator):
-        return _network_names(model, "to_logit", normalized_with_batch_norm=False)
+        return _network_names(model, "to_logit.conv")
     if isinstance(model, SelfAttention2d):
         return _attention_names(model)
     raise TypeError(f"expected a SAGANGenerator, a SAGANDiscriminator or a SelfAttention2d, got {type(model).__name__}")
 
 
-def _network_names(
-    model: SAGANGenerator | SAGANDiscriminator, last: str, *, normalized_with_batch_norm: bool
-) -> dict[str, str]:
-    names = {}
-    for i in range(len(model.blocks)):
-        names[f"l{i + 1}.0.module.bias"] = f"blocks.{i}.conv.bias"
-        for theirs, ours in NORMALIZED_WEIGHT.items():
-            names[f"l{i + 1}.0.module.{theirs}"] = f"blocks.{i}.conv.{ours}"
-        if normalized_with_batch_norm:
-            for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                names[f"l{i + 1}.1.{key}"] = f"blocks.{i}.norm.{key}"
+def _network_names(model: SAGANGenerator | SAGANDiscriminator, last: str) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for i, block in enumerate(model.blocks):
+        names |= {f"l{i + 1}.0.module.{theirs}": f"blocks.{i}.conv.{ours}" for theirs, ours in NORMALIZED.items()}
+        if hasattr(block, "norm"):
+            names |= {f"l{i + 1}.1.{key}": f"blocks.{i}.norm.{key}" for key in BATCH_NORM}
     for i, (size, layer) in enumerate(model.attention.items()):
-        for theirs, ours in _attention_names(layer).items():
-            names[f"attn{i + 1}.{theirs}"] = f"attention.{size}.{ours}"
-    for key in ("weight", "bias"):
-        names[f"last.0.{key}"] = f"{last}.{key}"
-    return names
+        names |= {
+            f"attn{i + 1}.{theirs}": f"attention.{size}.{ours}" for theirs, ours in _attention_names(layer).items()
+        }
+    return names | {f"last.0.{key}": f"{last}.{key}" for key in ("weight", "bias")}
 
 
 def _attention_names(layer: nn.Module) -> dict[str, str]:
-    official = not isinstance(layer.out, nn.Identity)
-    modules = OFFICIAL_ATTENTION if official else ATTENTION
-    keys = ("weight",) if official else ("weight", "bias")
-    names = {f"{theirs}.{key}": f"{ours}.{key}" for theirs, ours in modules.items() for key in keys}
-    return names | {"gamma": "gamma"}
+    if isinstance(layer.out, nn.Identity):
+        names = {f"{theirs}.{key}": f"{ours}.{key}" for theirs, ours in ATTENTION.items() for key in ("weight", "bias")}
+        return names | {"gamma": "gamma"}
+    names = {"gamma": "gamma"}
+    for theirs, ours in OFFICIAL_ATTENTION.items():
+        if hasattr(layer.get_submodule(ours), "parametrizations"):
+            names[f"{theirs}.weight"] = f"{ours}.{NORMALIZED['weight_bar']}"
+            names[f"{theirs}.u"], names[f"{theirs}.v"] = (
+                f"{ours}.{NORMALIZED[key]}" for key in ("weight_u", "weight_v")
+            )
+        else:
+            names[f"{theirs}.weight"] = f"{ours}.weight"
+    return names
+
+
+def _with_biggan_buffers_resolved(layer: SelfAttention2d, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``theta.weight, theta.u0, theta.sv0`` into what :func:`_attention_names` asks for.
+
+    BigGAN-PyTorch's u0 is (1, h). Its evaluation computes v = uW / |uW| and sigma = v Wᵀ u' with u' = vWᵀ / |vWᵀ|.
+    """
+    resolved = {key: value for key, value in state_dict.items() if not key.endswith(BIGGAN_BUFFERS)}
+    for theirs, ours in OFFICIAL_ATTENTION.items():
+        weight, u = state_dict.get(f"{theirs}.weight"), state_dict.get(f"{theirs}.u0")
+        if weight is None or u is None or u.numel() != len(weight):
+            continue  # reported as missing, or of another shape
+        matrix = weight.flatten(1)  # (h, w)
+        v = nn.functional.normalize(matrix.mT @ u.flatten(), dim=0)  # (w,)
+        image = matrix @ v  # (h,)
+        if hasattr(layer.get_submodule(ours), "parametrizations"):
+            resolved[f"{theirs}.u"], resolved[f"{theirs}.v"] = nn.functional.normalize(image, dim=0), v
+        else:
+            resolved[f"{theirs}.weight"] = weight / torch.linalg.vector_norm(image)
+    return resolved

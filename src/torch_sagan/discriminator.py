@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from torch_sagan.arguments import at_least_one
+from torch_sagan.arguments import at_least_one, check_labels, one_of
 from torch_sagan.attention import SelfAttention2d
 from torch_sagan.blocks import (
     AttentionFactory,
+    ConvolutionHead,
     DownBlock,
+    FirstResidualDownBlock,
     Normalizer,
+    ResidualDownBlock,
+    ResidualHead,
     attention_layers,
     feature_map_sizes,
+    normalized_attention,
     stage_widths,
 )
 from torch_sagan.spectral import spectral_norm
@@ -26,29 +32,44 @@ __all__ = ["SAGANDiscriminator"]
 class SAGANDiscriminator(nn.Module):
     r"""A discriminator with self-attention and spectral normalisation: images (B, image_channels, S, S) -> logits (B,).
 
-    At 64 pixels these are the layers of the PyTorch implementation that most tutorials copy::
+    ``architecture="dcgan"`` at 64 pixels has the layers of the PyTorch implementation that most tutorials copy::
 
         3@64 -> 64@32 -> 128@16 -> 256@8, attention -> 512@4, attention -> 1
 
     Each stage is a 4×4 convolution of stride 2 with spectral norm and a leaky ReLU of slope 0.1; the last convolution,
-    which spans the whole last map, and the projections of the attention are not normalised. Other sizes as in
-    :class:`SAGANGenerator`.
+    which spans the whole last map, and the projections of the attention are not normalised.
+
+    ``architecture="resnet"`` is the paper's released code, at 128 pixels::
+
+        3@128 -> 64@64 -> 128@32, attention -> 256@16 -> 512@8 -> 1024@4 -> 1024@4 -> ReLU, sum over positions -> 1
+
+    Each stage is a residual block (two 3×3 convolutions, mean of 2×2, a 1×1 shortcut), the attention is
+    :meth:`SelfAttention2d.official`, and every weight is normalised. Weights start Xavier-uniform and biases zero,
+    before they are normalised.
+
+    Other sizes as in :class:`SAGANGenerator`. With classes, the logit also has the projection of the class on the
+    features (:class:`ProjectionHead`).
 
     Args:
         image_size: S, the width and height of the images: 4, 5, 6 or 7 doubled at least once.
         base_channels: channels of the largest feature map.
         image_channels: channels of the images.
-        architecture: ``"dcgan"``, the layers above.
-        attention_resolutions: sizes of the feature maps that get attention, () for none. Default: the last two.
-        attention: ``attention(channels) -> Module``. Default: :class:`SelfAttention2d`.
-        spectral_norm: ``spectral_norm(module) -> module`` applied to each stage's convolution, or None for none
-            (as a gradient penalty wants it).
+        num_classes: classes of a conditional network, or None.
+        architecture: ``"dcgan"`` or ``"resnet"``.
+        attention_resolutions: sizes of the feature maps that get attention, () for none. Default of ``"dcgan"``: the
+            last two; of ``"resnet"``: 32, or the largest below.
+        attention: ``attention(channels) -> Module``. Default: the architecture's own.
+        spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalises, or
+            None for none (as a gradient penalty wants it). An ``attention`` of your own is left as it comes.
 
     Raises:
-        ValueError: for a size that cannot be built, and for attention resolutions that do not occur (the message
-            lists those that do); in ``forward`` for images of another shape.
+        ValueError: for a size that cannot be built, an unknown architecture, and attention resolutions that do not
+            occur (the message lists those that do); in ``forward`` for images of another shape.
+        ValueError, TypeError: in ``forward``, for labels that are missing or given when not wanted, or of another
+            shape, type or range.
 
-    Source: Zhang et al., arXiv:1805.08318; layers as in heykeetae/Self-Attention-GAN.
+    Source: Zhang et al., arXiv:1805.08318; layers as in heykeetae/Self-Attention-GAN (``"dcgan"``) and
+    brain-research/self-attention-gan (``"resnet"``).
 
     >>> import torch
     >>> discriminator = SAGANDiscriminator(64)
@@ -63,40 +84,64 @@ class SAGANDiscriminator(nn.Module):
         *,
         base_channels: int = 64,
         image_channels: int = 3,
-        architecture: Literal["dcgan"] = "dcgan",
+        num_classes: int | None = None,
+        architecture: Literal["dcgan", "resnet"] = "dcgan",
         attention_resolutions: Iterable[int] | None = None,
         attention: AttentionFactory | None = None,
         spectral_norm: Normalizer | None = spectral_norm,
     ) -> None:
         super().__init__()
-        if architecture != "dcgan":
-            raise ValueError(f"architecture must be 'dcgan', got {architecture!r}")
         at_least_one(base_channels=base_channels, image_channels=image_channels)
+        at_least_one(num_classes=1 if num_classes is None else num_classes)
+        one_of(("dcgan", "resnet"), architecture=architecture)
         normalize = spectral_norm or (lambda module: module)
         sizes = feature_map_sizes(image_size)[::-1]
         widths = stage_widths(base_channels, len(sizes))[::-1]
-        if attention_resolutions is None:
-            attention_resolutions = sizes[-2:]
+
+        if architecture == "dcgan":
+            blocks: list[nn.Module] = [
+                DownBlock(narrow, wide, normalize) for narrow, wide in pairwise([image_channels, *widths])
+            ]
+            head: nn.Module = ConvolutionHead(widths[-1], sizes[-1], num_classes, normalize)
+            default_resolutions = sizes[-2:]
+            default_attention: AttentionFactory = SelfAttention2d
+        else:
+            blocks = [FirstResidualDownBlock(image_channels, widths[0], normalize)]
+            blocks += [ResidualDownBlock(narrow, wide, normalize) for narrow, wide in pairwise(widths)]
+            head = ResidualHead(widths[-1], num_classes, normalize)
+            default_resolutions = [max(size for size in sizes if size <= 32)]
+            default_attention = partial(normalized_attention, normalize=normalize)
 
         self.image_shape = (image_channels, image_size, image_size)
+        self.num_classes = num_classes
         self.sizes = sizes
-        self.blocks = nn.ModuleList(
-            DownBlock(narrow, wide, normalize) for narrow, wide in pairwise([image_channels, *widths])
+        self.blocks = nn.ModuleList(blocks)
+        self.attention = attention_layers(
+            default_resolutions if attention_resolutions is None else attention_resolutions,
+            sizes,
+            widths,
+            attention or default_attention,
         )
-        self.attention = attention_layers(attention_resolutions, sizes, widths, attention or SelfAttention2d)
-        self.to_logit = nn.Conv2d(widths[-1], 1, kernel_size=sizes[-1])
+        self.to_logit = head
 
     @overload
-    def forward(self, images: Tensor, *, return_attention: Literal[False] = False) -> Tensor: ...
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, *, return_attention: Literal[False] = False
+    ) -> Tensor: ...
 
     @overload
-    def forward(self, images: Tensor, *, return_attention: Literal[True]) -> tuple[Tensor, list[Tensor]]: ...
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, *, return_attention: Literal[True]
+    ) -> tuple[Tensor, list[Tensor]]: ...
 
-    def forward(self, images: Tensor, *, return_attention: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, *, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Judge images.
 
         Args:
             images: (B, image_channels, S, S), in the range of the generator's.
+            labels: (B,) classes from 0 to num_classes - 1, for a conditional network alone.
             return_attention: also return the attention maps.
 
         Returns:
@@ -106,6 +151,7 @@ class SAGANDiscriminator(nn.Module):
         if images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"expected images (B, {expected}), got {tuple(images.shape)}")
+        check_labels(labels, self.num_classes, len(images), on_device=True)
         maps = []
         x = images
         for size, block in zip(self.sizes, self.blocks, strict=True):
@@ -117,5 +163,5 @@ class SAGANDiscriminator(nn.Module):
                     maps.append(attention)  # (B, N, M)
                 else:
                     x = layer(x)  # (B, width, size, size)
-        logits: Tensor = self.to_logit(x).flatten()  # (B,)
+        logits: Tensor = self.to_logit(x, labels)  # (B,)
         return (logits, maps) if return_attention else logits

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from torch_sagan.arguments import at_least_one
+from torch_sagan.arguments import at_least_one, check_labels, one_of
 from torch_sagan.attention import SelfAttention2d
 from torch_sagan.blocks import (
     AttentionFactory,
+    LatentBlock,
     Normalizer,
+    ResidualUpBlock,
     UpBlock,
     attention_layers,
     feature_map_sizes,
+    normalized_attention,
     stage_widths,
+    to_image,
 )
 from torch_sagan.spectral import spectral_norm
 
@@ -26,37 +31,56 @@ __all__ = ["SAGANGenerator"]
 class SAGANGenerator(nn.Module):
     r"""A generator with self-attention and spectral normalisation: z (B, z_dim) -> images (B, image_channels, S, S).
 
-    At 64 pixels these are the layers of the PyTorch implementation that most tutorials copy::
+    ``architecture="dcgan"`` at 64 pixels has the layers of the PyTorch implementation that most tutorials copy::
 
         z 128 -> 512@4 -> 256@8 -> 128@16, attention -> 64@32, attention -> 3@64, tanh
 
     Each stage is a transposed 4×4 convolution with spectral norm, batch norm and ReLU; the last convolution and the
-    projections of the attention are not normalised. Other sizes have as many stages as they need; the first map is
-    4, 5, 6 or 7 pixels wide, and widths double from ``base_channels`` beside the image up to 16 times that.
+    projections of the attention are not normalised.
+
+    ``architecture="resnet"`` is the paper's released code, at 128 pixels::
+
+        z 128 -> 1024@4 -> 1024@8 -> 512@16 -> 256@32, attention -> 128@64 -> 64@128 -> 3@128, tanh
+
+    Each stage is a residual block (nearest ×2, two 3×3 convolutions, a 1×1 shortcut), the attention is
+    :meth:`SelfAttention2d.official`, and every weight is normalised. Weights start Xavier-uniform and biases zero,
+    before they are normalised.
+
+    Other sizes have as many stages as they need; the first map is 4, 5, 6 or 7 pixels wide, and widths double from
+    ``base_channels`` beside the image up to 16 times that.
 
     Args:
         image_size: S, the width and height of the images: 4, 5, 6 or 7 doubled at least once.
         z_dim: length of the latent vector.
         base_channels: channels of the largest feature map.
         image_channels: channels of the images.
-        architecture: ``"dcgan"``, the layers above.
-        attention_resolutions: sizes of the feature maps that get attention, () for none. Default: those of 16 to 32
-            pixels, or the largest map where there are none.
-        attention: ``attention(channels) -> Module``. Default: :class:`SelfAttention2d`.
-        spectral_norm: ``spectral_norm(module) -> module`` applied to each stage's convolution, or None for none.
+        num_classes: classes of a conditional network, whose batch norms have a scale and shift for each class
+            (:class:`ConditionalBatchNorm2d`); None for none.
+        architecture: ``"dcgan"`` or ``"resnet"``.
+        attention_resolutions: sizes of the feature maps that get attention, () for none. Default of ``"dcgan"``: those
+            of 16 to 32 pixels, or the largest map where there are none; of ``"resnet"``: 32, or the largest below.
+        attention: ``attention(channels) -> Module``. Default: the architecture's own.
+        spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalises, or
+            None for none. An ``attention`` of your own is left as it comes.
         output_activation: makes the last activation. The default, tanh, gives images in [-1, 1].
 
     Raises:
-        ValueError: for a size that cannot be built, and for attention resolutions that do not occur (the message
-            lists those that do); in ``forward`` for a z of another shape.
+        ValueError: for a size that cannot be built, an unknown architecture, and attention resolutions that do not
+            occur (the message lists those that do); in ``forward`` for a z of another shape.
+        ValueError, TypeError: in ``forward``, for labels that are missing or given when not wanted, or of another
+            shape, type or range.
 
-    Source: Zhang et al., arXiv:1805.08318; layers as in heykeetae/Self-Attention-GAN.
+    Source: Zhang et al., arXiv:1805.08318; layers as in heykeetae/Self-Attention-GAN (``"dcgan"``) and
+    brain-research/self-attention-gan (``"resnet"``).
 
     >>> import torch
     >>> generator = SAGANGenerator(64)
     >>> images, maps = generator(torch.randn(2, 128), return_attention=True)
     >>> images.shape, [attention.shape[1:] for attention in maps]
     (torch.Size([2, 3, 64, 64]), [torch.Size([256, 256]), torch.Size([1024, 1024])])
+    >>> digits = SAGANGenerator(28, image_channels=1, num_classes=10, attention_resolutions=(7,))
+    >>> digits(torch.randn(2, 128), torch.tensor([3, 8])).shape
+    torch.Size([2, 1, 28, 28])
     """
 
     def __init__(
@@ -66,43 +90,68 @@ class SAGANGenerator(nn.Module):
         z_dim: int = 128,
         base_channels: int = 64,
         image_channels: int = 3,
-        architecture: Literal["dcgan"] = "dcgan",
+        num_classes: int | None = None,
+        architecture: Literal["dcgan", "resnet"] = "dcgan",
         attention_resolutions: Iterable[int] | None = None,
         attention: AttentionFactory | None = None,
         spectral_norm: Normalizer | None = spectral_norm,
         output_activation: Callable[[], nn.Module] = nn.Tanh,
     ) -> None:
         super().__init__()
-        if architecture != "dcgan":
-            raise ValueError(f"architecture must be 'dcgan', got {architecture!r}")
         at_least_one(z_dim=z_dim, base_channels=base_channels, image_channels=image_channels)
+        at_least_one(num_classes=1 if num_classes is None else num_classes)
+        one_of(("dcgan", "resnet"), architecture=architecture)
         normalize = spectral_norm or (lambda module: module)
         sizes = feature_map_sizes(image_size)
         widths = stage_widths(base_channels, len(sizes))
-        if attention_resolutions is None:
-            attention_resolutions = [size for size in sizes if 16 <= size <= 32] or sizes[-1:]
+
+        if architecture == "dcgan":
+            blocks: list[nn.Module] = [
+                UpBlock(z_dim, widths[0], num_classes, normalize, kernel_size=sizes[0], stride=1, padding=0)
+            ]
+            blocks += [UpBlock(wide, narrow, num_classes, normalize) for wide, narrow in pairwise(widths)]
+            last: nn.Module = nn.ConvTranspose2d(widths[-1], image_channels, kernel_size=4, stride=2, padding=1)
+            default_resolutions = [size for size in sizes if 16 <= size <= 32] or sizes[-1:]
+            default_attention: AttentionFactory = SelfAttention2d
+        else:
+            sizes, widths = [*sizes, image_size], [widths[0], *widths]
+            blocks = [LatentBlock(z_dim, widths[0], sizes[0], normalize)]
+            blocks += [ResidualUpBlock(wide, narrow, num_classes, normalize) for wide, narrow in pairwise(widths)]
+            last = to_image(widths[-1], image_channels, normalize)
+            default_resolutions = [max(size for size in sizes if size <= 32)]
+            default_attention = partial(normalized_attention, normalize=normalize)
 
         self.z_dim = z_dim
+        self.num_classes = num_classes
         self.sizes = sizes
-        self.blocks = nn.ModuleList(
-            [UpBlock(z_dim, widths[0], normalize, kernel_size=sizes[0], stride=1, padding=0)]
-            + [UpBlock(wide, narrow, normalize) for wide, narrow in pairwise(widths)]
+        self.blocks = nn.ModuleList(blocks)
+        self.attention = attention_layers(
+            default_resolutions if attention_resolutions is None else attention_resolutions,
+            sizes,
+            widths,
+            attention or default_attention,
         )
-        self.attention = attention_layers(attention_resolutions, sizes, widths, attention or SelfAttention2d)
-        self.to_image = nn.ConvTranspose2d(widths[-1], image_channels, kernel_size=4, stride=2, padding=1)
+        self.to_image = last
         self.output_activation = output_activation()
 
     @overload
-    def forward(self, z: Tensor, *, return_attention: Literal[False] = False) -> Tensor: ...
+    def forward(
+        self, z: Tensor, labels: Tensor | None = None, *, return_attention: Literal[False] = False
+    ) -> Tensor: ...
 
     @overload
-    def forward(self, z: Tensor, *, return_attention: Literal[True]) -> tuple[Tensor, list[Tensor]]: ...
+    def forward(
+        self, z: Tensor, labels: Tensor | None = None, *, return_attention: Literal[True]
+    ) -> tuple[Tensor, list[Tensor]]: ...
 
-    def forward(self, z: Tensor, *, return_attention: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, z: Tensor, labels: Tensor | None = None, *, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Draw images.
 
         Args:
             z: (B, z_dim) or (B, z_dim, 1, 1), usually standard normal.
+            labels: (B,) classes from 0 to num_classes - 1, for a conditional network alone.
             return_attention: also return the attention maps.
 
         Returns:
@@ -111,10 +160,11 @@ class SAGANGenerator(nn.Module):
         """
         if z.shape[1:] not in ((self.z_dim,), (self.z_dim, 1, 1)):
             raise ValueError(f"expected z (B, {self.z_dim}) or (B, {self.z_dim}, 1, 1), got {tuple(z.shape)}")
+        check_labels(labels, self.num_classes, len(z), on_device=True)
         maps = []
         x = z.reshape(len(z), self.z_dim, 1, 1)  # (B, z_dim, 1, 1)
         for size, block in zip(self.sizes, self.blocks, strict=True):
-            x = block(x)  # (B, width, size, size)
+            x = block(x, labels)  # (B, width, size, size)
             if str(size) in self.attention:
                 layer = self.attention[str(size)]
                 if return_attention:

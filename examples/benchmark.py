@@ -1,0 +1,506 @@
+"""How fast the layers are, as ratios against the plain way of writing them, measured in one process.
+
+    python examples/benchmark.py                          # everything, some ten minutes on two CPU cores
+    python examples/benchmark.py attention                # one part: rates, attention, growth, spectral, step
+    python examples/benchmark.py --device cuda --json benchmark.json --plot growth.png
+
+Each number is the median of repeats that take turns with the baseline's, so that a machine whose speed drifts does not
+favour either. A ratio above 1 says how many times as fast as the plain way the library is. The plain way is what the
+public PyTorch implementations do: two ``bmm`` and a softmax; power iterations with a dozen small operations; generated
+images tracked in the discriminator's step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import torch_sagan
+from torch_sagan import (
+    SAGANDiscriminator,
+    SAGANGenerator,
+    SelfAttention2d,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    spectral_norm,
+)
+
+ATTENTION_SHAPES = [(16, 256, 8), (16, 128, 16), (16, 64, 32), (4, 64, 64), (1, 32, 128)]  # B, C, H = W
+MEMORY_FROM = 32 * 32  # positions; below, the process's own noise is larger than the map
+
+Run = Callable[[], object]
+
+
+# The plain way of writing things, as the public implementations do.
+
+
+class PlainAttention(nn.Module):
+    """The layer's equation, written down: the N×N map is held, and kept for the backward."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query = nn.Conv2d(channels, channels // 8, 1)
+        self.key = nn.Conv2d(channels, channels // 8, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attention = torch.softmax(torch.bmm(query.transpose(1, 2), key), dim=-1)  # (B, N, N)
+        return torch.bmm(value, attention.transpose(1, 2))  # (B, C, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = self.attend(self.query(x).flatten(2), self.key(x).flatten(2), self.value(x).flatten(2))
+        return self.gamma * attended.view_as(x) + x  # (B, C, H, W)
+
+
+class SDPAttention(PlainAttention):
+    """The same through PyTorch's scaled_dot_product_attention."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2).unsqueeze(1) for t in (query, key, value))  # (B, 1, N, ·)
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1).transpose(1, 2)  # (B, C, N)
+
+
+class PlainSpectralNorm(nn.Module):
+    """A layer whose weight is divided by its spectral norm before each use, with u and v as parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        del module.weight
+        self.weight_bar = weight
+        self.u = nn.Parameter(F.normalize(torch.randn(weight.shape[0]), dim=0), requires_grad=False)
+        self.v = nn.Parameter(F.normalize(torch.randn(weight[0].numel()), dim=0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix = self.weight_bar.view(len(self.weight_bar), -1)
+        v = torch.mv(torch.t(matrix.detach()), self.u.detach())
+        self.v.data = v / (v.norm() + 1e-12)
+        u = torch.mv(matrix.detach(), self.v.detach())
+        self.u.data = u / (u.norm() + 1e-12)
+        sigma = self.u.clone().dot(matrix.mv(self.v.clone()))
+        self.module.weight = self.weight_bar / sigma.expand_as(self.weight_bar)
+        y: Tensor = self.module(x)
+        return y
+
+
+# Measuring.
+
+
+class Stopwatch:
+    """Medians of interleaved repeats, in seconds."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device = device
+        self.seconds = seconds
+
+    def __call__(self, **runs: Run) -> dict[str, float]:
+        """Take turns until the time is used up (five turns at least), after one turn that does not count."""
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for run in runs.values():
+            run()
+        begin = time.perf_counter()
+        while min(map(len, times.values())) < 5 or time.perf_counter() - begin < self.seconds:
+            for name, run in runs.items():
+                self._synchronize()
+                start = time.perf_counter()
+                run()
+                self._synchronize()
+                times[name].append(time.perf_counter() - start)
+        return {name: statistics.median(values) for name, values in times.items()}
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def forward_backward(module: nn.Module, x: Tensor, gradient: Tensor) -> Run:
+    """One training pass, with the gradients of the input and of all parameters."""
+    x = x.clone().requires_grad_()
+    inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
+
+    def run() -> None:
+        torch.autograd.grad(module(x), inputs, gradient)
+
+    return run
+
+
+def forward_only(module: nn.Module, x: Tensor) -> Run:
+    def run() -> None:
+        with torch.no_grad():
+            module(x)
+
+    return run
+
+
+def attention_layers(channels: int, device: torch.device) -> dict[str, nn.Module]:
+    kinds: dict[str, Callable[[int], nn.Module]] = {
+        "plain": PlainAttention,
+        "sdpa": SDPAttention,
+        "ours": SelfAttention2d,
+    }
+    layers = {}
+    for name, kind in kinds.items():
+        torch.manual_seed(0)
+        layers[name] = kind(channels).to(device)
+        with torch.no_grad():
+            layers[name].gamma.fill_(0.5)  # type: ignore[operator]
+    return layers
+
+
+def can_measure_memory(device: torch.device) -> bool:
+    return device.type == "cuda" or sys.platform == "linux"
+
+
+def peak_memory(kind: str, shape: tuple[int, int, int], device: torch.device) -> float:
+    """MiB that one forward and backward take beyond what was there before, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (kind, shape, device))
+
+
+def _peak_memory(kind: str, shape: tuple[int, int, int], device: torch.device) -> float:
+    batch, channels, size = shape
+    layer = attention_layers(channels, device)[kind]
+    small = torch.randn(1, channels, 40, 40, device=device)
+    forward_backward(layer, small, torch.ones_like(small))()  # libraries make their own buffers at first use
+    x = torch.randn(batch, channels, size, size, device=device)
+    run = forward_backward(layer, x, torch.ones_like(x))
+    if device.type == "cuda":
+        allocated = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _resident("VmHWM")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(line: str) -> float:
+    """MiB of this process, now (VmRSS) or at the peak (VmHWM), as Linux tells it."""
+    status = dict(entry.split(":", 1) for entry in Path("/proc/self/status").read_text().splitlines())
+    return int(status[line].split()[0]) / 2**10
+
+
+# The parts.
+
+
+def rates(watch: Stopwatch) -> dict[str, float]:
+    """What this machine does at best: products (GFLOP/s), exponentials (G/s) and copies (GB/s, read and written)."""
+    n = 2048 if watch.device.type == "cpu" else 8192
+    matrix = torch.randn(n, n, device=watch.device)
+    cached = torch.rand(2**17 if watch.device.type == "cpu" else 2**26, device=watch.device)
+    large = torch.randn(2**25, device=watch.device)
+    into, target = torch.empty_like(cached), torch.empty_like(large)
+    seconds = watch(
+        product=lambda: matrix @ matrix,
+        exponential=lambda: torch.exp2(cached, out=into),
+        copy=lambda: target.copy_(large),
+    )
+    return {
+        "product": 2 * n**3 / seconds["product"] / 1e9,
+        "exponential": cached.numel() / seconds["exponential"] / 1e9,
+        "copy": 2 * 4 * large.numel() / seconds["copy"] / 1e9,
+    }
+
+
+def bound(shape: tuple[int, int, int], rate: dict[str, float]) -> tuple[float, float]:
+    """The least seconds for forward, and forward + backward with recomputation: products, exponentials, and reading or
+    writing each tensor of the layer once."""
+    batch, channels, size = shape
+    d, e, n = max(1, channels // 8), channels, size * size
+    maps, projections = batch * n * n, 2 * batch * n * channels * (2 * d + e)
+    tensors = 4 * batch * n * (2 * d + 4 * e)
+
+    def seconds(flops: float, exponentials: float, moved: float) -> float:
+        return (flops / rate["product"] + exponentials / rate["exponential"] + moved / rate["copy"]) / 1e9
+
+    forward = seconds(2 * maps * (d + e) + projections, maps, tensors)
+    backward = seconds(2 * maps * (3 * d + 2 * e) + 2 * projections, maps, 2 * tensors)
+    return forward, forward + backward
+
+
+def attention(watch: Stopwatch, dtype: torch.dtype, rate: dict[str, float]) -> list[dict[str, Any]]:
+    """The layer at five shapes: time forward, forward + backward, and memory."""
+    rows = []
+    for shape in ATTENTION_SHAPES:
+        batch, channels, size = shape
+        layers = attention_layers(channels, watch.device)
+        x = torch.randn(batch, channels, size, size, device=watch.device)
+        gradient = torch.randn_like(x)
+        with autocast(watch.device, dtype):
+            forward = watch(**{name: forward_only(layer, x) for name, layer in layers.items()})
+            both = watch(**{name: forward_backward(layer, x, gradient) for name, layer in layers.items()})
+        row: dict[str, Any] = {"B, C, H×W": f"{batch}, {channels}, {size}×{size}"}
+        for what, seconds, least in zip(("forward", "both"), (forward, both), bound(shape, rate), strict=True):
+            row |= {
+                f"{what}: plain ms": 1e3 * seconds["plain"],
+                "ours ms" if what == "forward" else "ours  ms": 1e3 * seconds["ours"],
+                f"{what} plain/ours": seconds["plain"] / seconds["ours"],
+                f"{what} sdpa/ours": seconds["sdpa"] / seconds["ours"],
+            }
+            if dtype == torch.float32:
+                row[f"{what} of bound"] = f"{least / seconds['ours']:.0%}"
+        if size * size >= MEMORY_FROM and can_measure_memory(watch.device) and dtype == torch.float32:
+            row["MiB plain"], row["sdpa"], row["ours"] = (
+                peak_memory(kind, shape, watch.device) for kind in ("plain", "sdpa", "ours")
+            )
+        rows.append(row)
+        show(rows[-1:], header=len(rows) == 1)
+    return rows
+
+
+def growth(watch: Stopwatch) -> list[dict[str, Any]]:
+    """How the time and the memory of one training pass grow: with N, with B and with C."""
+    rows = []
+    sizes = (8, 16, 32, 64, 96, 128)
+    for shape in [(1, 64, size) for size in sizes] + [(b, 64, 32) for b in (4, 16)] + [(1, c, 64) for c in (16, 256)]:
+        batch, channels, size = shape
+        layers = attention_layers(channels, watch.device)
+        x = torch.randn(batch, channels, size, size, device=watch.device)
+        seconds = watch(**{name: forward_backward(layer, x, torch.ones_like(x)) for name, layer in layers.items()})
+        memory = {name: peak_memory(name, shape, watch.device) for name in layers if can_measure_memory(watch.device)}
+        rows.append(
+            {"B": batch, "C": channels, "N": size * size}
+            | {f"{name} ms": 1e3 * value for name, value in seconds.items()}
+            | {f"{name} MiB": value for name, value in memory.items()}
+        )
+        show(rows[-1:], header=len(rows) == 1)
+    return rows
+
+
+def spectral(watch: Stopwatch) -> list[dict[str, Any]]:
+    """What spectral norm adds to a training pass of one convolution, and of the whole 64-pixel discriminator."""
+    kinds: dict[str, Callable[[nn.Module], nn.Module] | None] = {
+        "none": None,
+        "torch": parametrizations.spectral_norm,
+        "ours": spectral_norm,
+    }
+    convolutions: dict[str, nn.Module] = {}
+    for name, normalize in kinds.items():
+        convolution = nn.Conv2d(256, 512, 4, 2, 1).to(watch.device)
+        convolutions[name] = normalize(convolution) if normalize else convolution
+    networks: dict[str, nn.Module] = {
+        name: SAGANDiscriminator(64, spectral_norm=normalize).to(watch.device) for name, normalize in kinds.items()
+    }
+    comparisons: list[tuple[str, dict[str, nn.Module], Tensor]] = [
+        ("Conv2d(256, 512, 4) to 4×4, batch 1", convolutions, torch.randn(1, 256, 8, 8, device=watch.device)),
+        ("discriminator, 64 px, batch 8", networks, torch.randn(8, 3, 64, 64, device=watch.device)),
+    ]
+    rows = []
+    for title, modules, x in comparisons:
+        gradient = torch.ones_like(modules["none"](x))
+        seconds = watch(**{name: forward_backward(module, x, gradient) for name, module in modules.items()})
+        extra = {name: seconds[name] - seconds["none"] for name in ("torch", "ours")}
+        rows.append(
+            {"spectral norm on": title}
+            | {f"{name} ms": 1e3 * value for name, value in seconds.items()}
+            | {"extra torch ms": 1e3 * extra["torch"], "extra ours ms": 1e3 * extra["ours"]}
+            | {"ours/torch": extra["ours"] / extra["torch"]}
+        )
+    show(rows)
+    return rows
+
+
+def plain_step(batch: int, device: torch.device, dtype: torch.dtype) -> Run:
+    """The step of the public implementations: three passes of D, everything tracked, Adam as it comes."""
+    generator = SAGANGenerator(64, attention=PlainAttention, spectral_norm=PlainSpectralNorm).to(device)
+    discriminator = SAGANDiscriminator(64, attention=PlainAttention, spectral_norm=PlainSpectralNorm).to(device)
+    g_adam, d_adam = adam(generator, 1e-4, fused=False), adam(discriminator, 4e-4, fused=False)
+    real = torch.randn(batch, 3, 64, 64, device=device).clamp(-1, 1)
+
+    def run() -> None:
+        with autocast(device, dtype):
+            real_logits = discriminator(real)
+            fake_logits = discriminator(generator(torch.randn(batch, 128, device=device)))
+            d_loss = hinge_discriminator_loss(real_logits, fake_logits)
+        d_adam.zero_grad()
+        g_adam.zero_grad()
+        d_loss.backward()
+        d_adam.step()
+        with autocast(device, dtype):
+            g_loss = hinge_generator_loss(discriminator(generator(torch.randn(batch, 128, device=device))))
+        d_adam.zero_grad()
+        g_adam.zero_grad()
+        g_loss.backward()
+        g_adam.step()
+
+    return run
+
+
+def our_step(batch: int, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> Run:
+    """The step of ``examples/train_celeba.py``: images made once, one pass of D, no unread gradients."""
+    generator, discriminator = SAGANGenerator(64).to(device), SAGANDiscriminator(64).to(device)
+    g_adam, d_adam = adam(generator, 1e-4, fused=True), adam(discriminator, 4e-4, fused=True)
+    real = torch.randn(batch, 3, 64, 64, device=device).clamp(-1, 1)
+    run_g: Callable[[Tensor], Tensor] = torch.compile(generator) if compiled else generator
+    run_d: Callable[[Tensor], Tensor] = torch.compile(discriminator) if compiled else discriminator
+
+    def run() -> None:
+        with autocast(device, dtype):
+            fake = run_g(torch.randn(batch, 128, device=device))
+            d_loss = hinge_discriminator_loss(*run_d(torch.cat([real, fake.detach().to(real.dtype)])).chunk(2))
+        d_adam.zero_grad()
+        d_loss.backward()
+        d_adam.step()
+        discriminator.requires_grad_(False)
+        with autocast(device, dtype):
+            g_loss = hinge_generator_loss(run_d(fake))
+        g_adam.zero_grad()
+        g_loss.backward()
+        g_adam.step()
+        discriminator.requires_grad_(True)
+
+    return run
+
+
+def step(watch: Stopwatch, batch: int) -> list[dict[str, Any]]:
+    """One discriminator step and one generator step of the 64-pixel networks."""
+    make = {
+        "plain, float32": partial(plain_step, batch, watch.device, torch.float32),
+        "ours, float32": partial(our_step, batch, watch.device, torch.float32),
+        "ours, float32, compiled": partial(our_step, batch, watch.device, torch.float32, compiled=True),
+    }
+    if multiplies_bfloat16(watch.device):
+        make |= {
+            "plain, bf16": partial(plain_step, batch, watch.device, torch.bfloat16),
+            "ours, bf16": partial(our_step, batch, watch.device, torch.bfloat16),
+            "ours, bf16, compiled": partial(our_step, batch, watch.device, torch.bfloat16, compiled=True),
+        }
+    seconds = watch(**{name: build() for name, build in make.items()})
+    rows = [
+        {f"D + G step, batch {batch}": name, "ms": 1e3 * value, "images/s": batch / value}
+        | {"plain float32 / this": seconds["plain, float32"] / value}
+        for name, value in seconds.items()
+    ]
+    show(rows)
+    return rows
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is worth timing: processors that only emulate it take a minute for what should take a second."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def adam(module: nn.Module, lr: float, *, fused: bool) -> torch.optim.Adam:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.Adam(trained, lr, betas=(0.0, 0.9), fused=fused)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+# Showing.
+
+
+def show(rows: Sequence[dict[str, Any]], *, header: bool = True) -> None:
+    def cell(value: object) -> str:
+        return (
+            f"{value:.{max(0, 2 - int(math.log10(max(abs(value), 1))))}f}" if isinstance(value, float) else str(value)
+        )
+
+    columns = list(rows[0])
+    widths = [max(len(name), *(len(cell(row.get(name, ""))) for row in rows)) for name in columns]
+    if header:
+        print("  ".join(name.rjust(width) for name, width in zip(columns, widths, strict=True)))
+    for row in rows:
+        print(
+            "  ".join(cell(row.get(name, "")).rjust(width) for name, width in zip(columns, widths, strict=True)),
+            flush=True,
+        )
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time and memory of a training pass against N, on logarithmic axes."""
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if row["B"] == 1 and row["C"] == 64]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, unit, title in zip(axes, ("ms", "MiB"), ("time, ms", "extra peak memory, MiB"), strict=True):
+        for name, label in (("plain", "written plainly"), ("sdpa", "torch's SDPA"), ("ours", "SelfAttention2d")):
+            axis.loglog(
+                [row["N"] for row in rows], [max(row[f"{name} {unit}"], 0.1) for row in rows], "o-", label=label
+            )
+        axis.set(xlabel="positions N", title=f"forward + backward: {title}")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("rates", "attention", "growth", "spectral", "step")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time for each comparison (default: 5)")
+    parser.add_argument("--batch-size", type=int, help="images in a step (default: 32, on CUDA 64)")
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    parser.add_argument("--plot", type=Path, help="also draw the part growth to this PNG (needs matplotlib)")
+    arguments = parser.parse_args()
+    unknown = set(arguments.parts) - set(parts)
+    if unknown:
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(parts)}")
+    if arguments.plot and arguments.parts and "growth" not in arguments.parts:
+        parser.error("--plot draws the part growth, which is not asked for")
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is available")
+    chosen = arguments.parts or parts
+    watch = Stopwatch(device, arguments.seconds)
+    torch.manual_seed(0)
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    results: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name,
+        "versions": f"torch {torch.__version__}, torch-sagan {torch_sagan.__version__}",
+    }
+    print(*results.values(), sep="; ")
+    rate = results["rates"] = rates(watch)
+    print(
+        "at best: product {product:.0f} GFLOP/s, exponential {exponential:.2f} G/s, copy {copy:.1f} GB/s".format(**rate)
+    )
+    for dtype in (torch.float32, torch.bfloat16) if multiplies_bfloat16(device) else (torch.float32,):
+        if "attention" in chosen:
+            label = str(dtype).removeprefix("torch.")
+            print(f"\nSelfAttention2d, {label} (both = forward + backward)")
+            results[f"attention, {label}"] = attention(watch, dtype, rate)
+    if "growth" in chosen:
+        print("\nGrowth of one training pass, float32")
+        results["growth"] = growth(watch)
+        if arguments.plot:
+            plot(results["growth"], arguments.plot)
+    if "spectral" in chosen:
+        print("\nSpectral norm, forward + backward")
+        results["spectral"] = spectral(watch)
+    if "step" in chosen:
+        print("\nThe whole training step, 64-pixel networks")
+        results["step"] = step(watch, arguments.batch_size or (64 if device.type == "cuda" else 32))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        print(f"\nwrote {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()

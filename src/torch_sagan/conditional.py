@@ -1,0 +1,116 @@
+"""What makes a network class-conditional: batch norm with a table per class, and a class projected on features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_sagan.arguments import at_least_one, check_labels
+from torch_sagan.spectral import spectral_norm
+
+__all__ = ["ConditionalBatchNorm2d", "ProjectionHead"]
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    r"""Batch norm whose scale and shift are those of each sample's class:
+    :math:`y = \gamma_c\, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta_c`.
+
+    The statistics are those of the whole batch, whatever its classes, as in the paper's released code. It starts with
+    :math:`\gamma = 1` and :math:`\beta = 0`, and is not spectrally normalised.
+
+    Args:
+        channels: C.
+        num_classes: how many classes there are.
+        eps: added to the variance.
+        momentum: weight of a new batch in the running statistics.
+
+    Attributes:
+        gamma: (num_classes, C).
+        beta: (num_classes, C).
+        norm: the batch norm without an affine part, which ``SyncBatchNorm.convert_sync_batchnorm`` finds.
+
+    Raises:
+        ValueError, TypeError: in ``forward``, for labels that are missing, or of another shape, type or range.
+
+    Source: de Vries et al., *Modulating early visual processing by language*, arXiv:1707.00683, as used by
+    Zhang et al., arXiv:1805.08318.
+
+    >>> import torch
+    >>> norm = ConditionalBatchNorm2d(64, num_classes=10)
+    >>> norm(torch.randn(2, 64, 8, 8), torch.tensor([3, 7])).shape
+    torch.Size([2, 64, 8, 8])
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        at_least_one(channels=channels, num_classes=num_classes)
+        self.norm = nn.BatchNorm2d(channels, eps=eps, momentum=momentum, affine=False)
+        self.gamma = nn.Parameter(torch.ones(num_classes, channels))
+        self.beta = nn.Parameter(torch.zeros(num_classes, channels))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        check_labels(labels, len(self.gamma), len(x))
+        gamma, beta = F.embedding(labels, self.gamma), F.embedding(labels, self.beta)  # (B, C)
+        normalized = self.norm(x)  # (B, C, H, W)
+        return torch.addcmul(beta[:, :, None, None], gamma[:, :, None, None], normalized)  # (B, C, H, W)
+
+    def extra_repr(self) -> str:
+        return "{1}, num_classes={0}".format(*self.gamma.shape)
+
+
+class ProjectionHead(nn.Module):
+    r"""The logit of features, and of how they agree with the class: :math:`w^\top h + b + \langle e_c, h \rangle`.
+
+    The linear layer and the embedding start Xavier-uniform, with a zero bias, and are spectrally normalised.
+
+    Args:
+        channels: C, the length of h.
+        num_classes: how many classes there are, or None for the linear part alone.
+        spectral_norm: ``spectral_norm(module) -> module``, or None for none.
+
+    Raises:
+        ValueError, TypeError: in ``forward``, for labels that are missing or given when not wanted, or of another
+            shape, type or range.
+
+    Source: Miyato and Koyama, *cGANs with Projection Discriminator*, arXiv:1802.05637, equation 5.
+
+    >>> import torch
+    >>> head = ProjectionHead(64, num_classes=10)
+    >>> head(torch.randn(2, 64), torch.tensor([3, 7])).shape
+    torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int | None = None,
+        *,
+        spectral_norm: Callable[[nn.Module], nn.Module] | None = spectral_norm,
+    ) -> None:
+        super().__init__()
+        at_least_one(channels=channels, num_classes=1 if num_classes is None else num_classes)
+        normalize = spectral_norm or (lambda module: module)
+        linear = nn.Linear(channels, 1)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        self.linear = normalize(linear)
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.embedding = normalize(class_embedding(num_classes, channels))
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        check_labels(labels, self.num_classes, len(features))
+        logits: Tensor = self.linear(features).squeeze(1)  # (B,)
+        if labels is not None:
+            logits = logits + (self.embedding(labels) * features).sum(dim=1)  # (B,)
+        return logits
+
+
+def class_embedding(num_classes: int, channels: int) -> nn.Embedding:
+    """A vector for each class, Xavier-uniform."""
+    embedding = nn.Embedding(num_classes, channels)
+    nn.init.xavier_uniform_(embedding.weight)
+    return embedding
