@@ -1,7 +1,7 @@
 """How fast the layers are, as ratios against the plain way of writing them, measured in one process.
 
     python examples/benchmark.py                          # everything, some ten minutes on two CPU cores
-    python examples/benchmark.py attention                # one part: rates, attention, growth, spectral, step
+    python examples/benchmark.py attention                # one part: attention, growth, spectral, step, residual
     python examples/benchmark.py --device cuda --json benchmark.json --plot growth.png
 
 Each number is the median of repeats that take turns with the baseline's, so that a machine whose speed drifts does not
@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -346,24 +346,37 @@ def plain_step(batch: int, device: torch.device, dtype: torch.dtype) -> Run:
     return run
 
 
-def our_step(batch: int, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> Run:
+def our_step(
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compiled: bool = False,
+    image_size: int = 64,
+    num_classes: int | None = None,
+    architecture: Literal["dcgan", "resnet"] = "dcgan",
+) -> Run:
     """The step of ``examples/train_celeba.py``: images made once, one pass of D, no unread gradients."""
-    generator, discriminator = SAGANGenerator(64).to(device), SAGANDiscriminator(64).to(device)
+    generator = SAGANGenerator(image_size, num_classes=num_classes, architecture=architecture).to(device)
+    discriminator = SAGANDiscriminator(image_size, num_classes=num_classes, architecture=architecture).to(device)
     g_adam, d_adam = adam(generator, 1e-4, fused=True), adam(discriminator, 4e-4, fused=True)
-    real = torch.randn(batch, 3, 64, 64, device=device).clamp(-1, 1)
-    run_g: Callable[[Tensor], Tensor] = torch.compile(generator) if compiled else generator
-    run_d: Callable[[Tensor], Tensor] = torch.compile(discriminator) if compiled else discriminator
+    real = torch.randn(batch, 3, image_size, image_size, device=device).clamp(-1, 1)
+    labels = None if num_classes is None else torch.randint(num_classes, (batch,), device=device)
+    both_labels = None if labels is None else labels.repeat(2)
+    run_g: Callable[..., Tensor] = torch.compile(generator) if compiled else generator
+    run_d: Callable[..., Tensor] = torch.compile(discriminator) if compiled else discriminator
 
     def run() -> None:
         with autocast(device, dtype):
-            fake = run_g(torch.randn(batch, 128, device=device))
-            d_loss = hinge_discriminator_loss(*run_d(torch.cat([real, fake.detach().to(real.dtype)])).chunk(2))
+            fake = run_g(torch.randn(batch, 128, device=device), labels)
+            logits = run_d(torch.cat([real, fake.detach().to(real.dtype)]), both_labels)
+            d_loss = hinge_discriminator_loss(*logits.chunk(2))
         d_adam.zero_grad()
         d_loss.backward()
         d_adam.step()
         discriminator.requires_grad_(False)
         with autocast(device, dtype):
-            g_loss = hinge_generator_loss(run_d(fake))
+            g_loss = hinge_generator_loss(run_d(fake, labels))
         g_adam.zero_grad()
         g_loss.backward()
         g_adam.step()
@@ -393,6 +406,30 @@ def step(watch: Stopwatch, batch: int) -> list[dict[str, Any]]:
     ]
     show(rows)
     return rows
+
+
+def residual(watch: Stopwatch) -> list[dict[str, Any]]:
+    """One step of the paper's own network at 128 pixels, in a process of its own."""
+    batch = 8 if watch.device.type == "cpu" else 64
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        seconds, peak = pool.apply(_residual_step, (batch, watch.device))
+    row = {"D + G step": "resnet, 128 px, 1000 classes", "batch": batch, "s": seconds, "images/s": batch / seconds}
+    if peak is not None:
+        row["peak of the process, GiB"] = peak
+    show([row])
+    return [row]
+
+
+def _residual_step(batch: int, device: torch.device) -> tuple[float, float | None]:
+    run = our_step(batch, device, torch.float32, image_size=128, num_classes=1000, architecture="resnet")
+    run()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
+    seconds = time.perf_counter() - start
+    return seconds, _resident("VmHWM") / 2**10 if can_measure_memory(device) else None
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -450,7 +487,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("rates", "attention", "growth", "spectral", "step")
+    parts = ("rates", "attention", "growth", "spectral", "step", "residual")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each comparison (default: 5)")
@@ -497,6 +534,9 @@ def main() -> None:
     if "step" in chosen:
         print("\nThe whole training step, 64-pixel networks")
         results["step"] = step(watch, arguments.batch_size or (64 if device.type == "cuda" else 32))
+    if "residual" in chosen:
+        print("\nThe paper's own network")
+        results["residual"] = residual(watch)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         print(f"\nwrote {arguments.json}")

@@ -26,6 +26,7 @@ from torch_sagan import (
     SAGANGenerator,
     SelfAttention2d,
     SpectralNorm,
+    apply_spectral_norm,
     load_reference_state_dict,
     spectral_norm,
 )
@@ -145,6 +146,50 @@ def test_official_attention(arrays: Arrays) -> None:
     assert layer.gamma.shape == (1,)
     y = layer(rand(5, 2, 64, 8, 6))
     assert_all_close([("y", y, arrays["official_attention/y"])], atol=1e-10)
+
+
+def biggan_block(*, u_scale: float = 1.0) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """BigGAN-PyTorch's attention block with the buffers of its spectral norm, and the sigmas of its evaluation."""
+    state, sigmas = filled(official_attention_shapes(64)), {}
+    for name in ("theta", "phi", "g", "o"):
+        matrix = state[f"{name}.weight"].flatten(1)
+        u = u_scale * torch.randn(1, len(matrix), dtype=torch.float64)
+        state[f"{name}.u0"], state[f"{name}.sv0"] = u, torch.ones(1)
+        # v = uW / |uW|, u' = vWᵀ / |vWᵀ|, sigma = vWᵀu'ᵀ, as its layers.py has it
+        v = u @ matrix / torch.linalg.norm(u @ matrix)
+        new_u = v @ matrix.T / torch.linalg.norm(v @ matrix.T)
+        sigmas[name] = float(v @ matrix.T @ new_u.T)
+    return state, sigmas
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("u_scale", [1.0, 7.0])
+def test_official_attention_with_the_buffers_of_its_spectral_norm(normalised: bool, u_scale: float) -> None:
+    """Whether our projections are normalised or plain, the output is that of weights divided by those sigmas."""
+    state, sigmas = biggan_block(u_scale=u_scale)
+    layer = SelfAttention2d.official(64).double()
+    expected = copy.deepcopy(layer)
+    if normalised:
+        apply_spectral_norm(layer)
+    load_reference_state_dict(layer, state)
+    divided = {f"{name}.weight": state[f"{name}.weight"] / sigma for name, sigma in sigmas.items()}
+    load_reference_state_dict(expected, divided | {"gamma": state["gamma"]})
+    x = rand(5, 2, 64, 8, 6)
+    torch.testing.assert_close(layer.eval()(x), expected.eval()(x), rtol=0, atol=1e-10)
+
+
+def test_normalised_projections_need_the_buffers() -> None:
+    layer = apply_spectral_norm(SelfAttention2d.official(64))
+    with pytest.raises(ValueError, match=r"missing: theta\.u0, phi\.u0, g\.u0, o\.u0$"):
+        load_reference_state_dict(layer, filled(official_attention_shapes(64)))
+
+
+def test_a_lost_buffer_is_named() -> None:
+    state, _ = biggan_block()
+    del state["g.u0"]
+    layer = apply_spectral_norm(SelfAttention2d.official(64).double())
+    with pytest.raises(ValueError, match=r"missing: g\.u0$"):
+        load_reference_state_dict(layer, state)
 
 
 def test_saved_from_data_parallel(

@@ -25,7 +25,8 @@ OFFICIAL_ATTENTION = {"theta": "query", "phi": "key", "g": "value", "o": "out"}
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 # BigGAN-PyTorch's own spectral norm keeps a row vector u for each weight and the last sigma, and iterates on v = W u.
-BIGGAN_BUFFERS = ("u0", "sv0")
+BIGGAN_BUFFERS = (".u0", ".sv0")
+DERIVED = "v, derived from u0"
 
 
 def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -65,7 +66,7 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         state_dict = _with_biggan_buffers_resolved(model, state_dict)
     targets, names = model.state_dict(keep_vars=True), _names(model)
     problems = {
-        "missing": [key for key in names if key not in state_dict],
+        "missing": [key for key in names if key not in state_dict and not key.endswith(DERIVED)],
         "unexpected": [key for key in state_dict if key not in names],
         "without a place in this model": [key for key, name in names.items() if name not in targets],
         "of another shape": [
@@ -120,7 +121,7 @@ def _attention_names(layer: nn.Module) -> dict[str, str]:
     for theirs, ours in OFFICIAL_ATTENTION.items():
         if hasattr(layer.get_submodule(ours), "parametrizations"):
             names[f"{theirs}.weight"] = f"{ours}.{NORMALIZED['weight_bar']}"
-            names[f"{theirs}.u"], names[f"{theirs}.v"] = (
+            names[f"{theirs}.u0"], names[f"{theirs}.{DERIVED}"] = (
                 f"{ours}.{NORMALIZED[key]}" for key in ("weight_u", "weight_v")
             )
         else:
@@ -137,12 +138,13 @@ def _with_biggan_buffers_resolved(layer: SelfAttention2d, state_dict: Mapping[st
     for theirs, ours in OFFICIAL_ATTENTION.items():
         weight, u = state_dict.get(f"{theirs}.weight"), state_dict.get(f"{theirs}.u0")
         if weight is None or u is None or u.numel() != len(weight):
-            continue  # reported as missing, or of another shape
+            resolved |= {} if u is None else {f"{theirs}.u0": u}
+            continue  # what is missing, or of another shape, is reported by its own name
         matrix = weight.flatten(1)  # (h, w)
         v = nn.functional.normalize(matrix.mT @ u.flatten(), dim=0)  # (w,)
         image = matrix @ v  # (h,)
         if hasattr(layer.get_submodule(ours), "parametrizations"):
-            resolved[f"{theirs}.u"], resolved[f"{theirs}.v"] = nn.functional.normalize(image, dim=0), v
+            resolved[f"{theirs}.u0"], resolved[f"{theirs}.{DERIVED}"] = nn.functional.normalize(image, dim=0), v
         else:
             resolved[f"{theirs}.weight"] = weight / torch.linalg.vector_norm(image)
     return resolved
