@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torch_sagan
+from plain import PlainAttention, SDPAttention, plain_step
 from torch_sagan import (
     SAGANDiscriminator,
     SAGANGenerator,
@@ -45,61 +45,6 @@ ATTENTION_SHAPES = [(16, 256, 8), (16, 128, 16), (16, 64, 32), (4, 64, 64), (1, 
 MEMORY_FROM = 32 * 32  # positions; below, the process's own noise is larger than the map
 
 Run = Callable[[], object]
-
-
-# The plain way of writing things, as the public implementations do.
-
-
-class PlainAttention(nn.Module):
-    """The layer's equation, written down: the N×N map is held, and kept for the backward."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.query = nn.Conv2d(channels, channels // 8, 1)
-        self.key = nn.Conv2d(channels, channels // 8, 1)
-        self.value = nn.Conv2d(channels, channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(1))
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attention = torch.softmax(torch.bmm(query.transpose(1, 2), key), dim=-1)  # (B, N, N)
-        return torch.bmm(value, attention.transpose(1, 2))  # (B, C, N)
-
-    def forward(self, x: Tensor) -> Tensor:
-        attended = self.attend(self.query(x).flatten(2), self.key(x).flatten(2), self.value(x).flatten(2))
-        return self.gamma * attended.view_as(x) + x  # (B, C, H, W)
-
-
-class SDPAttention(PlainAttention):
-    """The same through PyTorch's scaled_dot_product_attention."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2).unsqueeze(1) for t in (query, key, value))  # (B, 1, N, ·)
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1).transpose(1, 2)  # (B, C, N)
-
-
-class PlainSpectralNorm(nn.Module):
-    """A layer whose weight is divided by its spectral norm before each use, with u and v as parameters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        del module.weight
-        self.weight_bar = weight
-        self.u = nn.Parameter(F.normalize(torch.randn(weight.shape[0]), dim=0), requires_grad=False)
-        self.v = nn.Parameter(F.normalize(torch.randn(weight[0].numel()), dim=0), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        matrix = self.weight_bar.view(len(self.weight_bar), -1)
-        v = torch.mv(torch.t(matrix.detach()), self.u.detach())
-        self.v.data = v / (v.norm() + 1e-12)
-        u = torch.mv(matrix.detach(), self.v.detach())
-        self.u.data = u / (u.norm() + 1e-12)
-        sigma = self.u.clone().dot(matrix.mv(self.v.clone()))
-        self.module.weight = self.weight_bar / sigma.expand_as(self.weight_bar)
-        y: Tensor = self.module(x)
-        return y
 
 
 # Measuring.
@@ -207,7 +152,7 @@ def rates(watch: Stopwatch) -> dict[str, float]:
     """What this machine does at best: products (GFLOP/s), exponentials (G/s) and copies (GB/s, read and written)."""
     n = 2048 if watch.device.type == "cpu" else 8192
     matrix = torch.randn(n, n, device=watch.device)
-    cached = torch.rand(2**17 if watch.device.type == "cpu" else 2**26, device=watch.device)
+    cached = torch.rand(2**18 if watch.device.type == "cpu" else 2**26, device=watch.device)
     large = torch.randn(2**25, device=watch.device)
     into, target = torch.empty_like(cached), torch.empty_like(large)
     seconds = watch(
@@ -320,32 +265,6 @@ def spectral(watch: Stopwatch) -> list[dict[str, Any]]:
     return rows
 
 
-def plain_step(batch: int, device: torch.device, dtype: torch.dtype) -> Run:
-    """The step of the public implementations: three passes of D, everything tracked, Adam as it comes."""
-    generator = SAGANGenerator(64, attention=PlainAttention, spectral_norm=PlainSpectralNorm).to(device)
-    discriminator = SAGANDiscriminator(64, attention=PlainAttention, spectral_norm=PlainSpectralNorm).to(device)
-    g_adam, d_adam = adam(generator, 1e-4, fused=False), adam(discriminator, 4e-4, fused=False)
-    real = torch.randn(batch, 3, 64, 64, device=device).clamp(-1, 1)
-
-    def run() -> None:
-        with autocast(device, dtype):
-            real_logits = discriminator(real)
-            fake_logits = discriminator(generator(torch.randn(batch, 128, device=device)))
-            d_loss = hinge_discriminator_loss(real_logits, fake_logits)
-        d_adam.zero_grad()
-        g_adam.zero_grad()
-        d_loss.backward()
-        d_adam.step()
-        with autocast(device, dtype):
-            g_loss = hinge_generator_loss(discriminator(generator(torch.randn(batch, 128, device=device))))
-        d_adam.zero_grad()
-        g_adam.zero_grad()
-        g_loss.backward()
-        g_adam.step()
-
-    return run
-
-
 def our_step(
     batch: int,
     device: torch.device,
@@ -359,7 +278,7 @@ def our_step(
     """The step of ``examples/train_celeba.py``: images made once, one pass of D, no unread gradients."""
     generator = SAGANGenerator(image_size, num_classes=num_classes, architecture=architecture).to(device)
     discriminator = SAGANDiscriminator(image_size, num_classes=num_classes, architecture=architecture).to(device)
-    g_adam, d_adam = adam(generator, 1e-4, fused=True), adam(discriminator, 4e-4, fused=True)
+    g_adam, d_adam = adam(generator, 1e-4), adam(discriminator, 4e-4)
     real = torch.randn(batch, 3, image_size, image_size, device=device).clamp(-1, 1)
     labels = None if num_classes is None else torch.randint(num_classes, (batch,), device=device)
     both_labels = None if labels is None else labels.repeat(2)
@@ -387,7 +306,7 @@ def our_step(
 
 def step(watch: Stopwatch, batch: int) -> list[dict[str, Any]]:
     """One discriminator step and one generator step of the 64-pixel networks."""
-    make = {
+    make: dict[str, Callable[[], Run]] = {
         "plain, float32": partial(plain_step, batch, watch.device, torch.float32),
         "ours, float32": partial(our_step, batch, watch.device, torch.float32),
         "ours, float32, compiled": partial(our_step, batch, watch.device, torch.float32, compiled=True),
@@ -439,9 +358,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def adam(module: nn.Module, lr: float, *, fused: bool) -> torch.optim.Adam:
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.Adam(trained, lr, betas=(0.0, 0.9), fused=fused)
+def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam(module.parameters(), lr, betas=(0.0, 0.9), fused=True)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
