@@ -164,7 +164,7 @@ class ResidualDownBlock(nn.Module):
 
 class ResidualHead(nn.Module):
     """The logit of a map: a last residual block of the same size and width, ReLU, the sum over positions, and
-    :class:`ProjectionHead`."""
+    a :class:`torch_sagan.ProjectionHead`."""
 
     def __init__(self, channels: int, num_classes: int | None, normalize: Normalizer) -> None:
         super().__init__()
