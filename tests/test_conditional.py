@@ -184,7 +184,7 @@ def test_gradient_penalty_takes_labels() -> None:
     discriminator = SAGANDiscriminator(8, base_channels=2, num_classes=5, spectral_norm=None)
     real, fake, labels = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([1, 4])
     gradient_penalty(discriminator, real, fake, labels).backward()
-    rows = discriminator.to_logit.embedding.weight.grad.abs().sum(1) > 0
+    rows = discriminator.to_logit.projection.embedding.weight.grad.abs().sum(1) > 0
     assert torch.equal(rows, torch.tensor([False, True, False, False, True]))
 
 

@@ -193,14 +193,16 @@ def released_discriminator(d: nn.Module, x: torch.Tensor, labels: torch.Tensor, 
         for block in d.blocks:
             y = block.conv(x)
             x = torch.where(y > 0, y, 0.1 * y)
-        projected = (head.embedding.weight[labels] * x.sum((2, 3))).sum(1)
-        return (head.conv.weight * x).sum((1, 2, 3)) + head.conv.bias + projected
+        return projected(head.projection, x.sum((2, 3)), labels)
     first, *others = d.blocks
     x = half(first.conv2(first.conv1(x).clamp(min=0))) + first.shortcut(half(x))
     for block in others:
         y = block.conv2(block.conv1(x.clamp(min=0)).clamp(min=0))
         x = half(block.shortcut(x)) + half(y)
     x = x + head.conv2(head.conv1(x.clamp(min=0)).clamp(min=0))
-    features = x.clamp(min=0).sum((2, 3))
-    linear, embedding = head.projection.linear, head.projection.embedding
+    return projected(head.sum.projection, x.clamp(min=0).sum((2, 3)), labels)
+
+
+def projected(head: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    linear, embedding = head.linear, head.embedding
     return features @ linear.weight[0] + linear.bias + (embedding.weight[labels] * features).sum(1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_sagan.attention import SelfAttention2d
-from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead, class_embedding
+from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
 
 __all__ = [
     "ConvolutionHead",
@@ -22,6 +22,7 @@ __all__ = [
     "ResidualDownBlock",
     "ResidualHead",
     "ResidualUpBlock",
+    "SumHead",
     "UpBlock",
     "attention_layers",
     "feature_map_sizes",
@@ -81,18 +82,26 @@ class DownBlock(nn.Module):
 
 
 class ConvolutionHead(nn.Module):
-    """The logit of a map: a convolution over the whole of it, and with classes the projection of the map's sum."""
+    """The logit of a map: a convolution over the whole of it, not normalised, as in the PyTorch reference."""
 
-    def __init__(self, channels: int, size: int, num_classes: int | None, normalize: Normalizer) -> None:
+    def __init__(self, channels: int, size: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, 1, kernel_size=size)  # not normalised, as in the PyTorch reference
-        if num_classes is not None:
-            self.embedding = normalize(class_embedding(num_classes, channels))
+        self.conv = nn.Conv2d(channels, 1, kernel_size=size)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         logits: Tensor = self.conv(x).flatten()  # (B,)
-        if labels is not None:
-            logits = logits + (self.embedding(labels) * x.sum(dim=(2, 3))).sum(dim=1)  # (B,)
+        return logits
+
+
+class SumHead(nn.Module):
+    """The logit of a map: the sum over positions, and a :class:`torch_sagan.ProjectionHead`."""
+
+    def __init__(self, channels: int, num_classes: int | None, normalize: Normalizer) -> None:
+        super().__init__()
+        self.projection = ProjectionHead(channels, num_classes, spectral_norm=normalize)
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        logits: Tensor = self.projection(x.sum(dim=(2, 3)), labels)  # (B,)
         return logits
 
 
@@ -163,18 +172,17 @@ class ResidualDownBlock(nn.Module):
 
 
 class ResidualHead(nn.Module):
-    """The logit of a map: a last residual block of the same size and width, ReLU, the sum over positions, and
-    a :class:`torch_sagan.ProjectionHead`."""
+    """The logit of a map: a last residual block of the same size and width, ReLU, and :class:`SumHead`."""
 
     def __init__(self, channels: int, num_classes: int | None, normalize: Normalizer) -> None:
         super().__init__()
         self.conv1 = normalize(_conv3x3(channels, channels))
         self.conv2 = normalize(_conv3x3(channels, channels))
-        self.projection = ProjectionHead(channels, num_classes, spectral_norm=normalize)
+        self.sum = SumHead(channels, num_classes, normalize)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         x = x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, H, W)
-        logits: Tensor = self.projection(F.relu(x).sum(dim=(2, 3)), labels)  # (B,)
+        logits: Tensor = self.sum(F.relu(x), labels)  # (B,)
         return logits
 
 

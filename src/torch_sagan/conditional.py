@@ -99,7 +99,9 @@ class ProjectionHead(nn.Module):
         self.linear = normalize(linear)
         self.num_classes = num_classes
         if num_classes is not None:
-            self.embedding = normalize(class_embedding(num_classes, channels))
+            embedding = nn.Embedding(num_classes, channels)
+            nn.init.xavier_uniform_(embedding.weight)
+            self.embedding = normalize(embedding)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         check_labels(labels, self.num_classes, len(features))
@@ -107,10 +109,3 @@ class ProjectionHead(nn.Module):
         if labels is not None:
             logits = logits + (self.embedding(labels) * features).sum(dim=1)  # (B,)
         return logits
-
-
-def class_embedding(num_classes: int, channels: int) -> nn.Embedding:
-    """A vector for each class, Xavier-uniform."""
-    embedding = nn.Embedding(num_classes, channels)
-    nn.init.xavier_uniform_(embedding.weight)
-    return embedding

@@ -19,6 +19,7 @@ from torch_sagan.blocks import (
     Normalizer,
     ResidualDownBlock,
     ResidualHead,
+    SumHead,
     attention_layers,
     feature_map_sizes,
     normalized_attention,
@@ -48,7 +49,7 @@ class SAGANDiscriminator(nn.Module):
     before they are normalised.
 
     Other sizes as in :class:`SAGANGenerator`. With classes, the logit also has the projection of the class on the
-    features (:class:`ProjectionHead`).
+    features (:class:`ProjectionHead`), which are the last map's sum over positions in both architectures.
 
     Args:
         image_size: S, the width and height of the images: 4, 5, 6 or 7 doubled at least once.
@@ -102,7 +103,12 @@ class SAGANDiscriminator(nn.Module):
             blocks: list[nn.Module] = [
                 DownBlock(narrow, wide, normalize) for narrow, wide in pairwise([image_channels, *widths])
             ]
-            head: nn.Module = ConvolutionHead(widths[-1], sizes[-1], num_classes, normalize)
+            # A convolution that nothing bounds would outgrow the class's part of the logit, which is normalised.
+            head: nn.Module = (
+                ConvolutionHead(widths[-1], sizes[-1])
+                if num_classes is None
+                else SumHead(widths[-1], num_classes, normalize)
+            )
             default_resolutions = sizes[-2:]
             default_attention: AttentionFactory = SelfAttention2d
         else:
