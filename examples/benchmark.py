@@ -13,6 +13,7 @@ images tracked in the discriminator's step.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -418,6 +419,8 @@ def main() -> None:
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(parts)}")
     if arguments.plot and arguments.parts and "growth" not in arguments.parts:
         parser.error("--plot draws the part growth, which is not asked for")
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib, which is not installed")
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available")

@@ -140,21 +140,6 @@ class ResidualUpBlock(nn.Module):
         return residual
 
 
-class FirstResidualDownBlock(nn.Module):
-    """3×3, ReLU, 3×3, mean of 2×2, beside mean of 2×2, 1×1: half the size, for images."""
-
-    def __init__(self, in_channels: int, out_channels: int, normalize: Normalizer) -> None:
-        super().__init__()
-        self.conv1 = normalize(_conv3x3(in_channels, out_channels))
-        self.conv2 = normalize(_conv3x3(out_channels, out_channels))
-        self.shortcut = normalize(_conv1x1(in_channels, out_channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.avg_pool2d(self.conv2(F.relu(self.conv1(x))), 2)  # (B, out, H/2, W/2)
-        residual: Tensor = y + self.shortcut(F.avg_pool2d(x, 2))  # (B, out, H/2, W/2)
-        return residual
-
-
 class ResidualDownBlock(nn.Module):
     """ReLU, 3×3, ReLU, 3×3, mean of 2×2, beside 1×1, mean of 2×2: half the size."""
 
@@ -167,6 +152,15 @@ class ResidualDownBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.avg_pool2d(self.conv2(F.relu(self.conv1(F.relu(x)))), 2)  # (B, out, H/2, W/2)
         # A 1×1 convolution and a mean commute: after the mean it costs a quarter.
+        residual: Tensor = y + self.shortcut(F.avg_pool2d(x, 2))  # (B, out, H/2, W/2)
+        return residual
+
+
+class FirstResidualDownBlock(ResidualDownBlock):
+    """3×3, ReLU, 3×3, mean of 2×2, beside mean of 2×2, 1×1: the same for images, which no ReLU may cut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.avg_pool2d(self.conv2(F.relu(self.conv1(x))), 2)  # (B, out, H/2, W/2)
         residual: Tensor = y + self.shortcut(F.avg_pool2d(x, 2))  # (B, out, H/2, W/2)
         return residual
 
