@@ -10,7 +10,7 @@ the two sets of numbers, which in one dimension is the mean difference of the so
     SWD = 1000 · mean_w mean_i |sort(wᵀ p_real)_i − sort(wᵀ p_fake)_i|
 
 It needs no network and no download. It sees textures (fine bands), shapes and colours (the last band), but not how
-places far apart relate. Two sets of one distribution are not at 0: compare with the distance of two sets of real images.
+places far apart relate. Two sets of one distribution are not at 0: compare with what two sets of real images give.
 
 Source: Karras et al., arXiv:1710.10196, section 5 (7×7 patches, bands down to 16 pixels, 4 × 128 directions, ×1000).
 Departures from their code: 32 patches of an image in each of 4 rounds, not 128 in all rounds, and 4 × 64 directions. A
