@@ -1,4 +1,4 @@
-"""Tensors to PNG files: a grid of images, and a figure of where a generator looks."""
+"""Tensors to files: a grid of images, a figure of where a generator looks, single images and animations."""
 
 from __future__ import annotations
 
@@ -29,9 +29,32 @@ def save_attention(path: Path, images: Tensor, attention: Tensor, places: Sequen
     _save(path, torch.stack(tiles, 1).flatten(0, 1).float().cpu(), len(tiles))
 
 
+def save_images(paths: Sequence[Path], images: Tensor) -> None:
+    """Write each of the images (B, 1 or 3, H, W) in [-1, 1] as a PNG of its own, pixel for pixel."""
+    for path, picture in zip(paths, _pictures((images.float().cpu() + 1) / 2), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+
+
+def save_animation(path: Path, images: Tensor, frames_per_second: float) -> None:
+    """Write images (B, 1 or 3, H, W) in [-1, 1] as the frames of an endless GIF or WebP, as the suffix says."""
+    first, *others = _pictures(_enlarged((images.float().cpu() + 1) / 2))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first.save(path, save_all=True, append_images=others, duration=round(1000 / frames_per_second), loop=0, quality=90)
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    pixels = images.expand(-1, 3, -1, -1).mul(255).round().clamp(0, 255).byte()
+    return [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in pixels]
+
+
+def _enlarged(images: Tensor) -> Tensor:
+    zoom = max(1, 128 // images.shape[-1])  # small images, pixel by pixel, so that a person can see them
+    return images.expand(-1, 3, -1, -1).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+
+
 def _save(path: Path, tiles: Tensor, columns: int) -> None:
-    zoom = max(1, 128 // tiles.shape[-1])  # small images are enlarged, pixel by pixel, so that a person can see them
-    tiles = tiles.expand(-1, 3, -1, -1).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    tiles = _enlarged(tiles)
     tiles = F.pad(tiles, (GAP, 0, GAP, 0), value=1.0)  # (B, 3, h, w), a white margin left and above
     tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, -len(tiles) % columns), value=1.0)  # complete the last row
     _, channels, height, width = tiles.shape

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 CONTENTS = {"config", "random", "step", "images"}  # what a checkpoint holds beside the state dicts
 
 
-def save(state: dict[str, Any], path: Path) -> None:
+def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     """Write a new file, wait until it is on the disk, and only then let it take the old one's name."""
     new = path.with_name(path.name + ".new")
     try:
         with open(new, "wb") as file:
-            torch.save(state, file)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         new.unlink(missing_ok=True)
         raise SystemExit(f"cannot save {path}: {str(error).splitlines()[0]}") from None
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write one checkpoint."""
+    write(path, lambda file: torch.save(state, file))
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,0 +1,369 @@
+"""Does attention help? The same GAN with and without it, on faces whose far-apart places have to agree.
+
+    python examples/long_range.py                          # 5 seeds, both arms: the table, results.json, long_range.png
+    python examples/long_range.py --seeds 8 --steps 3000   # goes on with what is there, if only --seeds differs
+    python examples/long_range.py --report                 # table and plot again, from the results that are there
+
+Both arms are SAGAN's networks with the same weights to begin with, trained on the same images and latent vectors, for
+the same number of steps. They differ in one thing, the layer behind G's and D's last maps:
+
+    attention   SelfAttention2d:   o_j = Σ_i softmax_i(f(x_i)ᵀ g(x_j)) h(x_i)      a place looks at every place
+    local       LocalAttention:    o_j = σ(f(x_j)ᵀ g(x_j)) h(x_j)                  a place looks at itself or at nothing
+
+so the local arm has the same number of parameters, all of them in use, and lacks only the view of other places. (No
+layer at all would mean fewer parameters, and a softmax over one place would leave f and g without a gradient.) What is
+measured: how often the two eyes, earrings and cheeks, and head-band and shirt, differ in colour (agreement.py), and the
+sliced Wasserstein distance to faces that were not trained on (sliced_wasserstein.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_celeba.py
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import faces
+from agreement import PAIRS, Readers
+from judging import evaluation
+from pictures import save_grid
+from safekeeping import write
+from sliced_wasserstein import sliced_wasserstein
+from torch_sagan import (
+    SAGANDiscriminator,
+    SAGANGenerator,
+    SelfAttention2d,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+)
+
+TRAINED_ON = 8192  # faces
+UNSEEN = 2_000_000  # the first of the faces that generated ones are compared with
+KEY_CHANNELS = 8  # of f and g, in both arms; a share of these narrow networks' channels would be two
+
+
+class LocalAttention(SelfAttention2d):
+    """SelfAttention2d's parameters without the view of other places: o_j = σ(f(x_j)ᵀ g(x_j)) h(x_j).
+
+    That is attention over two things, the place itself and an empty one whose logit is 0.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        weight = torch.sigmoid((self.query(x) * self.key(x)).sum(1, keepdim=True))  # (B, 1, H, W)
+        o: Tensor = self.out(weight * self.value(x))  # (B, C, H, W)
+        return self.gamma * o + x
+
+
+ARMS: dict[str, type[SelfAttention2d]] = {"attention": SelfAttention2d, "local": LocalAttention}
+
+
+def option(default: Any, text: str) -> Any:
+    """A setting: its default, and its comment, which is its help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the results depend on, the same for both arms."""
+
+    steps: int = option(1500, "steps of D and of G")
+    batch_size: int = option(32, "images in a step")
+    image_size: int = option(32, "width and height of the faces, pixels")
+    base_channels: int = option(16, "channels of the largest feature map")
+    z_dim: int = option(64, "length of the latent vector")
+    lr: float = option(1e-3, "Adam's learning rate, of both networks")
+    ema_decay: float = option(0.995, "what the averaged generator, which is measured, keeps at each step")
+    samples: int = option(1000, "faces that are measured")
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def networks(arm: str, settings: Settings) -> tuple[SAGANGenerator, SAGANDiscriminator]:
+    """G and D of one arm, with its layer at the two largest maps of G and at the same sizes in D."""
+    layer = partial(ARMS[arm], qk_channels=KEY_CHANNELS)
+    places = [settings.image_size // 4, settings.image_size // 2]
+    generator = SAGANGenerator(
+        settings.image_size,
+        z_dim=settings.z_dim,
+        base_channels=settings.base_channels,
+        attention_resolutions=places,
+        attention=layer,
+    )
+    discriminator = SAGANDiscriminator(
+        settings.image_size, base_channels=settings.base_channels, attention_resolutions=places, attention=layer
+    )
+    return generator, discriminator
+
+
+def train(arm: str, seed: int, settings: Settings) -> tuple[nn.Module, dict[str, float]]:
+    """The averaged generator after the last step, and the gammas. The seed fixes weights, images and latent vectors."""
+    torch.manual_seed(seed)
+    generator, discriminator = networks(arm, settings)
+    average = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
+    g_adam, d_adam = (
+        torch.optim.Adam(network.parameters(), lr=settings.lr, betas=(0.0, 0.9), fused=True)
+        for network in (generator, discriminator)
+    )
+    pictures = torch.from_numpy(faces.render(faces.traits(TRAINED_ON), settings.image_size))
+    chance = torch.Generator().manual_seed(seed)
+    for step in range(settings.steps):
+        chosen = torch.randint(TRAINED_ON, (settings.batch_size,), generator=chance)
+        real = pictures[chosen].float() / 127.5 - 1  # (B, 3, S, S)
+        fake = generator(torch.randn(settings.batch_size, settings.z_dim, generator=chance))  # (B, 3, S, S)
+
+        logits = discriminator(torch.cat([real, fake.detach()]))  # (2B,)
+        d_loss = hinge_discriminator_loss(*logits.chunk(2))
+        d_adam.zero_grad()
+        d_loss.backward()
+        d_adam.step()
+
+        discriminator.requires_grad_(False)
+        g_loss = hinge_generator_loss(discriminator(fake))
+        g_adam.zero_grad()
+        g_loss.backward()
+        g_adam.step()
+        discriminator.requires_grad_(True)
+        average.update_parameters(generator)
+        if step % 100 == 99 and not (math.isfinite(d_loss.item()) and math.isfinite(g_loss.item())):
+            raise ArithmeticError(f"{arm}, seed {seed}: the losses are not finite at step {step + 1}")
+    gammas = {
+        f"{name}.{path}": module.gamma.item()
+        for name, network in (("G", generator), ("D", discriminator))
+        for path, module in network.named_modules()
+        if isinstance(module, SelfAttention2d)
+    }
+    return average, gammas
+
+
+@torch.no_grad()
+def generate(generator: nn.Module, settings: Settings) -> Tensor:
+    """`samples` faces, uint8, always from the same latent vectors."""
+    chance = torch.Generator().manual_seed(0)
+    z = torch.randn(settings.samples, settings.z_dim, generator=chance)
+    with evaluation(generator):
+        images = torch.cat([generator(part) for part in z.split(64)])
+    return (images * 127.5 + 127.5).round().byte()
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+
+def measure(pictures: Tensor, readers: Readers, settings: Settings) -> dict[str, Any]:
+    """The readings of a set of faces, their mean relative to chance, and the distance from as many real ones."""
+    readings = readers(pictures.numpy())
+    unseen = torch.from_numpy(faces.render(faces.traits(len(pictures), first=UNSEEN), settings.image_size))
+    return {
+        "pairs": {name: reading._asdict() for name, reading in readings.items()},
+        "relative": statistics.mean(reading.relative for reading in readings.values()),
+        "swd": sliced_wasserstein(unseen, pictures)["mean"],
+    }
+
+
+def run(arm: str, seed: int, settings: Settings, out: Path) -> str:
+    """Train and measure one arm with one seed, in a process of its own; leaves a JSON and a grid of faces."""
+    torch.set_num_threads(1)  # there is a process for each core
+    start = time.monotonic()
+    generator, gammas = train(arm, seed, settings)
+    pictures = generate(generator, settings)
+    result = measure(pictures, Readers(settings.image_size), settings)
+    minutes = (time.monotonic() - start) / 60
+    result |= {"arm": arm, "seed": seed, "gammas": gammas, "minutes": round(minutes, 2), "settings": asdict(settings)}
+    save_grid(out / f"{arm}-{seed}.png", pictures[:64].float() / 127.5 - 1, columns=8)
+    _write_json(result, out / f"{arm}-{seed}.json")
+    return f"{arm}, seed {seed}: differ / chance {result['relative']:.2f}, SWD {result['swd']:.1f} ({minutes:.1f} min)"
+
+
+def yardsticks(settings: Settings) -> dict[str, Any]:
+    """The ends of the scale: real faces, faces put together from two halves, and a generator before its training."""
+    readers = Readers(settings.image_size)
+    one, other = (
+        torch.from_numpy(faces.render(faces.traits(settings.samples, first=first), settings.image_size))
+        for first in (2 * UNSEEN, 3 * UNSEEN)
+    )
+    middle = settings.image_size // 2
+    halves = one.clone()
+    halves[..., middle:] = other[..., middle:]
+    apart = measure(halves, readers, settings)
+    halves = one.clone()
+    halves[:, :, middle:] = other[:, :, middle:]  # band and shirt lie one above the other
+    apart["pairs"]["band and shirt"] = readers(halves.numpy())["band and shirt"]._asdict()
+    apart["relative"] = statistics.mean(p["disagreement"] / p["chance"] for p in apart["pairs"].values())
+    torch.manual_seed(0)
+    untrained, _ = networks("local", settings)
+    return {
+        "real faces": measure(one, readers, settings),
+        "halves of different faces": apart,
+        "before training": measure(generate(untrained, settings), readers, settings),
+    }
+
+
+def collect(out: Path, settings: Settings) -> dict[str, dict[int, dict[str, Any]]]:
+    """The results in the folder, by arm and seed. Those of other settings are an error: they do not compare."""
+    found: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in ARMS}
+    for arm, results in found.items():
+        for path in out.glob(f"{arm}-*.json"):
+            result = json.loads(path.read_text())
+            changed = [name for name, value in asdict(settings).items() if result["settings"][name] != value]
+            if changed:
+                fail(f"{path} was made with {changed[0]} {result['settings'][changed[0]]}: give another --out")
+            results[result["seed"]] = result
+    return found
+
+
+def _write_json(content: Any, path: Path) -> None:
+    write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+HEADINGS = [f"{pair.name} differ, %" for pair in PAIRS] + ["differ / chance", "SWD"]
+
+
+def numbers(result: dict[str, Any]) -> list[float]:
+    """The columns of the table: how often each pair differs, in per cent, the mean relative to chance, the distance."""
+    differ = [100 * result["pairs"][pair.name]["disagreement"] for pair in PAIRS]
+    return [*differ, result["relative"], result["swd"]]
+
+
+def paired_difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Mean of one − other, pair by pair, and half the width of its 95 % confidence interval (Student's t)."""
+    apart = [a - b for a, b in zip(one, other, strict=True)]
+    if len(apart) < 2:
+        return statistics.mean(apart), math.nan
+    half = float(student.ppf(0.975, len(apart) - 1)) * statistics.stdev(apart) / math.sqrt(len(apart))
+    return statistics.mean(apart), half
+
+
+def table(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any]) -> str:
+    """Markdown: the ends of the scale, mean ± standard deviation of each arm, and the difference of the pairs."""
+    rows = [(name, [f"{value:.3g}" for value in numbers(mark)]) for name, mark in marks.items()]
+    chances = [100 * marks["real faces"]["pairs"][pair.name]["chance"] for pair in PAIRS]
+    rows.insert(1, ("chance", [f"{value:.3g}" for value in [*chances, 1.0]] + ["–"]))
+    for arm, results in found.items():
+        columns = list(zip(*map(numbers, results.values()), strict=True))
+        cells = [f"{statistics.mean(c):.3g} ± {statistics.stdev(c) if len(c) > 1 else math.nan:.2g}" for c in columns]
+        rows.append((f"**{arm}**, {len(results)} seeds", cells))
+    seeds = sorted(found["attention"].keys() & found["local"].keys())
+    if seeds:
+        one, other = (
+            zip(*(numbers(found[arm][seed]) for seed in seeds), strict=True) for arm in ("attention", "local")
+        )
+        differences = [paired_difference(a, b) for a, b in zip(one, other, strict=True)]
+        cells = [f"{mean:+.2g} [{mean - half:+.2g}, {mean + half:+.2g}]" for mean, half in differences]
+        rows.append((f"attention − local, {len(seeds)} pairs [95 % interval]", cells))
+    lines = [["", *HEADINGS], ["---"] * (1 + len(HEADINGS)), *([name, *cells] for name, cells in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def plot(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any], path: Path) -> None:
+    """Each seed's two arms, joined, for the disagreement relative to chance and for the distance."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
+    titles = ("places that differ, relative to chance", "sliced Wasserstein distance")
+    for axis, key, title in zip(axes, ("relative", "swd"), titles, strict=True):
+        for seed in sorted(found["attention"].keys() & found["local"].keys()):
+            axis.plot([0, 1], [found[arm][seed][key] for arm in ("local", "attention")], "o-", color="0.6", ms=4)
+        for x, arm in enumerate(("local", "attention")):
+            reached = [result[key] for result in found[arm].values()]
+            axis.plot([x - 0.12, x + 0.12], [statistics.mean(reached)] * 2, color="C3", lw=2.5)
+        axis.axhline(marks["real faces"][key], color="C2", ls=":", label="real faces")
+        axis.set(title=title, xticks=[0, 1], xticklabels=["local", "attention"], xlim=(-0.4, 1.4), ylim=(0, None))
+    axes[0].axhline(1, color="C1", ls=":", label="chance")
+    axes[0].legend(loc="center")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def fail(message: object) -> NoReturn:
+    """End with one line on stderr and a non-zero status."""
+    raise SystemExit("long_range.py: " + " ".join(str(message).split()))
+
+
+def read_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
+    parser = argparse.ArgumentParser(description="Train with and without attention, and measure what it changes.")
+    experiment = parser.add_argument_group("experiment")
+    experiment.add_argument("--seeds", type=int, default=5, help="pairs of runs (default: 5)")
+    for setting in fields(Settings):
+        experiment.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            type=type(setting.default),
+            default=setting.default,
+            metavar=type(setting.default).__name__.upper(),
+            help=f"{setting.metadata['help']} (default: {setting.default})",
+        )
+    files = parser.add_argument_group("running")
+    files.add_argument("--out", type=Path, default=Path("runs/long-range"), help="folder (default: %(default)s)")
+    files.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    files.add_argument("--report", action="store_true", help="only table and plot, from the results that are there")
+    given = parser.parse_args(arguments)
+    for name in ("seeds", "processes", *(setting.name for setting in fields(Settings))):
+        if not getattr(given, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be above 0, got {getattr(given, name)}")
+    return given, Settings(**{setting.name: getattr(given, setting.name) for setting in fields(Settings)})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given, settings = read_arguments(arguments)
+    out: Path = given.out
+    try:
+        networks("local", settings)
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        fail(error)
+    found = collect(out, settings)
+    wanted = [(arm, seed) for seed in range(given.seeds) for arm in ARMS if seed not in found[arm]]
+    if wanted and not given.report:
+        print(f"{len(wanted)} runs of {settings.steps} steps, {given.processes} at a time", flush=True)
+        with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
+            try:
+                for done in as_completed([pool.submit(run, arm, seed, settings, out) for arm, seed in wanted]):
+                    print(done.result(), flush=True)
+            except BaseException:  # Ctrl-C too: what has not begun never will, what is done is on the disk
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        found = collect(out, settings)
+    if not all(found.values()):
+        fail(f"{out}: there are no results of both arms")
+    marks_file = out / "yardsticks.json"
+    if not marks_file.exists():
+        _write_json(yardsticks(settings), marks_file)
+    marks = json.loads(marks_file.read_text())
+    text = table(found, marks)
+    write(out / "table.md", lambda file: file.write(text.encode()))
+    print(text, end="")
+    if find_spec("matplotlib"):
+        plot(found, marks, out / "long_range.png")
+    else:
+        print("without the plot: matplotlib is not installed", file=sys.stderr)
+    print(f"results, table and pictures are in {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
