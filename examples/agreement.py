@@ -62,7 +62,7 @@ class Reading(NamedTuple):
 class Readers:
     """Read the colours of faces of `size` x `size` pixels, fitted to `count` real ones."""
 
-    def __init__(self, size: int, *, count: int = 4000, seed: int = 0) -> None:
+    def __init__(self, size: int, *, count: int = 2000, seed: int = 0) -> None:
         people = faces.traits(count, seed=seed, first=FIRST_REAL)
         pictures = faces.render(people, size)
         self.readers: dict[str, tuple[LinearDiscriminantAnalysis, LinearDiscriminantAnalysis]] = {}

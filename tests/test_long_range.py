@@ -1,0 +1,247 @@
+"""Does attention help? That both arms differ in nothing else, that agreement is read rightly, and the statistics."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import ttest_rel
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import agreement
+import faces
+import long_range
+from agreement import PAIRS, Readers, Reading
+from long_range import LocalAttention, Settings, networks, paired_difference
+from torch_sagan import SelfAttention2d
+
+SIZE = 32
+TINY = ["--steps", "3", "--batch-size", "4", "--image-size", "16", "--base-channels", "4", "--samples", "20"]
+
+
+@pytest.fixture(scope="module")
+def readers() -> Readers:
+    return Readers(SIZE, count=800)
+
+
+def portraits(count: int, first: int = 0) -> np.ndarray:
+    return faces.render(faces.traits(count, first=first), SIZE)
+
+
+# --------------------------------------------------------------------------------------------------- the fair control
+
+
+def test_arms_begin_with_the_same_weights_and_outputs():
+    pairs = []
+    for arm in long_range.ARMS:
+        torch.manual_seed(3)
+        pairs.append(networks(arm, Settings(base_channels=4)))
+    images, z = torch.randn(2, 3, 32, 32), torch.randn(2, 64)
+    for one, other, x in zip(*pairs, (z, images), strict=True):
+        assert one.state_dict().keys() == other.state_dict().keys()
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(one(x), other(x))
+        assert sum(isinstance(module, SelfAttention2d) for module in one.modules()) == 2
+
+
+def test_the_local_layer_looks_at_its_own_place_and_attention_at_all():
+    for layer, own in ((LocalAttention(8), True), (SelfAttention2d(8), False)):
+        nn.init.constant_(layer.gamma, 0.5)
+        x = torch.randn(1, 8, 4, 4, requires_grad=True)
+        (slope,) = torch.autograd.grad(layer(x)[0, :, 1, 2].sum(), x)
+        seen = slope.abs().sum(1)[0] > 0  # (4, 4)
+        assert seen[1, 2]
+        assert bool(seen.sum() == 1) is own
+
+
+def test_the_local_layer_is_its_equation_and_uses_every_parameter():
+    layer = LocalAttention(8, qk_channels=3)
+    nn.init.constant_(layer.gamma, 0.5)
+    x = torch.randn(2, 8, 3, 3)
+    y = layer(x)
+    for b, row, column in ((0, 0, 0), (1, 2, 1)):
+        at = x[b, :, row, column]
+        f, g, h = (p.weight.flatten(1) @ at + p.bias for p in (layer.key, layer.query, layer.value))
+        expected = 0.5 * h / (1 + torch.exp(-(f @ g))) + at
+        torch.testing.assert_close(y[b, :, row, column], expected)
+    y.square().sum().backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in layer.parameters())
+
+
+def test_arms_see_the_same_images_and_latent_vectors(monkeypatch):
+    settings = Settings(steps=2, batch_size=4, image_size=16, base_channels=4, samples=4)
+    monkeypatch.setattr(long_range, "TRAINED_ON", 16)
+    monkeypatch.setitem(long_range.ARMS, "again", SelfAttention2d)
+    monkeypatch.setitem(long_range.ARMS, "local", LocalAttention)
+    made = {arm: long_range.generate(long_range.train(arm, 1, settings)[0], settings) for arm in long_range.ARMS}
+    assert torch.equal(made["attention"], made["again"])
+    assert (made["attention"].float() - made["local"].float()).abs().mean() < 3  # gamma has hardly moved
+    other, gammas = long_range.train("attention", 2, settings)
+    assert not torch.equal(long_range.generate(other, settings), made["attention"])
+    assert set(gammas) == {f"{network}.attention.{size}" for network in "GD" for size in (4, 8)}
+    assert any(gammas.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- agreement
+
+
+def test_colours_are_read_as_they_were_drawn(readers):
+    people = faces.traits(300, first=77)
+    pictures = faces.render(people, SIZE)
+    for pair in PAIRS:
+        truth = [pair.palette.index(tuple(int(c) for c in colour)) for colour in getattr(people, pair.trait)]
+        for read in readers.colours(pictures, pair):
+            assert (read == truth).mean() > 0.99
+
+
+def test_real_faces_agree_and_halves_of_different_faces_do_not(readers):
+    one, other = portraits(400), portraits(400, first=400)
+    left_right, top_bottom = one.copy(), one.copy()
+    left_right[..., SIZE // 2 :] = other[..., SIZE // 2 :]
+    top_bottom[:, :, SIZE // 2 :] = other[:, :, SIZE // 2 :]
+    for pair in PAIRS:
+        real = readers(one)[pair.name]
+        colours = len(pair.palette)
+        assert real.disagreement < 0.01
+        assert real.chance == pytest.approx(1 - 1 / colours, abs=0.02)
+        mixed = readers(left_right if pair.mirrored else top_bottom)[pair.name]
+        assert mixed.relative == pytest.approx(1, abs=0.1)  # √(0.83 · 0.17 / 400) / 0.83 = 0.023, four deviations
+
+
+def test_odd_eyes_are_counted(readers):
+    people = faces.traits(100)
+    other = people._replace(eyes=np.roll(people.eyes, 1, axis=0))
+    pictures = faces.render(people, SIZE)
+    pictures[:30, :, :, SIZE // 2 :] = faces.render(other, SIZE)[:30, :, :, SIZE // 2 :]
+    differ = (np.roll(people.eyes, 1, axis=0) != people.eyes).any(1)[:30].sum()
+    assert readers(pictures)["eyes"].disagreement == pytest.approx(differ / 100, abs=0.011)
+    assert readers(pictures)["earrings"].disagreement < 0.02
+
+
+def test_a_set_with_one_colour_shows_no_agreement(readers):
+    people = faces.traits(50)
+    pictures = faces.render(people._replace(eyes=np.repeat(people.eyes[:1], 50, axis=0)), SIZE)
+    assert readers(pictures)["eyes"] == Reading(0.0, 0.0)
+    assert readers(pictures)["eyes"].relative == 1.0
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_windows_lie_on_their_places_and_do_not_meet(pair, size):
+    marked = np.zeros((1, 3, size, size), np.uint8)
+    for value, (x, y) in ((100, pair.here), (200, pair.there)):
+        marked[0, :, int((y + 1) / 2 * size), int((x + 1) / 2 * size)] = value
+    here, there = agreement.windows(marked, pair)
+    assert np.unique(here) == pytest.approx([-1, 100 / 127.5 - 1])
+    assert np.unique(there) == pytest.approx([-1, 200 / 127.5 - 1])
+
+
+# ------------------------------------------------------------------------------------------------- results and report
+
+
+def test_the_interval_is_that_of_the_paired_t_test():
+    one, other = [0.3, 0.5, 0.4, 0.6, 0.35], [0.4, 0.55, 0.6, 0.58, 0.5]
+    mean, half = paired_difference(one, other)
+    interval = ttest_rel(one, other).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
+    assert mean == pytest.approx(statistics.mean(one) - statistics.mean(other))
+    assert np.isnan(paired_difference([1.0], [2.0])[1])
+
+
+def result(arm: str, seed: int, relative: float) -> dict:
+    pairs = {pair.name: {"disagreement": 0.8 * relative, "chance": 0.8} for pair in PAIRS}
+    return {"arm": arm, "seed": seed, "pairs": pairs, "relative": relative, "swd": 10 + seed}
+
+
+def test_the_table_holds_means_spreads_and_the_paired_difference():
+    found = {
+        "attention": {seed: result("attention", seed, 0.2 + 0.1 * seed) for seed in range(3)},
+        "local": {seed: result("local", seed, 0.5 + 0.1 * seed + 0.01 * (seed == 1)) for seed in (0, 1, 2, 3)},
+    }
+    rows = long_range.table(found, {"real faces": result("", 0, 0.0)}).splitlines()
+    cells = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in rows}
+    assert cells["chance"][0] == "80"
+    assert cells["**attention**, 3 seeds"][-2:] == ["0.3 ± 0.1", "11 ± 1"]
+    assert cells["**local**, 4 seeds"][-1] == "11.5 ± 1.3"
+    # −0.3, −0.31, −0.3: mean −0.3033, deviation 0.00577, t(0.975, 2) = 4.303.
+    assert cells["attention − local, 3 pairs [95 % interval]"][-2:] == ["-0.3 [-0.32, -0.29]", "+0 [+0, +0]"]
+    assert len({len(row.split(" | ")) for row in rows}) == 1
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer faces to read and to train on, and runs in this process."""
+
+    class Here:
+        """As much of a pool of processes as is used."""
+
+        def __init__(self, *settings: object) -> None: ...
+        def __enter__(self) -> Here:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+        def submit(self, function, *arguments):
+            function(*arguments)
+            done: Future[str] = Future()
+            done.set_result("done")
+            return done
+
+    monkeypatch.setattr(long_range, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(long_range, "TRAINED_ON", 32)
+    monkeypatch.setattr(long_range, "Readers", lambda size: Readers(size, count=100))
+
+
+def test_a_run_leaves_results_and_the_next_one_goes_on_with_them(small, tmp_path, capsys):
+    assert long_range.main([*TINY, "--seeds", "1", "--out", str(tmp_path)]) == 0
+    names = {f"{arm}-0.{kind}" for arm in ("attention", "local") for kind in ("json", "png")}
+    assert {path.name for path in tmp_path.iterdir()} >= names | {"yardsticks.json", "table.md"}
+    first = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+    long_range.main([*TINY, "--seeds", "2", "--out", str(tmp_path)])
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in names} == first
+    assert json.loads((tmp_path / "local-1.json").read_text())["settings"]["steps"] == 3
+    assert "2 runs of 3 steps" in capsys.readouterr().out
+    text = (tmp_path / "table.md").read_text()
+    (tmp_path / "table.md").unlink()
+    long_range.main([*TINY, "--report", "--out", str(tmp_path)])
+    assert (tmp_path / "table.md").read_text() == text
+    assert "runs of" not in capsys.readouterr().out
+    assert "2 pairs" in text
+    with Image.open(tmp_path / "local-0.png") as picture:
+        assert picture.width > 8 * 16
+    with pytest.raises(SystemExit, match=r"attention-\d\.json was made with steps 3: give another --out") as error:
+        long_range.main([*TINY, "--steps", "4", "--out", str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow  # starts processes of its own, which import torch
+def test_runs_take_processes_of_their_own(tmp_path):
+    assert long_range.main([*TINY, "--seeds", "1", "--processes", "2", "--out", str(tmp_path)]) == 0
+    assert "1 pairs" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], r"--seeds must be above 0, got 0"),
+        (["--steps", "-1"], r"--steps must be above 0, got -1"),
+        (["--image-size", "50"], r"image_size .* got 50"),
+        (["--out", "{tmp}/file/results"], r"file"),
+        (["--report"], r"there are no results of both arms"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, tmp_path):
+    (tmp_path / "file").write_text("hello")
+    arguments = [argument.format(tmp=tmp_path) for argument in ["--out", "{tmp}/out", *arguments]]
+    with pytest.raises(SystemExit, match=message) as error:
+        long_range.main(arguments)
+    assert "\n" not in str(error.value)
