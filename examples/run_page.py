@@ -134,7 +134,7 @@ def chart(lines: Mapping[str, Points]) -> str:
 
 def figure(title: str, lines: Mapping[str, Points]) -> str:
     """A chart with its title, and the last value of each curve."""
-    keys = "".join(
+    keys = " ".join(
         f'<span class="key"><span style="color:{COLOURS[i % len(COLOURS)]}">■</span> '
         f"{escape(name)} {points[-1][1]:.4g}</span>"
         for i, (name, points) in enumerate(lines.items())
