@@ -1,7 +1,7 @@
 """Scores of a generator against real images: sliced Wasserstein distance, and FID and KID where Inception is at hand.
 
     judge = Judge(real_images(source, 2000), samples=2000, device=device)    # the real images' part is computed once
-    judge(generator, z_dim)                                                  # {"swd": 31.2, "fid": 48.1, "kid": 39.0}
+    judge(generator, z_dim)                                                  # {"fid": 48.1, "kid": 39.0, "swd": 31.2}
 
 FID (Heusel et al., arXiv:1706.08500) and KID (Bińkowski et al., arXiv:1801.01401; here times 1000) come from
 torchmetrics, on the features of torch-fidelity's Inception, the network of the published numbers. Its weights are 90 MB
@@ -84,7 +84,7 @@ class Judge:
         self.slices = slices(kept, device=self.device)
 
     def __call__(self, generator: nn.Module, inputs: int | Sampler, *, seed: int = 0) -> dict[str, float]:
-        """The scores of what `generator` makes, smaller is better.
+        """The scores of what `generator` makes, smaller is better; the first one is the one to go by.
 
         Args:
             generator: makes images (B, C, H, W) in [-1, 1]; it is judged in evaluation mode.
@@ -104,8 +104,8 @@ class Judge:
 
         with torch.no_grad(), evaluation(generator), same_chance(self.device, seed):
             kept, _ = self._look(generated(), real=False)
-            scores = {"swd": distances(self.slices, slices(kept, like=self.slices, device=self.device))["mean"]}
-            return scores | (self.inception_scores.compute() if self.features else {})
+            scores = self.inception_scores.compute() if self.features else {}
+            return scores | {"swd": distances(self.slices, slices(kept, like=self.slices, device=self.device))["mean"]}
 
     @torch.no_grad()
     def _look(self, batches: Iterable[Tensor], *, real: bool) -> tuple[Tensor, int]:

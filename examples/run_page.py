@@ -75,11 +75,16 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
 
 
 def charts(found: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
-    """Curves that share a chart, under its title: losses, gammas; scores have scales of their own."""
+    """Curves that share a chart, under its title: the losses, the gammas. Each score has a scale and a chart of its own."""
     grouped: dict[str, dict[str, Points]] = {}
     for name, points in found.items():
-        kind = "loss" if name.startswith("loss") else "gamma" if name.startswith("gamma/") else name
-        short = name.removeprefix("loss_").upper() if kind == "loss" else name.removeprefix("gamma/")
+        table, _, entry = name.rpartition("/")
+        if name.startswith("loss_"):
+            kind, short = "loss", name.removeprefix("loss_").upper()
+        elif table and table != "scores":
+            kind, short = table, entry
+        else:
+            kind, short = name, entry
         grouped.setdefault(TITLES.get(kind, kind.replace("_", " ").replace("/", ", ")), {})[short] = points
     return grouped
 

@@ -91,7 +91,15 @@ def test_curves_have_every_number_at_its_step():
     assert found["scores/swd"] == [(2, 3)]
     assert found["gamma/G.attention.8"] == [(1, 0.1), (2, 0.1), (5, 0.1)]
     assert not {"step", "images"} & set(found)
-    assert set(charts(found)) == {"losses", "gammas of the attention layers", "images per second", "scores, swd"}
+    shown = charts(found | {"scores/fid": [(2, 9)], "sigma_G/a": [(2, 1)], "sigma_G/b": [(2, 2)]})
+    assert {title: list(lines) for title, lines in shown.items()} == {
+        "losses": ["D", "G"],
+        "images per second": ["images_per_second"],
+        "gammas of the attention layers": ["G.attention.8", "D.attention.8"],
+        "scores, swd": ["swd"],
+        "scores, fid": ["fid"],
+        "sigma G": ["a", "b"],
+    }
 
 
 def test_a_chart_puts_points_where_they_belong():
