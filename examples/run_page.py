@@ -75,7 +75,7 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
 
 
 def charts(found: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
-    """Curves that share a chart, under its title: the losses, the gammas. A score has a scale and a chart of its own."""
+    """Curves that share a chart, under its title. Each score has a scale, and so a chart, of its own."""
     grouped: dict[str, dict[str, Points]] = {}
     for name, points in found.items():
         table, _, entry = name.rpartition("/")
