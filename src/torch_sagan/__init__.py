@@ -21,11 +21,13 @@ from torch_sagan.spectral import (
     spectral_norm,
     spectral_norms,
 )
+from torch_sagan.surgery import AttentionRecord, insert_self_attention, record_attention, remove_self_attention
 from torch_sagan.visualization import attention_overlay
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionRecord",
     "ConditionalBatchNorm2d",
     "ProjectionHead",
     "SAGANDiscriminator",
@@ -38,7 +40,10 @@ __all__ = [
     "gradient_penalty",
     "hinge_discriminator_loss",
     "hinge_generator_loss",
+    "insert_self_attention",
     "load_reference_state_dict",
+    "record_attention",
+    "remove_self_attention",
     "remove_spectral_norm",
     "reset_power_iteration",
     "spectral_norm",
