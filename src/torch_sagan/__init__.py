@@ -2,7 +2,7 @@
 
 from torch_sagan import functional
 from torch_sagan.attention import SelfAttention2d
-from torch_sagan.checkpoints import load_reference_state_dict
+from torch_sagan.checkpoints import convert_legacy_spectral_norm, load_reference_state_dict
 from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
 from torch_sagan.discriminator import SAGANDiscriminator
 from torch_sagan.generator import SAGANGenerator
@@ -36,6 +36,7 @@ __all__ = [
     "SpectralNorm",
     "apply_spectral_norm",
     "attention_overlay",
+    "convert_legacy_spectral_norm",
     "functional",
     "gradient_penalty",
     "hinge_discriminator_loss",
