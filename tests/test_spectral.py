@@ -1146,6 +1146,18 @@ def test_remove_one_name_of_a_model() -> None:
         remove_spectral_norm(network)
 
 
+def test_two_weights_of_one_module_in_two_ways() -> None:
+    """PyTorch's hook on one weight says nothing about another of the same module."""
+    cell = legacy_spectral_norm(nn.LSTMCell(3, 4), "weight_hh")
+    spectral_norm(cell, "weight_ih")
+    with pytest.raises(ValueError, match="'weight_hh' of ParametrizedLSTMCell is spectrally normalised already"):
+        spectral_norm(cell, "weight_hh")
+    assert set(spectral_norms(cell)) == {"weight_hh", "weight_ih"}
+    remove_spectral_norm(cell, "weight_hh")
+    assert set(spectral_norms(cell)) == {"weight_ih"}
+    assert set(dict(cell.named_parameters())) >= {"weight_hh", "parametrizations.weight_ih.original"}
+
+
 def test_removing_changes_nothing_when_one_cannot_be() -> None:
     network = nn.Sequential(nn.Linear(3, 3), parametrizations.orthogonal(nn.Linear(3, 3)))
     legacy_spectral_norm(network[0])
@@ -1170,6 +1182,12 @@ def test_parameters_stay_the_same_objects(normaliser: str, trainable: bool) -> N
     assert {parameter.requires_grad for parameter in network.parameters()} == {trainable}
     apply_spectral_norm(network)
     assert set(network.parameters()) == before
+
+
+def test_spectral_norms_of_a_complex_weight() -> None:
+    layer = spectral_norm(nn.Linear(3, 4, dtype=torch.complex64)).eval()
+    expected = torch.linalg.svdvals(layer.weight.to(torch.complex128))[0].item()
+    assert spectral_norms(layer)["weight"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_spectral_norms_of_a_model_without_any() -> None:

@@ -168,8 +168,9 @@ def spectral_norm(
         The module itself.
 
     Raises:
-        ValueError: when the module has no such parameter, it has no shape yet, it is normalised already (in whichever
-            way), or the implementation is unknown.
+        ValueError: when the module has no such parameter, it has no shape yet, a hook computes it, it is normalised
+            already (in whichever way), or the implementation is unknown.
+        TypeError: for a weight of integers.
 
     >>> from torch import nn
     >>> layer = spectral_norm(nn.Conv2d(3, 64, 3))
@@ -250,7 +251,7 @@ def apply_spectral_norm(
     Raises:
         ValueError: when there is no layer to normalise, a name takes none (the nearest are listed), or a weight has no
             shape yet, is computed by a hook, or is tied to another. The model is then as it was.
-        TypeError: when ``include`` or ``exclude`` is neither names nor a function.
+        TypeError: when ``include`` or ``exclude`` is neither names nor a function, or a weight is of integers.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(1))
@@ -317,7 +318,8 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
             with _frozen(module):
                 weight = getattr(module, name)
         matrix = _matrix(weight, norm.dim) if weight.ndim > 1 else weight[:, None]  # (h, w)
-        values[path] = torch.linalg.matrix_norm(matrix.double(), ord=2).item()
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float64))  # complex weights stay complex
+        values[path] = torch.linalg.matrix_norm(matrix, ord=2).item()
     return values
 
 
