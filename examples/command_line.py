@@ -96,3 +96,12 @@ def settle(settings: type[Settings], given: dict[str, Any], stored: dict[str, An
         if more["least"] is not None and not value >= more["least"]:  # nor is nan
             fail(f"{flag(name)} must be at least {more['least']}, got {value}")
     return settled
+
+
+def sizes(name: str, text: str) -> list[int] | None:
+    """Turn 16,32 into [16, 32], none into [], and auto into None, which leaves the choice to the network."""
+    if text in ("auto", "none"):
+        return None if text == "auto" else []
+    if not all(size.strip().isdecimal() for size in text.split(",")):
+        fail(f"{flag(name)} {text}: expected sizes of feature maps such as 16 or 16,32, or auto, or none")
+    return [int(size) for size in text.split(",")]

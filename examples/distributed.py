@@ -83,12 +83,13 @@ class Ranks:
         message = None
         try:
             yield
-        except (OSError, *errors) as error:
-            message = line(error)
-        except SystemExit as stop:
-            if not isinstance(stop.code, str):
-                raise  # --help
-            message = stop.code
+        except (SystemExit, Exception) as stop:
+            if isinstance(stop, SystemExit) and isinstance(stop.code, str):
+                message = stop.code
+            elif isinstance(stop, (OSError, *errors)):
+                message = line(stop)
+            else:
+                raise
         if self.world == 1 and message:
             raise SystemExit(message)
         messages = [text for text in self.gather(message) if text]

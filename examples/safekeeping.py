@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import signal
 import sys
@@ -14,6 +15,8 @@ from types import FrameType
 from typing import IO, Any
 
 import torch
+
+import torch_sagan
 
 CONTENTS = {"config", "random", "versions", "step", "images", "best"}  # what a checkpoint holds beside the state dicts
 
@@ -82,6 +85,12 @@ def set_aside(out: Path, *, after: int | None = None) -> Path | None:
 
 
 # Reading.
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint is made with."""
+    torchs, ours = str(torch.__version__), torch_sagan.__version__
+    return {"python": platform.python_version(), "torch": torchs, "torch_sagan": ours}
 
 
 def load(path: Path) -> dict[str, Any]:

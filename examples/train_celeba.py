@@ -19,7 +19,6 @@ import copy
 import itertools
 import math
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -38,12 +37,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import torch_sagan
-from command_line import fail, flag, option, read_arguments, settle
+from command_line import fail, option, read_arguments, settle, sizes
 from distributed import ALONE, Ranks, Shares, averaging_only, pick_device, processes
 from pictures import save_attention, save_grid
 from run_log import Means, RunLog
-from safekeeping import load, newest, postponed_signals, save, save_and_rotate, set_aside, survive_signals
+from safekeeping import load, newest, postponed_signals, save, save_and_rotate, set_aside, survive_signals, versions
 from sources import Folder, Images, Shuffle, open_source
 from torch_sagan import (
     SAGANDiscriminator,
@@ -109,17 +107,17 @@ class Config:
     tensorboard: bool = option(True, "output", "also write event files for TensorBoard")
 
 
+def check(config: Config, ranks: Ranks) -> None:
+    """What concerns one setting alone is checked beside it."""
+    if config.ema_decay > 1:
+        fail(f"--ema-decay must be between 0 and 1, got {config.ema_decay}")
+    if config.batch_size % (ranks.world * config.accumulate):
+        shares = f"{ranks.world} × {config.accumulate}"
+        fail(f"--batch-size {config.batch_size} cannot be divided evenly (processes × --accumulate: {shares})")
+
+
 def default_out(data: str) -> str:
     return f"runs/{Path(data).name.removesuffix('.zip')}"
-
-
-def resolutions(name: str, text: str) -> list[int] | None:
-    """Turn 16,32 into [16, 32], none into [], and auto into None, which leaves the choice to the network."""
-    if text in ("auto", "none"):
-        return None if text == "auto" else []
-    if not all(size.strip().isdecimal() for size in text.split(",")):
-        fail(f"{flag(name)} {text}: expected sizes of feature maps such as 16 or 16,32, or auto, or none")
-    return [int(size) for size in text.split(",")]
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -154,7 +152,7 @@ def build_generator(config: Config, image_channels: int) -> SAGANGenerator:
         z_dim=config.z_dim,
         base_channels=config.base_channels,
         image_channels=image_channels,
-        attention_resolutions=resolutions("g_attention", config.g_attention),
+        attention_resolutions=sizes("g_attention", config.g_attention),
     )
 
 
@@ -163,7 +161,7 @@ def build_discriminator(config: Config, image_channels: int) -> SAGANDiscriminat
         config.image_size,
         base_channels=config.base_channels,
         image_channels=image_channels,
-        attention_resolutions=resolutions("d_attention", config.d_attention),
+        attention_resolutions=sizes("d_attention", config.d_attention),
         # A gradient penalty wants slopes of 1, the norm keeps them far below: one or the other.
         spectral_norm=None if config.loss == "wgan-gp" else spectral_norm,
     )
@@ -279,14 +277,6 @@ def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=lr, betas=(0.0, 0.9), fused=True)
 
 
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torch_sagan": torch_sagan.__version__,
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------- step
 #
 # A process's images pass through the networks in `--accumulate` pieces, whose gradients add up to the mean over the
@@ -368,7 +358,7 @@ def update_average(run: Run) -> None:
         ours.copy_(buffer)
 
 
-# ------------------------------------------------------------------------------------------- pictures and numbers
+# --------------------------------------------------------------------------------------------- pictures and scores
 
 # Where the overlay's columns look from, (row, column) as fractions: an eye, the mouth, the hair, the background.
 PLACES = ((0.52, 0.37), (0.73, 0.5), (0.15, 0.5), (0.06, 0.06))
@@ -494,13 +484,9 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge | None = 
             config = replace(config, out=config.out or default_out(config.data))
             if dry_run:
                 config = replace(config, steps=first + 3, log_every=1, sample_every=2, save_every=2)
-            if config.ema_decay > 1:
-                fail(f"--ema-decay must be between 0 and 1, got {config.ema_decay}")
+            check(config, ranks)
             if first >= config.steps and resume != "auto":
                 fail(f"--steps {config.steps}: the checkpoint is at step {first} already")
-            if config.batch_size % (ranks.world * config.accumulate):
-                shares = f"{ranks.world} × {config.accumulate}"
-                fail(f"--batch-size {config.batch_size} cannot be divided evenly (processes × --accumulate: {shares})")
             device = pick_device(config.device, ranks)
             source = open_source(config.data, size=config.image_size, crop=config.crop)
         if first >= config.steps:
@@ -526,6 +512,8 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge | None = 
             stopped = train(run, source, out, judge)
         except torch.OutOfMemoryError as error:
             fail(f"step {run.step + 1}: {str(error).splitlines()[0]} Less --batch-size or more --accumulate needs less")
+        except torch._dynamo.exc.TorchDynamoException as error:
+            fail(f"--compile: {str(error).splitlines()[0]}")
         with ranks.agreeing():
             made = draw(run, out) if ranks.first else {}
         made |= {"checkpoint": out / f"checkpoint-{run.step:06d}.pt", "log": out / "log.jsonl"}

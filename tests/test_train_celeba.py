@@ -389,6 +389,21 @@ def test_other_versions_are_told(tmp_path, capsys):
 # -------------------------------------------------------------------------------------------------------- errors
 
 
+@pytest.fixture(scope="module")
+def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty and damaged folders, files that are no checkpoints, and a run of one step."""
+    root = tmp_path_factory.mktemp("troubles")
+    (root / "empty").mkdir()
+    (root / "damaged").mkdir()
+    for name in ("file", "damaged/1.jpg", "damaged/2.png"):
+        (root / name).write_text("hello")
+    torch.save({"weights": torch.zeros(1)}, root / "other.pt")
+    train(root / "run", "--steps", "1")
+    state = checkpoint(root / "run")
+    torch.save(state | {"config": state["config"] | {"colour": 1}}, root / "newer.pt")
+    return root
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -422,16 +437,8 @@ def test_other_versions_are_told(tmp_path, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_errors_are_one_line(arguments, message, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "damaged").mkdir()
-    for name in ("file", "damaged/1.jpg", "damaged/2.png"):
-        (tmp_path / name).write_text("hello")
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
-    train(tmp_path / "run", "--steps", "1")
-    state = checkpoint(tmp_path / "run")
-    torch.save(state | {"config": state["config"] | {"colour": 1}}, tmp_path / "newer.pt")
-    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+def test_errors_are_one_line(arguments, message, troubles):
+    arguments = [argument.format(tmp=troubles) for argument in arguments]
     with pytest.raises(SystemExit, match=message) as error:
         train_celeba.main(arguments if "--resume" in arguments else [*TINY, "--data", "digits", *arguments])
     assert "\n" not in str(error.value)
@@ -451,6 +458,15 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"step 1: Tried to allocate 2 GiB\. .*--accumulate") as error:
         train(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_no_compiler_is_one_line(tmp_path, monkeypatch):
+    def fails(*_: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(train_celeba, "discriminator_step", fails)
+    with pytest.raises(SystemExit, match=r"--compile: No working C\+\+ compiler found$"):
+        train(tmp_path)
 
 
 def test_help_tells_every_default(capsys):
