@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ class Ranks:
         """The model as its training calls it: a backward pass through it averages the gradients over processes."""
         if self.world == 1:
             return model
+        # A weight with a dimension of one has several strides that mean the same; DDP takes that for a difference.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         on_gpu = next(model.parameters()).is_cuda
         return DistributedDataParallel(model, device_ids=[self.local_rank] if on_gpu else None)
 

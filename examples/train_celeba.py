@@ -267,7 +267,8 @@ class Run:
         else:  # the checkpoint was made by fewer processes: this one's numbers start here
             torch.manual_seed(self.config.seed + 3 + self.ranks.rank + self.step)
         if self.device.type != random["device"]:
-            return  # another kind of device has another kind of generator: the latent vectors start afresh
+            self.latents.manual_seed(self.config.seed + 1 + self.step)  # another kind of device, another kind of state
+            return
         self.latents.set_state(random["latents"])
         if self.device.type == "cuda" and self.ranks.rank < len(random["ranks"]):
             torch.cuda.set_rng_state(random["ranks"][self.ranks.rank]["cuda"], self.device)

@@ -63,7 +63,9 @@ def test_the_order_does_not_depend_on_the_number_of_processes():
 
 
 @pytest.mark.slow  # torchrun, and two processes that import torch
-@pytest.mark.parametrize("settings", [["--accumulate", "2"], ["--loss", "wgan-gp", "--d-steps", "2"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "settings", [["--accumulate", "2", "--channels-last", "yes"], ["--loss", "wgan-gp", "--d-steps", "2"]], ids=" ".join
+)
 def test_two_processes(settings, tmp_path):
     steps = 20 if "--accumulate" in settings else 4
     witness = tmp_path / "witness.py"
@@ -73,6 +75,7 @@ def test_two_processes(settings, tmp_path):
     command += [*settings, "--batch-size", "8", "--steps", str(steps), "--lr-g", "0.01", "--lr-d", "0.01"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     assert done.stdout.count("processes 2, each with 4 images of a batch") == 1
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
 
