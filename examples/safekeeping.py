@@ -1,18 +1,30 @@
-"""Nothing is lost: checkpoints that are never half written, and a Ctrl-C that never cuts a step in two."""
+"""Nothing is lost: checkpoints that are never half written, the last few of them, and signals that wait for a step."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import signal
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
 import torch
 
-CONTENTS = {"config", "random", "step", "images"}  # what a checkpoint holds beside the state dicts
+import torch_sagan
+
+CONTENTS = {"config", "random", "versions", "step", "images", "best"}  # what a checkpoint holds beside the state dicts
+
+# What a run leaves in its folder, and another run there would overwrite or mix with its own.
+TRACES = ("checkpoint*.pt", "best.pt", "log.jsonl", "samples-*.png", "attention-*.png", "tensorboard")
+
+
+# Writing.
 
 
 def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
@@ -24,9 +36,15 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
+        if os.name == "posix":  # the name, too, has to reach the disk; elsewhere folders cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        new.unlink(missing_ok=True)
-        raise SystemExit(f"cannot save {path}: {str(error).splitlines()[0]}") from None
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise SystemExit(f"cannot save {path}: {str(cause).splitlines()[0]}") from None
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -34,28 +52,101 @@ def save(state: dict[str, Any], path: Path) -> None:
     write(path, lambda file: torch.save(state, file))
 
 
+def save_and_rotate(state: dict[str, Any], out: Path, *, keep_last: int, keep_every: int) -> Path:
+    """Write `checkpoint-<step>.pt`, let `checkpoint.pt` name it, and only then delete what need not be kept."""
+    path = out / f"checkpoint-{state['step']:06d}.pt"
+    save(state, path)
+    with suppress(OSError):  # not all disks have links; the folder's name leads to the newest checkpoint as well
+        link = out / "checkpoint.pt.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, out / "checkpoint.pt")
+    for step, old in _numbered(out)[:-keep_last]:
+        if not (keep_every and step % keep_every == 0):
+            old.unlink()
+    return path
+
+
+def set_aside(out: Path, *, after: int | None = None) -> Path | None:
+    """Move the traces of an earlier run into a folder of their own; with `after`, only checkpoints of later steps.
+
+    Returns that folder, or None where there was no such checkpoint.
+    """
+    for unfinished in out.glob("*.new"):
+        unfinished.unlink()
+    later = [path for step, path in _numbered(out) if after is None or step > after]
+    if not later:
+        return None
+    earlier = next(path for i in range(1, 10**6) if not (path := out / f"earlier-{i}").exists())
+    earlier.mkdir()
+    for path in later if after is not None else [path for trace in TRACES for path in out.glob(trace)]:
+        path.rename(earlier / path.name)
+    return earlier
+
+
+# Reading.
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint is made with."""
+    torchs, ours = str(torch.__version__), torch_sagan.__version__
+    return {"python": platform.python_version(), "torch": torchs, "torch_sagan": ours}
+
+
 def load(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint file, or in the folder of a run."""
-    file = path / "checkpoint.pt" if path.is_dir() else path
-    if not file.exists():
-        raise SystemExit(f"cannot resume from {file}: no such file")
+    """The state in a checkpoint file, or the newest that can be read in the folder of a run."""
+    if path.is_dir():
+        state = newest(path)
+        if state is None:
+            raise SystemExit(f"cannot resume from {path}: no checkpoint in this folder")
+        return state
+    if not path.exists():
+        raise SystemExit(f"cannot resume from {path}: no such file")
     try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not look at the checksums that torch.save writes
+                raise ValueError("damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
         missing = CONTENTS - set(state)
     except Exception:  # whatever a damaged or foreign file makes the reader raise
-        raise SystemExit(f"cannot resume from {file}: it cannot be read as a checkpoint") from None
+        raise SystemExit(f"cannot resume from {path}: it cannot be read as a checkpoint") from None
     if missing:
-        raise SystemExit(f"cannot resume from {file}: it is not a checkpoint of this trainer")
-    return state
+        raise SystemExit(f"cannot resume from {path}: it is not a checkpoint of this trainer")
+    return dict(state)
+
+
+def newest(out: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read, None where there is none; those that cannot are named."""
+    found = _numbered(out)
+    for _, path in reversed(found):
+        try:
+            return load(path)
+        except SystemExit as unreadable:
+            print(f"{unreadable}; trying the one before", file=sys.stderr, flush=True)
+    if found:
+        raise SystemExit(f"cannot resume from {out}: none of its {len(found)} checkpoints can be read")
+    return None
+
+
+def _numbered(out: Path) -> list[tuple[int, Path]]:
+    """The steps and paths of the numbered checkpoints in a folder, oldest first."""
+    names = ((re.fullmatch(r"checkpoint-(\d+)\.pt", path.name), path) for path in out.glob("checkpoint-*.pt"))
+    return sorted((int(name[1]), path) for name, path in names if name)
+
+
+# Signals.
 
 
 @contextmanager
-def postponed_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM only enter the list, to be looked at between two steps; a second one stops at once."""
+def postponed_signals(*, second_stops: bool = True) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM only enter the list, to be looked at between two steps.
+
+    A second Ctrl-C stops at once, with `second_stops`; `torchrun` passes on what its processes may have had already.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and second_stops and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 
@@ -67,6 +158,8 @@ def postponed_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def ignore_interrupts(worker: int) -> None:
-    """For the data loader's workers: Ctrl-C reaches the whole group of processes, but the training still needs them."""
+def survive_signals(worker: int) -> None:
+    """For the data loader's workers: Ctrl-C, `torchrun` and schedulers signal the whole group of processes, but the
+    step under way still needs them. A second SIGTERM ends a worker, as the loader does where one will not leave."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

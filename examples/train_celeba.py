@@ -3,28 +3,28 @@
     python examples/train_celeba.py                                    # procedural faces, nothing to download
     python examples/train_celeba.py --data ~/img_align_celeba          # a folder of images, at any depth
     python examples/train_celeba.py --data digits --image-size 28 --steps 1500
-    python examples/train_celeba.py --resume runs/faces/checkpoint.pt  # go on where that run stopped
+    python examples/train_celeba.py --resume auto                      # go on where that run stopped, or begin
     python examples/train_celeba.py --dry-run                          # a few steps, to see that everything works
+    torchrun --nproc-per-node 8 examples/train_celeba.py --data ~/img_align_celeba --batch-size 512 --precision bf16
 
 Networks as in the 64-pixel PyTorch implementations, hinge loss (or `--loss wgan-gp`), Adam with betas (0, 0.9) and two
 learning rates, and a moving average of the generator, which draws the samples. The folder `--out` receives sample
-grids, attention overlays, `log.jsonl` and `checkpoint.pt`. A run that was stopped (Ctrl-C does) and resumed goes on as
-if it had never stopped: on the CPU, to the last bit.
+grids, attention overlays, `log.jsonl`, TensorBoard's files and checkpoints. A run that was stopped (by Ctrl-C, SIGTERM,
+or the power) and resumed goes on as if it had never stopped: on the CPU, to the last bit.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import copy
+import itertools
 import math
 import os
 import sys
-import time
-import typing
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Protocol
 
 # By default the threads of a CPU wait for one another by spinning, which makes a step many times slower as soon as
 # another program wants one of the cores. They shall sleep instead. It has to be said before torch is loaded.
@@ -32,12 +32,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from command_line import fail, option, read_arguments, settle, sizes
+from distributed import ALONE, Ranks, Shares, averaging_only, pick_device, processes
 from pictures import save_attention, save_grid
-from safekeeping import ignore_interrupts, load, postponed_signals, save
+from run_log import Means, RunLog
+from safekeeping import load, newest, postponed_signals, save, save_and_rotate, set_aside, survive_signals, versions
 from sources import Folder, Images, Shuffle, open_source
 from torch_sagan import (
     SAGANDiscriminator,
@@ -47,21 +51,12 @@ from torch_sagan import (
     hinge_discriminator_loss,
     hinge_generator_loss,
     spectral_norm,
+    spectral_norms,
     wasserstein_discriminator_loss,
     wasserstein_generator_loss,
 )
 
 # ------------------------------------------------------------------------------------------------- configuration
-
-
-def fail(message: object) -> NoReturn:
-    """End with one line on stderr and a non-zero status."""
-    raise SystemExit("train_celeba.py: " + " ".join(str(message).split()))
-
-
-def option(default: Any, group: str, text: str, **more: Any) -> Any:
-    """A setting: its default, the heading it stands under in --help, and its comment, which is its help."""
-    return field(default=default, metadata={"group": group, "help": text, **more})
 
 
 LOSSES = {
@@ -75,174 +70,208 @@ class Config:
     """All settings. The text of each is its comment here and its help on the command line."""
 
     data: str = option("faces", "data", "faces (procedural), digits (scikit-learn's), or a folder of images")
-    image_size: int = option(64, "data", "width and height of the images, pixels: 4 to 7 doubled some times")
-    crop: int = option(160, "data", "centre crop of a folder's images, pixels (160 for aligned CelebA, 0 for all)")
-    workers: int = option(4, "data", "processes that decode a folder's images, at most one per core")
+    image_size: int = option(64, "data", "width and height, pixels: 4 to 7 doubled some times", fixed=True)
+    crop: int = option(160, "data", "centre crop of a folder's images, pixels (0 for all of an image)", least=0)
+    workers: int = option(4, "data", "processes that decode a folder's images, at most one per core", least=0)
 
-    z_dim: int = option(128, "networks", "length of the latent vector")
+    z_dim: int = option(128, "networks", "length of the latent vector", least=1)
     base_channels: int = option(64, "networks", "channels of the largest feature map, doubled at each smaller one")
     g_attention: str = option("auto", "networks", "sizes of G's maps that get attention: 16, or 16,32, auto, none")
     d_attention: str = option("auto", "networks", "sizes of D's maps that get attention: 8, or 4,8, auto, none")
 
-    loss: str = option("hinge", "training", "wgan-gp builds D without spectral norm", choices=list(LOSSES))
-    steps: int = option(100_000, "training", "length of the run, generator steps")
-    batch_size: int = option(64, "training", "images in a batch")
-    d_steps: int = option(1, "training", "discriminator steps for each generator step")
-    lr_g: float = option(1e-4, "training", "the generator's learning rate, per Adam step")
-    lr_d: float = option(4e-4, "training", "the discriminator's learning rate, per Adam step")
-    gp_weight: float = option(10.0, "training", "weight of the gradient penalty of wgan-gp")
-    ema_decay: float = option(0.999, "training", "what the averaged generator keeps at each step, a fraction")
-    seed: int = option(0, "training", "fixes weights, latent vectors, order and flips of the images")
-    device: str = option("auto", "training", "cpu, cuda, cuda:1, mps …; auto takes a GPU if there is one")
+    loss: str = option("hinge", "training", "wgan-gp builds D without spectral norm", choices=tuple(LOSSES), fixed=True)
+    steps: int = option(100_000, "training", "length of the run, steps of G", least=1)
+    batch_size: int = option(64, "training", "images in a step, all processes together", least=1)
+    d_steps: int = option(1, "training", "steps of D for each step of G", least=1)
+    lr_g: float = option(1e-4, "training", "the generator's learning rate, per Adam step", least=0)
+    lr_d: float = option(4e-4, "training", "the discriminator's learning rate, per Adam step", least=0)
+    lr_decay: str = option("none", "training", "linear: both rates fall to 0", choices=("none", "linear"))
+    decay_from: int = option(0, "training", "step from which --lr-decay linear falls, to 0 at --steps", least=0)
+    gp_weight: float = option(10.0, "training", "weight of the gradient penalty of wgan-gp", least=0)
+    ema_decay: float = option(0.999, "training", "what the averaged G keeps at each step, a fraction", least=0)
+    seed: int = option(0, "training", "fixes weights, latent vectors, order and flips of the images", least=0)
+
+    device: str = option("auto", "speed", "cpu, cuda, cuda:1, mps …; auto takes a GPU if there is one")
+    precision: str = option("float32", "speed", "bf16: autocast; weights stay float32", choices=("float32", "bf16"))
+    compile: bool = option(False, "speed", "compile G and D with torch.compile (with wgan-gp, G alone)")
+    channels_last: str = option("auto", "speed", "layout of feature maps; auto: on CUDA", choices=("auto", "yes", "no"))
+    accumulate: int = option(1, "speed", "passes that a step's images are divided among, to save memory", least=1)
 
     out: str = option("", "output", "folder for what the run makes (default: runs/ and the name of the data)")
-    log_every: int = option(50, "output", "steps between two lines of log.jsonl")
-    sample_every: int = option(1000, "output", "steps between two sample grids and attention overlays")
-    save_every: int = option(1000, "output", "steps between two checkpoints")
+    log_every: int = option(50, "output", "steps between two lines of log.jsonl", least=1)
+    sample_every: int = option(1000, "output", "steps between two sample grids and attention overlays", least=1)
+    judge_every: int = option(5000, "output", "steps between two judgements of the averaged G, 0 for none", least=0)
+    save_every: int = option(1000, "output", "steps between two checkpoints", least=1)
+    keep_last: int = option(3, "output", "checkpoints to keep, the newest", least=1)
+    keep_every: int = option(20_000, "output", "steps between two checkpoints kept for good, 0 for none", least=0)
+    tensorboard: bool = option(True, "output", "also write event files for TensorBoard")
 
 
-# A checkpoint's weights fit only networks that were built with the same values of these.
-ARCHITECTURE = ("image_size", "z_dim", "base_channels", "g_attention", "d_attention", "loss")
-
-
-def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """What was given on the command line, and only that: the rest comes from Config or from a checkpoint."""
-    parser = argparse.ArgumentParser(
-        description="Train a SAGAN on faces, digits or your own images.", argument_default=argparse.SUPPRESS
-    )
-    groups = {name: parser.add_argument_group(name) for name in ("data", "networks", "training", "output")}
-    kinds = typing.get_type_hints(Config)
-    for setting in fields(Config):
-        groups[setting.metadata["group"]].add_argument(
-            "--" + setting.name.replace("_", "-"),
-            type=kinds[setting.name],
-            choices=setting.metadata.get("choices"),
-            metavar=None if "choices" in setting.metadata else kinds[setting.name].__name__.upper(),
-            help=setting.metadata["help"] + (f" (default: {setting.default})" if setting.default != "" else ""),
-        )
-    groups["output"].add_argument(
-        "--resume", metavar="PATH", default=None, help="go on from this checkpoint, with its settings"
-    )
-    groups["output"].add_argument("--dry-run", action="store_true", default=False, help="three steps, then stop")
-    return parser.parse_args(arguments)
-
-
-def check(config: Config) -> None:
-    for name in ("steps", "batch_size", "d_steps", "z_dim", "log_every", "sample_every", "save_every"):
-        if getattr(config, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    for name in ("workers", "crop", "lr_g", "lr_d", "seed"):
-        if getattr(config, name) < 0:
-            fail(f"--{name.replace('_', '-')} cannot be negative, got {getattr(config, name)}")
-    if not 0 <= config.ema_decay <= 1:
+def check(config: Config, ranks: Ranks) -> None:
+    """What concerns one setting alone is checked beside it."""
+    if config.ema_decay > 1:
         fail(f"--ema-decay must be between 0 and 1, got {config.ema_decay}")
+    if config.batch_size % (ranks.world * config.accumulate):
+        shares = f"{ranks.world} × {config.accumulate}"
+        fail(f"--batch-size {config.batch_size} cannot be divided evenly (processes × --accumulate: {shares})")
 
 
-def resolutions(text: str) -> list[int] | None:
-    """Turn 16,32 into [16, 32], none into [], and auto into None, which leaves the choice to the network."""
-    if text == "auto":
-        return None
-    return [] if text == "none" else [int(size) for size in text.split(",")]
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: {str(error).splitlines()[0]}")
-    return device
+def default_out(data: str) -> str:
+    return f"runs/{Path(data).name.removesuffix('.zip')}"
 
 
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-def open_loader(source: Images | Folder, config: Config, position: int, device: torch.device) -> DataLoader[Any]:
-    """Batches (uint8 images, unreadable paths), from the image at `position` of the run's endless order on."""
+def open_loader(
+    source: Images | Folder, config: Config, position: int, device: torch.device, ranks: Ranks
+) -> DataLoader[Any]:
+    """Pieces (uint8 images, unreadable paths) of batches, from the image at `position` of the run's endless order on.
+
+    The order is that of all processes together, so a run may go on with more of them, or with fewer.
+    """
     order = Shuffle(len(source), config.batch_size, seed=config.seed, flip=config.data != "digits", position=position)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return DataLoader(
         source,
-        sampler=order,
+        sampler=Shares(order, ranks, config.accumulate),
         batch_size=None,  # the sampler's items are whole batches already
         num_workers=min(config.workers, cores) if isinstance(source, Folder) else 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw from the generator whose state a checkpoint keeps
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=survive_signals,
     )
 
 
 # ------------------------------------------------------------------------------------------------------ networks
 
 
+def build_generator(config: Config, image_channels: int) -> SAGANGenerator:
+    return SAGANGenerator(
+        config.image_size,
+        z_dim=config.z_dim,
+        base_channels=config.base_channels,
+        image_channels=image_channels,
+        attention_resolutions=sizes("g_attention", config.g_attention),
+    )
+
+
+def build_discriminator(config: Config, image_channels: int) -> SAGANDiscriminator:
+    return SAGANDiscriminator(
+        config.image_size,
+        base_channels=config.base_channels,
+        image_channels=image_channels,
+        attention_resolutions=sizes("d_attention", config.d_attention),
+        # A gradient penalty wants slopes of 1, the norm keeps them far below: one or the other.
+        spectral_norm=None if config.loss == "wgan-gp" else spectral_norm,
+    )
+
+
 class Run:
     """All that changes while training: what a checkpoint holds."""
 
-    def __init__(self, config: Config, image_channels: int, device: torch.device) -> None:
-        torch.manual_seed(config.seed)
-        self.config, self.device = config, device
-        self.generator = SAGANGenerator(
-            config.image_size,
-            z_dim=config.z_dim,
-            base_channels=config.base_channels,
-            image_channels=image_channels,
-            attention_resolutions=resolutions(config.g_attention),
-        ).to(device)
-        self.discriminator = SAGANDiscriminator(
-            config.image_size,
-            base_channels=config.base_channels,
-            image_channels=image_channels,
-            attention_resolutions=resolutions(config.d_attention),
-            # A gradient penalty wants slopes of 1, the norm keeps them far below: one or the other.
-            spectral_norm=None if config.loss == "wgan-gp" else spectral_norm,
-        ).to(device)
-        # Buffers (u and v, batch-norm statistics) are copied: averaged ones would not belong to any weights.
-        self.average = AveragedModel(self.generator, use_buffers=False).eval()
+    def __init__(self, config: Config, image_channels: int, device: torch.device, ranks: Ranks = ALONE) -> None:
+        torch.manual_seed(config.seed)  # the same weights on every process
+        self.config, self.device, self.ranks = config, device, ranks
+        channels_last = device.type == "cuda" if config.channels_last == "auto" else config.channels_last == "yes"
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        generator = build_generator(config, image_channels).to(device)
+        discriminator = build_discriminator(config, image_channels).to(device)
+        for network in (generator, discriminator):
+            network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.average = copy.deepcopy(generator).eval().requires_grad_(False)
+        self.generator, self.discriminator = ranks.synchronized_batch_norm(generator), discriminator
+        if config.compile:
+            self.generator.compile(dynamic=False)
+            if config.loss != "wgan-gp":  # a compiled graph has no double backward, which the penalty needs
+                self.discriminator.compile(dynamic=False)
+        # What the training calls: the same networks, with gradients averaged over processes.
+        self.parallel_generator = ranks.parallel(self.generator)
+        self.parallel_discriminator = ranks.parallel(self.discriminator)
         self.generator_optimizer = adam(self.generator, config.lr_g)
         self.discriminator_optimizer = adam(self.discriminator, config.lr_d)
-        self.latents = torch.Generator(device).manual_seed(config.seed + 1)
+        self.generator_scheduler = LambdaLR(self.generator_optimizer, lambda step: self.decay(step))
+        self.discriminator_scheduler = LambdaLR(self.discriminator_optimizer, lambda step: self.decay(step))
+        self.latents = torch.Generator(device).manual_seed(config.seed + 1)  # the same numbers on every process
+        torch.manual_seed(config.seed + 3 + ranks.rank)  # others on each, for the gradient penalty
         self.step = 0
-        self.images = 0  # drawn from the data so far
+        self.images = 0  # drawn from the data so far, by all processes
+        self.best = math.inf  # the best score of a judgement so far
 
-    def sample_latents(self) -> Tensor:
+    def decay(self, step: int) -> float:
+        """What the learning rates are multiplied with."""
+        config = self.config
+        if config.lr_decay == "none" or step < config.decay_from:
+            return 1.0
+        return max(0.0, (config.steps - step) / max(1, config.steps - config.decay_from))
+
+    def sample_latents(self) -> tuple[Tensor, ...]:
+        """This process's latent vectors, in pieces. All draw those of all, so their number does not matter."""
         shape = (self.config.batch_size, self.config.z_dim)
-        return torch.randn(shape, generator=self.latents, device=self.device)  # (B, z_dim)
+        z = torch.randn(shape, generator=self.latents, device=self.device)  # (B, z_dim)
+        return self.ranks.share(z).chunk(self.config.accumulate)
 
-    def gammas(self) -> dict[str, Tensor]:
-        """How much each attention layer adds: its gamma, under the name of its network and place."""
+    def to_device(self, images: Tensor) -> Tensor:
+        """Uint8 (B, C, S, S), pinned where the device is a GPU, to numbers in [-1, 1] there."""
+        images = images.to(self.device, non_blocking=True)
+        return images.to(torch.float32, memory_format=self.memory_format) / 127.5 - 1
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def numbers(self) -> dict[str, Any]:
+        """Learning rates, and how much each attention layer adds: its gamma, under its network and place."""
         networks = {"G": self.generator, "D": self.discriminator}
-        return {
-            f"{network}.{path}": module.gamma.detach()
+        gammas = {
+            f"{network}.{path}": module.gamma.item()
             for network, model in networks.items()
             for path, module in model.named_modules()
             if isinstance(module, SelfAttention2d)
         }
+        (lr_g,), (lr_d,) = self.generator_scheduler.get_last_lr(), self.discriminator_scheduler.get_last_lr()
+        return {"lr_g": lr_g, "lr_d": lr_d, "gamma": gammas}
 
     def parts(self) -> dict[str, Any]:
-        names = ("generator", "discriminator", "average", "generator_optimizer", "discriminator_optimizer")
-        return {name: getattr(self, name) for name in names}
+        networks = ("generator", "discriminator")
+        names = [f"{network}{part}" for part in ("", "_optimizer", "_scheduler") for network in networks]
+        return {name: getattr(self, name) for name in [*names, "average"]}
 
     def state_dict(self) -> dict[str, Any]:
-        random = {"cpu": torch.get_rng_state(), "latents": self.latents.get_state(), "device": self.device.type}
+        random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {name: part.state_dict() for name, part in self.parts().items()}
-        return state | {"config": asdict(self.config), "random": random, "step": self.step, "images": self.images}
+        return {name: part.state_dict() for name, part in self.parts().items()} | {
+            "config": asdict(self.config),
+            "random": {
+                "device": self.device.type,
+                "latents": self.latents.get_state(),
+                "ranks": self.ranks.gather(random),
+            },
+            "versions": versions(),
+            "step": self.step,
+            "images": self.images,
+            "best": self.best,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
-        self.generator_optimizer.param_groups[0]["lr"] = self.config.lr_g  # the command line's word is the last
-        self.discriminator_optimizer.param_groups[0]["lr"] = self.config.lr_d
-        self.step, self.images = state["step"], state["images"]
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type != state["random"]["device"]:
-            return  # another kind of device has another kind of generator: the latent vectors start afresh
-        self.latents.set_state(state["random"]["latents"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        for network, lr in (("generator", self.config.lr_g), ("discriminator", self.config.lr_d)):
+            # The command line's word is the last: its rates, its length of the run.
+            getattr(self, f"{network}_scheduler").base_lrs = [lr]
+            getattr(self, f"{network}_optimizer").param_groups[0]["lr"] = lr * self.decay(state["step"])
+        self.step, self.images, self.best = state["step"], state["images"], state["best"]
+        random = state["random"]
+        if self.ranks.rank < len(random["ranks"]):
+            torch.set_rng_state(random["ranks"][self.ranks.rank]["cpu"])
+        else:  # the checkpoint was made by fewer processes: this one's numbers start here
+            torch.manual_seed(self.config.seed + 3 + self.ranks.rank + self.step)
+        if self.device.type != random["device"]:
+            self.latents.manual_seed(self.config.seed + 1 + self.step)  # another kind of device, another kind of state
+            return
+        self.latents.set_state(random["latents"])
+        if self.device.type == "cuda" and self.ranks.rank < len(random["ranks"]):
+            torch.cuda.set_rng_state(random["ranks"][self.ranks.rank]["cuda"], self.device)
 
 
 def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
@@ -250,40 +279,87 @@ def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
 
 
 # ---------------------------------------------------------------------------------------------------------- step
+#
+# A process's images pass through the networks in `--accumulate` pieces, whose gradients add up to the mean over the
+# batch. Each piece is a pass of its own: batch norm takes its statistics from it, and spectral norm iterates once.
 
 
-def discriminator_step(run: Run, real: Tensor, fake: Tensor) -> Tensor:
-    """One step of D on real and generated images, each (B, C, S, S). Returns its loss."""
-    fake = fake.detach()  # G does not learn here
-    logits = run.discriminator(torch.cat([real, fake]))  # (2B,): one pass, so the weights are normalised once
-    loss = LOSSES[run.config.loss][0](*logits.chunk(2))
-    if run.config.loss == "wgan-gp":
-        loss = loss + run.config.gp_weight * gradient_penalty(run.discriminator, real, fake)
+def training_step(run: Run, reals: Iterator[Tensor]) -> Tensor:
+    """The steps of D and one of G. Returns their losses (2,), on the device: nothing here waits for it."""
+    config = run.config
+    for turn in range(config.d_steps):
+        z = run.sample_latents()
+        # G has not changed when its own step comes, so it can learn from the images that D has just learnt from. In
+        # pieces it makes them again, or the graphs of all of them would be held at once.
+        once = config.accumulate == 1 and turn == config.d_steps - 1
+        fakes = list(generate(run, z, learn=True)) if once else generate(run, z, learn=False)
+        discriminator_loss = discriminator_step(run, itertools.islice(reals, config.accumulate), fakes)
+        run.images += config.batch_size
+    generator_loss = generator_step(run, fakes if once else generate(run, z, learn=True))
+    run.generator_scheduler.step()
+    run.discriminator_scheduler.step()
+    run.step += 1
+    return torch.stack([discriminator_loss, generator_loss])
+
+
+def generate(run: Run, z: Sequence[Tensor], *, learn: bool) -> Iterator[Tensor]:
+    """G's images (B, C, S, S) of each piece of latent vectors, with a graph where G shall learn."""
+    for i, piece in enumerate(z):
+        with torch.set_grad_enabled(learn), averaging_only(run.parallel_generator, i == len(z) - 1), run.autocast():
+            fake: Tensor = run.parallel_generator(piece)
+        yield fake
+
+
+def discriminator_step(run: Run, reals: Iterable[Tensor], fakes: Iterable[Tensor]) -> Tensor:
+    """One step of D on pieces of real and of generated images, each (B, C, S, S). Returns its loss."""
+    config, D = run.config, run.parallel_discriminator
     run.discriminator_optimizer.zero_grad()
-    loss.backward()
+    losses = []
+    for i, (real, fake) in enumerate(zip(reals, fakes, strict=True), start=1):
+        fake = fake.detach()  # G does not learn here
+        with averaging_only(D, i == config.accumulate):
+            with run.autocast():
+                logits = D(torch.cat([real, fake]))  # (2B,): one pass, so the weights are normalised once
+            loss = LOSSES[config.loss][0](*logits.float().chunk(2))
+            if config.loss == "wgan-gp":  # in float32: the gradient of a gradient has no digits to lose
+                loss = loss + config.gp_weight * gradient_penalty(run.discriminator, real, fake.float())
+            loss = loss / config.accumulate
+            loss.backward()
+        losses.append(loss.detach())
     run.discriminator_optimizer.step()
-    return loss.detach()
+    return torch.stack(losses).sum()
 
 
-def generator_step(run: Run, fake: Tensor) -> Tensor:
-    """One step of G on the images that D has just learnt from, and of its moving average. Returns G's loss.
-
-    G has not changed since it made them, so there is no need to make others.
-    """
+def generator_step(run: Run, fakes: Iterable[Tensor]) -> Tensor:
+    """One step of G on pieces of its images, and of its moving average. Returns G's loss."""
     run.discriminator.requires_grad_(False)  # gradients flow through D, none to its weights
-    loss: Tensor = LOSSES[run.config.loss][1](run.discriminator(fake))
     run.generator_optimizer.zero_grad()
-    loss.backward()
+    losses = []
+    for fake in fakes:
+        with run.autocast():
+            logits = run.discriminator(fake)  # (B,)
+        loss = LOSSES[run.config.loss][1](logits.float()) / run.config.accumulate
+        loss.backward()
+        losses.append(loss.detach())
     run.generator_optimizer.step()
     run.discriminator.requires_grad_(True)
+    run.ranks.average_statistics(run.generator)
+    update_average(run)
+    return torch.stack(losses).sum()
+
+
+@torch.no_grad()
+def update_average(run: Run) -> None:
+    """Move the averaged generator towards G. (AveragedModel would wait for the GPU each time, to count.)"""
     # At first the average forgets quickly, so that it does not remember the untrained weights for thousands of steps.
     decay = min(run.config.ema_decay, (1 + run.step) / (10 + run.step))
-    run.average.multi_avg_fn = get_ema_multi_avg_fn(decay)
-    run.average.update_parameters(run.generator)
-    return loss.detach()
+    get_ema_multi_avg_fn(decay)(list(run.average.parameters()), list(run.generator.parameters()), 0)
+    # Buffers (u and v, batch-norm statistics) are copied: averaged ones would not belong to any weights.
+    for ours, buffer in zip(run.average.buffers(), run.generator.buffers(), strict=True):
+        ours.copy_(buffer)
 
 
-# ------------------------------------------------------------------------------------------------ log and saving
+# --------------------------------------------------------------------------------------------- pictures and scores
 
 # Where the overlay's columns look from, (row, column) as fractions: an eye, the mouth, the hair, the background.
 PLACES = ((0.52, 0.37), (0.73, 0.5), (0.15, 0.5), (0.06, 0.06))
@@ -303,136 +379,171 @@ def draw(run: Run, out: Path) -> dict[str, Path]:
     return made
 
 
-class Log:
-    """Losses, gammas and speed, to `log.jsonl` and to the progress bar. Numbers leave the device only when written."""
+class Judge(Protocol):
+    """Says how good a generator is: scores by name, the first of which decides. Less is better."""
 
-    def __init__(self, run: Run, path: Path) -> None:
-        self.run, self.path = run, path
-        # Lines of steps that the checkpoint does not know, the last one perhaps cut off, will be written again.
-        lines = path.read_text().splitlines() if run.step and path.exists() else []
-        known = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= run.step]
-        path.write_text("".join(line + "\n" for line in known))
-        size = run.config.batch_size
-        self.bar = tqdm(
-            total=run.config.steps * size, initial=run.step * size, unit="img", unit_scale=True, dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-        )  # fmt: skip
-        self.sums = torch.zeros(2, device=run.device)
-        self.count, self.time = 0, time.monotonic()
+    def __call__(self, generator: nn.Module, seed: int) -> dict[str, float]: ...
 
-    def add(self, discriminator_loss: Tensor, generator_loss: Tensor) -> None:
-        self.sums += torch.stack([discriminator_loss, generator_loss])
-        self.count += 1
-        self.bar.update(self.run.config.batch_size)
 
-    def write(self) -> None:
-        """Write the means since the last line. A loss that is not a number ends the run here, before a save."""
-        gammas = self.run.gammas()
-        values = torch.cat([self.sums / self.count, *gammas.values()]).tolist()
-        weights = [*self.run.generator.parameters(), *self.run.discriminator.parameters()]
-        sound = all(map(math.isfinite, values)) and bool(torch.stack([w.isfinite().all() for w in weights]).all())
-        rate = self.count * self.run.config.batch_size / (time.monotonic() - self.time)
-        if not sound:
-            fail(
-                f"step {self.run.step}: the training is no longer finite (losses of D {values[0]:g}, of G "
-                f"{values[1]:g}); the last checkpoint is from before. Lower learning rates may help"
-            )
-        named = dict(zip(gammas, values[2:], strict=True))
-        line = {"step": self.run.step, "images": self.run.images, "loss_d": values[0], "loss_g": values[1]}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line | {"gamma": named, "images_per_second": round(rate, 1)}) + "\n")
-        shown = " ".join(f"{name.replace('attention.', '')} {value:+.2f}" for name, value in named.items())
-        self.bar.set_postfix_str(f"D {values[0]:.2f} G {values[1]:.2f} gamma {shown}", refresh=False)
-        self.sums.zero_()
-        self.count, self.time = 0, time.monotonic()
+OpenJudge = Callable[["Config", Images | Folder, torch.device], Judge]
 
 
 # ---------------------------------------------------------------------------------------------------------- main
 
 
-def train(run: Run, source: Images | Folder, out: Path) -> int:
-    """Train until the last step or a signal. Returns that signal's number, or 0."""
-    config, checkpoint = run.config, out / "checkpoint.pt"
-    batches = iter(open_loader(source, config, run.images, run.device))
+def real_images(run: Run, batches: Iterator[tuple[Tensor, list[str]]]) -> Iterator[Tensor]:
+    """The images on the device, while what cannot be read is named once."""
     named: set[str] = set()
-    log = Log(run, out / "log.jsonl")
-    with postponed_signals() as signals, log.bar:
+    for images, unreadable in batches:
+        for path in sorted(set(unreadable) - named):
+            tqdm.write(f"unreadable, left out: {path}", file=sys.stderr)
+        named.update(unreadable)
+        yield run.to_device(images)  # (B, C, S, S)
+
+
+def judged(run: Run, judge: Judge) -> tuple[dict[str, float], bool]:
+    """A judge's scores of the averaged generator, and whether they are the best so far."""
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):  # its chance is not the training's
+        scores = judge(run.average, run.config.seed)
+    score = next(iter(scores.values()))
+    best = score < run.best
+    run.best = min(score, run.best)
+    return scores, best
+
+
+def sigmas(run: Run) -> dict[str, dict[str, float]]:
+    """The exact largest singular value of every normalised weight."""
+    if run.device.type == "mps":  # it has no float64
+        return {}
+    return {"sigma_G": spectral_norms(run.generator), "sigma_D": spectral_norms(run.discriminator)}
+
+
+def train(run: Run, source: Images | Folder, out: Path, judge: Judge | None = None) -> int:
+    """Train until the last step or a signal. Returns that signal's number, or 0."""
+    config, ranks = run.config, run.ranks
+    with ranks.agreeing():
+        log = RunLog(out, run.step, config.steps, config.batch_size, config.tensorboard) if ranks.first else None
+    means = Means({"G": run.generator, "D": run.discriminator}, ranks)
+    with closing(log) if log else nullcontext(), postponed_signals(second_stops=ranks.world == 1) as signals:
+        reals = real_images(run, iter(open_loader(source, config, run.images, run.device, ranks)))
         last = False
         while not last:
-            for _ in range(config.d_steps):
-                images, unreadable = next(batches)
-                for path in sorted(set(unreadable) - named):
-                    tqdm.write(f"unreadable, left out: {path}", file=sys.stderr)
-                named.update(unreadable)
-                real = images.to(run.device, non_blocking=True).float() / 127.5 - 1  # (B, C, S, S) in [-1, 1]
-                fake = run.generator(run.sample_latents())  # (B, C, S, S)
-                discriminator_loss = discriminator_step(run, real, fake)
-                run.images += len(images)
-            generator_loss = generator_step(run, fake)
-            run.step += 1
-            log.add(discriminator_loss, generator_loss)
+            means.add(training_step(run, reals))
+            if log:
+                log.advance()
+            signal = ranks.largest(signals[0] if signals else 0)  # all processes stop at the same step
+            last = run.step == config.steps or signal > 0
+            logs, draws, saves = (run.step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
+            judges = judge is not None and config.judge_every > 0 and run.step % config.judge_every == 0
+            if not (last or logs or draws or saves or judges):
+                continue
+            best = False
+            with ranks.agreeing():
+                line = {"images": run.images} | means.read(run.step, config.batch_size) | run.numbers()
+                if log:
+                    if judge and judges:
+                        line["scores"], best = judged(run, judge)
+                    log.write(run.step, line)
+            if last or saves or judges:
+                state = run.state_dict()
+                with ranks.agreeing():
+                    if best:
+                        save(state, out / "best.pt")
+                    if log and (last or saves):
+                        save_and_rotate(state, out, keep_last=config.keep_last, keep_every=config.keep_every)
+            if draws and not last:
+                with ranks.agreeing():
+                    if log:
+                        log.pictures(run.step, draw(run, out))
+                        log.scalars(run.step, sigmas(run) if log.tensorboard else {})
+            means.restart()
+    return signal if run.step < config.steps else 0
 
-            last = run.step == config.steps or bool(signals)
-            if last or run.step % config.log_every == 0 or run.step % config.save_every == 0:
-                log.write()
-            if last or run.step % config.save_every == 0:
-                save(run.state_dict(), checkpoint)
-            if not last and run.step % config.sample_every == 0:
-                draw(run, out)
-                log.time = time.monotonic()  # the pictures' time is not the training's
-    return signals[0] if run.step < config.steps else 0
+
+def find(resume: str, given: dict[str, Any]) -> tuple[dict[str, Any] | None, Path]:
+    """The checkpoint to go on from, and the folder of its run."""
+    if resume == "auto":
+        out = Path(given.get("out") or default_out(given.get("data", Config.data)))
+        return newest(out) if out.is_dir() else None, out
+    path = Path(resume)
+    return load(path), path if path.is_dir() else path.parent
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    given = vars(read_arguments(arguments))
-    resume, dry_run = given.pop("resume"), given.pop("dry_run")
-    state = load(Path(resume)) if resume else None
-    stored = Config(**state["config"]) if state else Config()
-    config = replace(stored, **given)
-    config = replace(config, out=config.out or f"runs/{Path(config.data).name}")
-    first = state["step"] if state else 0
-    if dry_run:
-        config = replace(config, steps=first + 3, log_every=1, sample_every=2, save_every=2)
-    check(config)
-    for name in ARCHITECTURE if state else ():
-        if getattr(config, name) != getattr(stored, name):
-            flag = "--" + name.replace("_", "-")
-            fail(f"{flag} {getattr(config, name)}: the checkpoint was made with {getattr(stored, name)}")
-    if first >= config.steps:
-        fail(f"--steps {config.steps}: the checkpoint is at step {first} already")
+def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge | None = None) -> int:
+    with processes() as ranks:
+        with ranks.agreeing():
+            given = read_arguments(Config, arguments, "Train a SAGAN on faces, digits or your own images.")
+        resume, dry_run = given.pop("resume"), given.pop("dry_run")
+        with ranks.agreeing():
+            found = find(resume, given) if resume and ranks.first else (None, None)
+        state, folder = ranks.from_first(found)
+        if folder:
+            given = {"out": str(folder)} | given
+        first = state["step"] if state else 0
+        with ranks.agreeing(ValueError):
+            config = settle(Config, given, state and state["config"])
+            config = replace(config, out=config.out or default_out(config.data))
+            if dry_run:
+                config = replace(config, steps=first + 3, log_every=1, sample_every=2, save_every=2)
+            check(config, ranks)
+            if first >= config.steps and resume != "auto":
+                fail(f"--steps {config.steps}: the checkpoint is at step {first} already")
+            device = pick_device(config.device, ranks)
+            source = open_source(config.data, size=config.image_size, crop=config.crop)
+        if first >= config.steps:
+            print(f"complete  {config.out} is at step {first}")
+            return 0
+        with ranks.agreeing(ValueError):
+            run = Run(config, image_channels=1 if config.data == "digits" else 3, device=device, ranks=ranks)
+            if state:
+                try:
+                    run.load_state_dict(state)
+                except (RuntimeError, KeyError):
+                    fail(f"--resume {resume}: its weights do not fit the networks for --data {config.data}")
+        out = Path(config.out)
+        with ranks.agreeing():
+            if ranks.first:
+                out.mkdir(parents=True, exist_ok=True)
+                same = state is not None and folder is not None and folder.resolve() == out.resolve()
+                if earlier := set_aside(out, after=first if same else None):
+                    print(f"kept      other checkpoints in {earlier}")
+                announce(run, source, state)
+        judge = open_judge(config, source, device) if open_judge and ranks.first else None
+        try:
+            stopped = train(run, source, out, judge)
+        except torch.OutOfMemoryError as error:
+            fail(f"step {run.step + 1}: {str(error).splitlines()[0]} Less --batch-size or more --accumulate needs less")
+        except torch._dynamo.exc.TorchDynamoException as error:
+            fail(f"--compile: {str(error).splitlines()[0]}")
+        with ranks.agreeing():
+            made = draw(run, out) if ranks.first else {}
+        made |= {"checkpoint": out / f"checkpoint-{run.step:06d}.pt", "log": out / "log.jsonl"}
+        if stopped:
+            print(f"stopped at step {run.step}; go on with --resume {out}")
+        for what, file in made.items():
+            print(f"{what:11}{file}")
+        return 128 + stopped if stopped else 0
 
-    device = pick_device(config.device)
-    out = Path(config.out)
-    try:
-        run = Run(config, image_channels=1 if config.data == "digits" else 3, device=device)
-        source = open_source(config.data, size=config.image_size, crop=config.crop)
-        out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        fail(error)
+
+def announce(run: Run, source: Images | Folder, state: dict[str, Any] | None) -> None:
+    """Say what is going to happen."""
+    config = run.config
     if isinstance(source, Folder):
         for path in source.others:
             print(f"not an image, left out: {path}", file=sys.stderr)
-    if state:
-        try:
-            run.load_state_dict(state)
-        except (RuntimeError, KeyError):
-            fail(f"--resume {resume}: its weights do not fit the networks for --data {config.data}")
-    elif (out / "checkpoint.pt").exists():
-        kept = (out / "checkpoint.pt").replace(out / "checkpoint-before.pt")
-        print(f"kept      an earlier run's checkpoint as {kept}")
-
+    if state and (other := {name: v for name, v in state["versions"].items() if v != versions()[name]}):
+        print(f"versions  the checkpoint was made with {', '.join(f'{name} {v}' for name, v in other.items())}")
     weights = {name: sum(p.numel() for p in getattr(run, name).parameters()) for name in ("generator", "discriminator")}
+    speed = [config.precision, *(["compiled"] if config.compile else [])]
+    if config.compile and config.loss == "wgan-gp":
+        speed[-1] = "G compiled, D not (a compiled graph has no double backward)"
     print(f"data      {config.data}: {len(source)} images at {config.image_size} px")
-    print(f"networks  G {weights['generator']:,} and D {weights['discriminator']:,} weights, on {device}")
+    print(f"networks  G {weights['generator']:,} and D {weights['discriminator']:,} weights, on {run.device}")
     print(f"loss      {config.loss}" + (", D without spectral norm" if config.loss == "wgan-gp" else ""))
-    print(f"training  steps {first} to {config.steps}, batches of {config.batch_size}", flush=True)
-    stopped = train(run, source, out)
-    made = draw(run, out) | {"checkpoint": out / "checkpoint.pt", "log": out / "log.jsonl"}
-    if stopped:
-        print(f"stopped at step {run.step}; go on with --resume {made['checkpoint']}")
-    for what, file in made.items():
-        print(f"{what:11}{file}")
-    return 128 + stopped if stopped else 0
+    print(f"training  steps {run.step} to {config.steps}, batches of {config.batch_size}, {', '.join(speed)}")
+    if run.ranks.world > 1:
+        print(f"processes {run.ranks.world}, each with {config.batch_size // run.ranks.world} images of a batch")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+# The examples are scripts, not a package: they import one another by their bare names.
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 hypothesis.settings.register_profile("sagan", deadline=None, max_examples=25, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("sagan")

@@ -136,6 +136,8 @@ def test_names_that_are_promised() -> None:
         "reset_power_iteration", "spectral_norms", "SAGANGenerator", "SAGANDiscriminator", "hinge_discriminator_loss",
         "hinge_generator_loss", "wasserstein_discriminator_loss", "wasserstein_generator_loss", "gradient_penalty",
         "ConditionalBatchNorm2d", "ProjectionHead", "attention_overlay", "load_reference_state_dict", "functional",
+        "insert_self_attention", "remove_self_attention", "record_attention",
+        "convert_legacy_spectral_norm",
     }  # fmt: skip
     assert promised <= set(torch_sagan.__all__)
 

@@ -1,4 +1,4 @@
-"""``load_reference_state_dict``: the PyTorch reference's weights go in, the reference's numbers come out."""
+"""Other implementations' weights go in, their numbers come out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from references import (
     with_after,
 )
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
 from torch_sagan import (
     SAGANDiscriminator,
@@ -27,6 +30,7 @@ from torch_sagan import (
     SelfAttention2d,
     SpectralNorm,
     apply_spectral_norm,
+    convert_legacy_spectral_norm,
     load_reference_state_dict,
     spectral_norm,
 )
@@ -337,3 +341,114 @@ def test_networks_that_the_reference_does_not_have(
     with pytest.raises((ValueError, KeyError)):
         load_reference_state_dict(network, filled(shapes()))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+# --- what torch.nn.utils.spectral_norm saved -------------------------------------------------------------------------
+
+
+def critic(normalise: Callable[[nn.Module], nn.Module]) -> nn.Sequential:
+    """A foreign model: several kinds of layers at several depths, batch norm between, one layer left plain."""
+    return nn.Sequential(
+        normalise(nn.Conv2d(3, 4, 3)),
+        nn.BatchNorm2d(4),
+        nn.Sequential(nn.LeakyReLU(0.1), normalise(nn.ConvTranspose2d(4, 6, 3, bias=False))),
+        nn.Flatten(),
+        normalise(nn.Linear(6 * 8 * 8, 5)),
+        nn.Linear(5, 2),
+    )
+
+
+def trained_legacy_critic() -> nn.Sequential:
+    """After some steps, and with weights that u and v lag behind: nothing but the right u and v gives its outputs."""
+    network = critic(legacy_spectral_norm)
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(4, 3, 8, 8))
+        for name, parameter in network.named_parameters():
+            if name.endswith("_orig"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+@pytest.mark.parametrize("normalise", [spectral_norm, parametrizations.spectral_norm])
+def test_legacy_spectral_norm(normalise: Callable[[nn.Module], nn.Module]) -> None:
+    """Strictly loaded: the same outputs in evaluation, and the same u and v after further training."""
+    theirs, ours = trained_legacy_critic(), critic(normalise)
+    ours.load_state_dict(convert_legacy_spectral_norm(theirs.state_dict()), strict=True)
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=1e-6)
+    for index in (0, 4):
+        torch.testing.assert_close(ours[index].weight, theirs[index].weight, rtol=1e-6, atol=0)
+    if normalise is spectral_norm:  # PyTorch's parametrization turns u before v, its hook and ours v before u
+        for _ in range(3):
+            torch.testing.assert_close(ours.train()(x), theirs.train()(x), rtol=0, atol=1e-5)
+        for name, value in convert_legacy_spectral_norm(theirs.state_dict()).items():
+            torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_legacy_keys() -> None:
+    """Only those of spectral norm change; order, values and what PyTorch notes about versions stay."""
+    state = trained_legacy_critic().state_dict()
+    before = dict(state)
+    converted = convert_legacy_spectral_norm(state)
+    parts = {"weight_orig": "weight.original", "weight_u": "weight.0._u", "weight_v": "weight.0._v"}
+    expected = []
+    for key in state:
+        path, _, last = key.rpartition(".")
+        expected.append(f"{path}.parametrizations.{parts[last]}" if last in parts else key)
+    assert list(converted) == expected
+    assert sum("parametrizations" in key for key in converted) == 9
+    assert all(value is old for value, old in zip(converted.values(), before.values(), strict=True))
+    assert converted._metadata == state._metadata
+    assert dict(state).keys() == before.keys()
+    assert convert_legacy_spectral_norm(converted) == converted
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "netD.model.0."])
+@pytest.mark.parametrize("name", ["weight", "weight_hh", "weight_u", "in_proj.odd"])
+def test_legacy_keys_of_any_name(prefix: str, name: str) -> None:
+    """Wrappers' prefixes, weights of other names (``weight_u`` among them), and no module path at all."""
+    tensors = torch.zeros(3, 2), torch.zeros(3), torch.zeros(2)
+    state = dict(zip((f"{prefix}{name}_{suffix}" for suffix in ("orig", "u", "v")), tensors, strict=True))
+    path, _, last = f"{prefix}{name}".rpartition(".")
+    keys = [f"{path}.parametrizations.{last}.{part}".lstrip(".") for part in ("original", "0._u", "0._v")]
+    assert convert_legacy_spectral_norm(state) == dict(zip(keys, tensors, strict=True))
+
+
+def test_legacy_from_a_file(tmp_path: Path) -> None:
+    """As they lie on disks: saved from DataParallel, loaded as tensors alone."""
+    network = trained_legacy_critic()
+    torch.save(nn.DataParallel(network).state_dict(), tmp_path / "critic.pt")
+    state = convert_legacy_spectral_norm(torch.load(tmp_path / "critic.pt", weights_only=True))
+    ours = apply_spectral_norm(critic(lambda layer: layer), exclude="5")
+    nn.DataParallel(ours).load_state_dict(state)
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(ours.eval()(x), network.eval()(x), rtol=0, atol=1e-6)
+
+
+def test_pruned_weights_are_not_taken_for_normalised_ones() -> None:
+    network = nn.Sequential(prune.random_unstructured(nn.Linear(3, 4), "weight", amount=2), nn.Linear(4, 4))
+    legacy_spectral_norm(network[1])
+    converted = convert_legacy_spectral_norm(network.state_dict())
+    assert {key for key in converted if key.startswith("0.")} == {"0.weight_orig", "0.weight_mask", "0.bias"}
+    assert "1.parametrizations.weight.original" in converted
+
+
+def test_legacy_without_v() -> None:
+    """The first form had ``weight, weight_orig, weight_u``; PyTorch's own loader derives v, as the message says."""
+    network = trained_legacy_critic()
+    x = torch.randn(4, 3, 8, 8)
+    expected = network.eval()(x)
+    state = network.state_dict()
+    for path in ("0", "2.1", "4"):
+        state[f"{path}.weight"] = network.get_submodule(path).weight.detach()
+        del state[f"{path}.weight_v"]
+    state._metadata.clear()
+    with pytest.raises(ValueError, match=r"missing: 0\.weight_v, 2\.1\.weight_v, 4\.weight_v\. PyTorch derives"):
+        convert_legacy_spectral_norm(state)
+    network = critic(legacy_spectral_norm)
+    network.load_state_dict(state)
+    ours = critic(spectral_norm)
+    ours.load_state_dict(convert_legacy_spectral_norm(network.state_dict()))
+    # v comes out of a pseudo-inverse in float32, so it is not the one that was left out to the last digit.
+    torch.testing.assert_close(ours.eval()(x), expected, rtol=1e-3, atol=0)

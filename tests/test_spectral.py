@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
+import warnings
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -19,10 +21,12 @@ from references import (
     spectral_gradient,
 )
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import spectral_norm as legacy_spectral_norm
 from torch.optim.swa_utils import AveragedModel
 
 from torch_sagan import (
+    SAGANDiscriminator,
     SpectralNorm,
     apply_spectral_norm,
     remove_spectral_norm,
@@ -179,6 +183,42 @@ def test_against_the_pytorch_reference(arrays: Mapping[str, Tensor], kind: str, 
     )
 
 
+@pytest.mark.parametrize("implementation", ["sagan", "torch"])
+@given(
+    rank=st.integers(1, 3),
+    transposed=st.booleans(),
+    groups=st.integers(1, 3),
+    inputs_each=st.integers(1, 3),
+    outputs_each=st.integers(1, 3),
+    kernel=st.integers(1, 3),
+)
+def test_any_convolution(
+    implementation: str,
+    rank: int,
+    transposed: bool,
+    groups: int,
+    inputs_each: int,
+    outputs_each: int,
+    kernel: int,
+) -> None:
+    """Of any rank and number of groups: the plain convolution with W / sigma, sigma from an SVD, before and after."""
+    kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{rank}d")
+    layer = kind(groups * inputs_each, groups * outputs_each, kernel, groups=groups).double()
+    plain = copy.deepcopy(layer)
+    network = apply_spectral_norm(nn.Sequential(layer), implementation=implementation)
+    assert 1 - 1e-9 <= spectral_norms(network)["0.weight"] < 1.4  # warmed up, and sigma is never above the true one
+    converge(layer, 200)
+    with torch.no_grad():
+        plain.weight /= largest_singular_value(plain.weight, int(transposed))
+    x = torch.randn(2, groups * inputs_each, *range(3, 3 + rank), dtype=torch.float64)
+    torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-4)
+    expected = network(x)
+    remove_spectral_norm(network)
+    assert torch.equal(network(x), expected)
+    assert network[0].state_dict().keys() == plain.state_dict().keys()
+    assert largest_singular_value(layer.weight, int(transposed)) == pytest.approx(1, abs=1e-3)
+
+
 # --- training and evaluation ---------------------------------------------------------------------------------------
 
 
@@ -297,6 +337,17 @@ def test_gradient_reaches_the_original(kind: str) -> None:
     assert grad is not None
     assert grad.isfinite().all()
     assert grad.abs().max() > 1e-6
+
+
+def test_sparse_gradient_of_an_embedding() -> None:
+    """The rows that were not looked up get one too, through sigma; so it is dense."""
+    dense = spectral_norm(nn.Embedding(6, 3).double()).eval()
+    sparse = spectral_norm(nn.Embedding(6, 3, sparse=True).double()).eval()
+    sparse.load_state_dict(dense.state_dict())
+    for layer in (dense, sparse):
+        layer(torch.tensor([1, 4, 4])).pow(3).sum().backward()
+    torch.testing.assert_close(original(sparse).grad, original(dense).grad)
+    assert original(dense).grad.abs().amin(dim=1).min() > 0
 
 
 @layers
@@ -601,6 +652,17 @@ def test_returns_the_module_and_takes_other_names() -> None:
     assert 0.99 < largest_singular_value(attention.in_proj_weight) < 1.3
 
 
+def test_a_weight_of_a_recurrent_layer() -> None:
+    """Whole models leave these alone, but a call by name reaches them, and the output follows."""
+    plain = nn.LSTM(3, 4)
+    layer = spectral_norm(copy.deepcopy(plain), "weight_hh_l0").eval()
+    x = torch.randn(5, 2, 3)
+    with torch.no_grad():
+        plain.weight_hh_l0.copy_(layer.weight_hh_l0)
+    torch.testing.assert_close(layer(x)[0], plain(x)[0])
+    assert 0.99 < largest_singular_value(plain.weight_hh_l0) < 1.3
+
+
 def test_on_a_vector() -> None:
     """As with torch's, a bias is divided by its length, and each weight comes off on its own."""
     layer = spectral_norm(spectral_norm(nn.Linear(5, 7).double()), "bias")
@@ -670,6 +732,26 @@ def test_removing_what_is_not_there() -> None:
         remove_spectral_norm(layer)
 
 
+def test_a_weight_that_is_computed() -> None:
+    """Pruning keeps the parameter under another name; dividing what is computed from it would last one forward pass."""
+    layer = prune.random_unstructured(nn.Linear(3, 4), "weight", amount=2)
+    with pytest.raises(ValueError, match="'weight' of Linear is no parameter"):
+        spectral_norm(layer)
+
+
+def test_a_weight_without_a_shape() -> None:
+    layer = nn.LazyConv2d(4, 3)
+    with pytest.raises(ValueError, match=r"'weight' of LazyConv2d has no shape yet: run one forward pass first"):
+        spectral_norm(layer)
+    layer(torch.randn(1, 2, 5, 5))
+    assert 0.99 < spectral_norms(spectral_norm(layer))["weight"] < 1.4
+
+
+def test_a_weight_of_integers() -> None:
+    with pytest.raises(TypeError, match=r"floating-point numbers, got torch\.int8"):
+        SpectralNorm(torch.ones(3, 4, dtype=torch.int8))
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="heavy"):
         spectral_norm(nn.Linear(3, 4), "heavy")
@@ -717,16 +799,6 @@ def test_apply_normalises_every_layer_with_a_weight() -> None:
     assert normalised(everything) == {str(index) for index in range(len(LAYERS))}
 
 
-def test_apply_leaves_what_is_normalised_already() -> None:
-    network = model()
-    spectral_norm(network[0], implementation="torch")
-    kept = norm_of(network[0])
-    apply_spectral_norm(network)
-    apply_spectral_norm(network)
-    assert norm_of(network[0]) is kept
-    assert [len(m.parametrizations.weight) for m in (network[0], network[2][0], network[4])] == [1, 1, 1]
-
-
 def test_apply_to_a_single_layer() -> None:
     layer = nn.Linear(3, 4)
     assert apply_spectral_norm(layer) is layer
@@ -754,6 +826,368 @@ def test_spectral_norms_are_exact_and_change_nothing(implementation: str) -> Non
         assert isinstance(value, float)
         assert value == pytest.approx(largest_singular_value(layer.weight, dim), rel=1e-9)
     assert max(found.values()) > 1.5
+
+
+WHICH: dict[str, tuple[dict[str, object], set[str]]] = {
+    "by name": ({"include": "2.0"}, {"2.0"}),
+    "by the name of a container": ({"include": "2"}, {"2.0"}),
+    "by several names": ({"include": ["0", "4"]}, {"0", "4"}),
+    "by names from a generator": ({"include": (name for name in ("0", "4"))}, {"0", "4"}),
+    "by a wildcard": ({"include": "?.0"}, {"2.0"}),
+    "by a wildcard that runs over dots": ({"include": "*0"}, {"0", "2.0"}),
+    "by a function of the layer": ({"include": lambda _, layer: isinstance(layer, nn.Linear)}, {"4"}),
+    "by a function of the name": ({"include": lambda name, _: "." in name}, {"2.0"}),
+    "all but a name": ({"exclude": "4"}, {"0", "2.0"}),
+    "all but several": ({"exclude": ("2", "4")}, {"0"}),
+    "all but what a function names": ({"exclude": lambda _, layer: isinstance(layer, nn.Linear)}, {"0", "2.0"}),
+    "all but nothing": ({"exclude": []}, {"0", "2.0", "4"}),
+    "a function that happens to exclude nothing": ({"exclude": lambda *_: False}, {"0", "2.0", "4"}),
+    "some but a part of them": ({"include": ["0", "2"], "exclude": "2.0"}, {"0"}),
+    "excluded wins": ({"include": "*", "exclude": "[04]"}, {"2.0"}),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), WHICH.values(), ids=WHICH)
+def test_include_and_exclude(arguments: dict[str, object], expected: set[str]) -> None:
+    assert normalised(apply_spectral_norm(model(), **arguments)) == expected
+
+
+class OwnConvolution(nn.Conv2d):
+    """A foreign layer that uses its weight in its own way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight.flip(3), self.bias)
+
+
+def test_subclasses_of_layers() -> None:
+    plain = OwnConvolution(3, 4, 2)
+    layer = apply_spectral_norm(nn.Sequential(copy.deepcopy(plain))).eval()[0]
+    with torch.no_grad():
+        plain.weight.copy_(layer.weight)
+    x = torch.randn(1, 3, 4, 4)
+    torch.testing.assert_close(layer(x), plain(x))
+    assert isinstance(layer, OwnConvolution)
+    assert 0.99 < largest_singular_value(plain.weight) < 1.4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_and_recurrent_layers(training: bool) -> None:
+    """The output projection and the feed-forward layers are linear; the input projection and LSTM weights no layers."""
+    network = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), nn.LSTM(8, 4))
+    plain = copy.deepcopy(network)
+    apply_spectral_norm(network)
+    assert set(spectral_norms(network)) == {f"0.{name}.weight" for name in ("self_attn.out_proj", "linear1", "linear2")}
+    for layer, other in zip(network.modules(), plain.modules(), strict=False):
+        layer.train(training), other.train(training)
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():  # in evaluation, this is what PyTorch's fast path asks for
+        actual = network(x)[0]
+        network.eval()
+        for name in spectral_norms(network):
+            layer = plain.get_submodule(name.removesuffix(".weight"))
+            layer.weight.copy_(network.get_submodule(name.removesuffix(".weight")).weight)
+        torch.testing.assert_close(actual, plain.train(training)(x)[0], rtol=1e-5, atol=1e-5)
+
+
+# --- whole models: normalised already ---------------------------------------------------------------------------------
+
+NORMALISERS: dict[str, Callable[..., nn.Module]] = {
+    "sagan": spectral_norm,
+    "torch": parametrizations.spectral_norm,
+    "legacy": legacy_spectral_norm,
+}
+normalisers = pytest.mark.parametrize("normaliser", NORMALISERS)
+
+
+@normalisers
+@pytest.mark.parametrize("implementation", ["sagan", "torch"])
+def test_normalised_already(normaliser: str, implementation: str) -> None:
+    """Told by a warning, and not normalised twice; told by ``exclude``, there is no warning."""
+    network = model()
+    NORMALISERS[normaliser](network[0])
+    NORMALISERS[normaliser](network[2][0])
+    quiet = copy.deepcopy(network)
+    keys = set(network[0].state_dict())
+    with pytest.warns(UserWarning, match=r"already, and left alone: '0', '2\.0' \(.*exclude") as caught:
+        apply_spectral_norm(network, implementation=implementation)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert set(network[0].state_dict()) == keys
+    assert set(spectral_norms(network)) == {"0.weight", "2.0.weight", "4.weight"}
+    apply_spectral_norm(quiet, exclude=["0", "2"], implementation=implementation)
+    assert quiet.state_dict().keys() == network.state_dict().keys()
+    with pytest.raises(ValueError, match=r"'weight' of .*Conv2d is spectrally normalised already"):
+        spectral_norm(network[0], implementation=implementation)
+
+
+def test_a_warning_made_an_error_leaves_the_model_as_it_was() -> None:
+    network = model()
+    spectral_norm(network[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="already"):
+            apply_spectral_norm(network)
+    assert normalised(network) == {"0"}
+
+
+def test_the_rest_of_the_discriminator() -> None:
+    """The reference's discriminator has plain attention projections and a plain last layer."""
+    discriminator = SAGANDiscriminator(32, base_channels=8)
+    before = set(spectral_norms(discriminator))
+    plain = {
+        f"{name}.weight"
+        for name, layer in discriminator.named_modules()
+        if isinstance(layer, nn.Conv2d) and not parametrize.is_parametrized(layer)
+    }
+    assert before
+    assert any("query" in name for name in plain)
+    with pytest.warns(UserWarning, match=re.escape(min(before).removesuffix(".weight"))):
+        apply_spectral_norm(discriminator)
+    assert set(spectral_norms(discriminator)) == before | plain
+    assert discriminator(torch.randn(2, 3, 32, 32)).shape == (2,)
+
+
+@normalisers
+def test_exact_norms_and_reset_of_every_kind(normaliser: str) -> None:
+    layer = NORMALISERS[normaliser](nn.ConvTranspose2d(4, 3, 3).double())
+    network = nn.Sequential(layer).train()
+    network(torch.randn(1, 4, 5, 5, dtype=torch.float64))
+    raw = layer.weight_orig if normaliser == "legacy" else original(layer)
+    with torch.no_grad():
+        raw.normal_(std=2.0)
+    state = copy.deepcopy(network.state_dict())
+    stale = spectral_norms(network)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    network.eval()(torch.randn(1, 4, 5, 5, dtype=torch.float64))
+    assert stale == {"0.weight": pytest.approx(largest_singular_value(layer.weight, 1))}
+    assert not 0.9 < stale["0.weight"] < 1.4
+    reset_power_iteration(network)
+    assert 1 - 1e-9 <= spectral_norms(network)["0.weight"] < 1.4
+    network(torch.randn(1, 4, 5, 5, dtype=torch.float64))
+    assert 1 - 1e-9 <= largest_singular_value(layer.weight, 1) < 1.4
+
+
+# --- whole models: shared and tied weights, other parametrizations ----------------------------------------------------
+
+
+def test_a_layer_with_two_names() -> None:
+    """One layer, normalised once; either of its names takes it."""
+    shared = nn.Linear(3, 3)
+    network = nn.ModuleDict({"first": shared, "between": nn.Linear(3, 3), "second": nn.Sequential(shared)})
+    for name in ("first", "second.0"):
+        assert set(spectral_norms(apply_spectral_norm(copy.deepcopy(network), include=name))) == {"first.weight"}
+        assert set(spectral_norms(apply_spectral_norm(copy.deepcopy(network), exclude=name))) == {"between.weight"}
+    apply_spectral_norm(network)
+    assert len(shared.parametrizations.weight) == 1
+    assert network["second"][0] is network["first"]
+    remove_spectral_norm(network)
+    assert normalised(network) == set()
+
+
+def tied() -> nn.ModuleDict:
+    network = nn.ModuleDict({"in": nn.Embedding(5, 3), "middle": nn.Linear(3, 3), "out": nn.Linear(3, 5)})
+    network["out"].weight = network["in"].weight
+    return network
+
+
+@pytest.mark.parametrize("arguments", [{}, {"exclude": "out"}, {"include": "out"}, {"include": ["in", "out"]}])
+def test_tied_weights_are_not_untied(arguments: dict[str, object]) -> None:
+    network = tied()
+    with pytest.raises(ValueError, match=r"'in\.weight' and 'out\.weight' are one parameter.*exclude"):
+        apply_spectral_norm(network, **arguments)
+    assert normalised(network) == set()
+    apply_spectral_norm(network, exclude=["in", "out"])
+    assert normalised(network) == {"middle"}
+    assert network["in"].weight is network["out"].weight
+
+
+def test_tied_to_what_is_normalised_already() -> None:
+    network = tied()
+    spectral_norm(network["in"])
+    with pytest.raises(
+        ValueError, match=r"'in\.parametrizations\.weight\.original' and 'out\.weight' are one parameter"
+    ):
+        apply_spectral_norm(network)
+
+
+@pytest.mark.parametrize("other", [parametrizations.weight_norm, parametrizations.orthogonal])
+@pytest.mark.parametrize("implementation", ["sagan", "torch"])
+def test_on_top_of_another_parametrization(other: Callable[[nn.Module], nn.Module], implementation: str) -> None:
+    """What is normalised is what the other makes, and u and v are warmed up on that."""
+    layer = other(nn.Linear(5, 5).double())
+    network = apply_spectral_norm(nn.Sequential(layer, nn.Linear(5, 4)), implementation=implementation)
+    assert len(layer.parametrizations.weight) == 2
+    with torch.no_grad():
+        for parameter in layer.parametrizations.weight.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    reset_power_iteration(network)
+    network.train()
+    for _ in range(100):
+        out = layer(torch.randn(2, 5, dtype=torch.float64))
+    assert spectral_norms(network)["0.weight"] == pytest.approx(1, abs=1e-3)
+    layer.eval()
+    assert largest_singular_value(layer.weight) == pytest.approx(1, abs=1e-3)
+    out.square().sum().backward()
+    for parameter in layer.parametrizations.weight.parameters():
+        assert parameter.grad.abs().max() > 0
+    with pytest.raises(ValueError, match=r"'0\.weight' has 2 parametrizations, expected one"):
+        remove_spectral_norm(network)
+    assert normalised(network) == {"0", "1"}
+
+
+@pytest.mark.parametrize("implementation", ["sagan", "torch"])
+def test_reset_warms_up_on_what_the_norm_sees(implementation: str) -> None:
+    """Weight norm's magnitudes turn the singular vectors; those of its directions alone would be wrong."""
+    layer = parametrizations.weight_norm(nn.Linear(6, 4).double())
+    spectral_norm(layer, implementation=implementation)
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.copy_(torch.tensor([[1.0], [1.0], [1.0], [100.0]]))
+    layer.eval()
+    assert largest_singular_value(layer.weight) > 1.5
+    reset_power_iteration(layer)
+    assert largest_singular_value(layer.weight) == pytest.approx(1, abs=1e-6)
+
+
+# --- whole models: errors change nothing ------------------------------------------------------------------------------
+
+
+def with_lazy() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.LazyConv2d(4, 3)))
+
+
+def with_pruned() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), prune.random_unstructured(nn.Linear(3, 4), "weight", amount=2))
+
+
+def with_integers() -> nn.Module:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(3, 4))
+    network[1].weight = nn.Parameter(torch.ones(4, 3, dtype=torch.int8), requires_grad=False)
+    return network
+
+
+WRONG: dict[str, tuple[Callable[[], nn.Module], dict[str, object], type[Exception], str]] = {
+    "no layers": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), {}, ValueError, "Sequential has no convolution"),
+    "a name that is not there": (model, {"include": "2.1"}, ValueError, r"include: '2\.1' takes no .*nearest: '2\.0'"),
+    "one of several": (model, {"exclude": ["0", "5"]}, ValueError, "exclude: '5' takes no .* of Sequential; nearest: "),
+    "a name of another module": (model, {"exclude": "1"}, ValueError, "exclude: '1' takes no convolution"),
+    "a pattern": (model, {"exclude": "features.*"}, ValueError, r"exclude: 'features\.\*' takes no"),
+    "the empty name": (model, {"include": ""}, ValueError, "include: '' takes no"),
+    "the name of a weight": (model, {"include": "0.weight"}, ValueError, r"'0\.weight' takes no .*nearest: .*'0'"),
+    "no names": (model, {"include": []}, ValueError, "leave none of the 3 layers of Sequential"),
+    "a function that takes none": (model, {"include": lambda *_: False}, ValueError, "leave none of the 3 layers"),
+    "all excluded": (model, {"exclude": "*"}, ValueError, "leave none of the 3 layers of Sequential to normalise"),
+    "a class": (model, {"exclude": nn.Linear}, TypeError, "exclude takes dotted names, or a function .* got type"),
+    "a number": (model, {"exclude": 4}, TypeError, "got int"),
+    "a layer": (model, {"exclude": nn.Linear(2, 2)}, TypeError, "got Linear"),
+    "layers": (model, {"include": ["0", nn.Linear(2, 2)]}, TypeError, "include takes dotted names.* got Linear"),
+    "iterations": (model, {"n_power_iterations": 0}, ValueError, "^n_power_iterations must be at least 1, got 0"),
+    "implementation": (model, {"implementation": "jax"}, ValueError, "^implementation must be .*'jax'"),
+    "a lazy layer": (with_lazy, {}, ValueError, r"^1\.0: .*LazyConv2d has no shape yet.*exclude='1\.0'"),
+    "a pruned layer": (with_pruned, {}, ValueError, "^1: 'weight' of Linear is no parameter.*exclude='1'"),
+    "a weight of integers": (with_integers, {}, TypeError, r"^1: expected .*floating-point.*int8.*exclude='1'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "arguments", "kind", "message"), WRONG.values(), ids=WRONG)
+def test_errors_leave_the_model_as_it_was(
+    build: Callable[[], nn.Module], arguments: dict[str, object], kind: type[Exception], message: str
+) -> None:
+    network = build()
+    before = [(name, type(module), dict(module._parameters)) for name, module in network.named_modules()]
+    with pytest.raises(kind, match=message):
+        apply_spectral_norm(network, **arguments)
+    after = [(name, type(module), dict(module._parameters)) for name, module in network.named_modules()]
+    assert after == before
+    assert spectral_norms(network) == {}
+
+
+@pytest.mark.parametrize("build", [with_lazy, with_pruned, with_integers])
+def test_exclude_is_the_way_out(build: Callable[[], nn.Module]) -> None:
+    assert set(spectral_norms(apply_spectral_norm(build(), exclude="1"))) == {"0.weight"}
+
+
+# --- whole models: and back again -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_remove_from_a_whole_model(training: bool) -> None:
+    """All three kinds at once: to the bit what evaluation computes, and the keys of a plain model."""
+    plain, network = model(), model()
+    spectral_norm(network[0])
+    spectral_norm(network[0], "bias")
+    legacy_spectral_norm(network[2][0])
+    spectral_norm(network[4], implementation="torch")
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        network(x)
+        # So far from u and v that an iteration would show.
+        for raw in (original(network[0]), network[2][0].weight_orig, original(network[4])):
+            raw.normal_()
+    expected = copy.deepcopy(network).eval()(x)
+    network.train(training)
+    assert remove_spectral_norm(network) is network
+    assert {module.training for module in network.modules()} == {training}
+    assert torch.equal(network.eval()(x), expected)
+    assert network.state_dict().keys() == plain.state_dict().keys()
+    assert [type(module) for module in network.modules()] == [type(module) for module in plain.modules()]
+    assert not any(module._forward_pre_hooks for module in network.modules())
+    plain.load_state_dict(network.state_dict())
+    assert torch.equal(plain.eval()(x), expected)
+
+
+def test_remove_one_name_of_a_model() -> None:
+    network = nn.Sequential(spectral_norm(spectral_norm(nn.Linear(3, 4)), "bias"), spectral_norm(nn.Linear(4, 4)))
+    remove_spectral_norm(network, "bias")
+    assert set(spectral_norms(network)) == {"0.weight", "1.weight"}
+    with pytest.raises(ValueError, match="Sequential has no spectrally normalised 'bias'"):
+        remove_spectral_norm(network, "bias")
+    remove_spectral_norm(network, name="weight")
+    with pytest.raises(ValueError, match="Sequential has no spectrally normalised weight"):
+        remove_spectral_norm(network)
+
+
+def test_two_weights_of_one_module_in_two_ways() -> None:
+    """PyTorch's hook on one weight says nothing about another of the same module."""
+    cell = legacy_spectral_norm(nn.LSTMCell(3, 4), "weight_hh")
+    spectral_norm(cell, "weight_ih")
+    with pytest.raises(ValueError, match="'weight_hh' of ParametrizedLSTMCell is spectrally normalised already"):
+        spectral_norm(cell, "weight_hh")
+    assert set(spectral_norms(cell)) == {"weight_hh", "weight_ih"}
+    remove_spectral_norm(cell, "weight_hh")
+    assert set(spectral_norms(cell)) == {"weight_ih"}
+    assert set(dict(cell.named_parameters())) >= {"weight_hh", "parametrizations.weight_ih.original"}
+
+
+def test_removing_changes_nothing_when_one_cannot_be() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), parametrizations.orthogonal(nn.Linear(3, 3)))
+    legacy_spectral_norm(network[0])
+    spectral_norm(network[1])
+    before = set(network.state_dict())
+    with pytest.raises(ValueError, match=r"'1\.weight' has 2 parametrizations.*remove_parametrizations"):
+        remove_spectral_norm(network)
+    assert set(network.state_dict()) == before
+
+
+@normalisers
+@pytest.mark.parametrize("trainable", [True, False])
+def test_parameters_stay_the_same_objects(normaliser: str, trainable: bool) -> None:
+    """An optimiser that was made before goes on with the weights, normalised and after removal; frozen stays frozen."""
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).requires_grad_(trainable)
+    before = set(network.parameters())
+    for layer in network:
+        NORMALISERS[normaliser](layer)
+    assert set(network.parameters()) == before
+    remove_spectral_norm(network)
+    assert set(network.parameters()) == before
+    assert {parameter.requires_grad for parameter in network.parameters()} == {trainable}
+    apply_spectral_norm(network)
+    assert set(network.parameters()) == before
+
+
+def test_spectral_norms_of_a_complex_weight() -> None:
+    layer = spectral_norm(nn.Linear(3, 4, dtype=torch.complex64)).eval()
+    expected = torch.linalg.svdvals(layer.weight.to(torch.complex128))[0].item()
+    assert spectral_norms(layer)["weight"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_spectral_norms_of_a_model_without_any() -> None:

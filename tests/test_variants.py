@@ -193,14 +193,14 @@ def released_discriminator(d: nn.Module, x: torch.Tensor, labels: torch.Tensor, 
         for block in d.blocks:
             y = block.conv(x)
             x = torch.where(y > 0, y, 0.1 * y)
-        return projected(head.projection, x.sum((2, 3)), labels)
+        return projected(head.projection, x.reshape(len(x), -1), labels)
     first, *others = d.blocks
     x = half(first.conv2(first.conv1(x).clamp(min=0))) + first.shortcut(half(x))
     for block in others:
         y = block.conv2(block.conv1(x.clamp(min=0)).clamp(min=0))
         x = half(block.shortcut(x)) + half(y)
     x = x + head.conv2(head.conv1(x.clamp(min=0)).clamp(min=0))
-    return projected(head.sum.projection, x.clamp(min=0).sum((2, 3)), labels)
+    return projected(head.projection, x.clamp(min=0).sum((2, 3)), labels)
 
 
 def projected(head: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from torch_sagan import functional
 from torch_sagan.attention import SelfAttention2d
-from torch_sagan.checkpoints import load_reference_state_dict
+from torch_sagan.checkpoints import convert_legacy_spectral_norm, load_reference_state_dict
 from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
 from torch_sagan.discriminator import SAGANDiscriminator
 from torch_sagan.generator import SAGANGenerator
@@ -21,11 +21,13 @@ from torch_sagan.spectral import (
     spectral_norm,
     spectral_norms,
 )
+from torch_sagan.surgery import AttentionRecord, insert_self_attention, record_attention, remove_self_attention
 from torch_sagan.visualization import attention_overlay
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionRecord",
     "ConditionalBatchNorm2d",
     "ProjectionHead",
     "SAGANDiscriminator",
@@ -34,11 +36,15 @@ __all__ = [
     "SpectralNorm",
     "apply_spectral_norm",
     "attention_overlay",
+    "convert_legacy_spectral_norm",
     "functional",
     "gradient_penalty",
     "hinge_discriminator_loss",
     "hinge_generator_loss",
+    "insert_self_attention",
     "load_reference_state_dict",
+    "record_attention",
+    "remove_self_attention",
     "remove_spectral_norm",
     "reset_power_iteration",
     "spectral_norm",

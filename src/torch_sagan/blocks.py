@@ -18,11 +18,11 @@ __all__ = [
     "ConvolutionHead",
     "DownBlock",
     "FirstResidualDownBlock",
+    "FlattenHead",
     "LatentBlock",
     "ResidualDownBlock",
     "ResidualHead",
     "ResidualUpBlock",
-    "SumHead",
     "UpBlock",
     "attention_layers",
     "feature_map_sizes",
@@ -93,15 +93,18 @@ class ConvolutionHead(nn.Module):
         return logits
 
 
-class SumHead(nn.Module):
-    """The logit of a map: the sum over positions, and a :class:`torch_sagan.ProjectionHead`."""
+class FlattenHead(nn.Module):
+    """The logit of a map with a class: a :class:`torch_sagan.ProjectionHead` of all its values, flattened.
 
-    def __init__(self, channels: int, num_classes: int | None, normalize: Normalizer) -> None:
+    Its linear part is the convolution of :class:`ConvolutionHead`, normalised; the class has as many weights.
+    """
+
+    def __init__(self, channels: int, size: int, num_classes: int, normalize: Normalizer) -> None:
         super().__init__()
-        self.projection = ProjectionHead(channels, num_classes, spectral_norm=normalize)
+        self.projection = ProjectionHead(channels * size * size, num_classes, spectral_norm=normalize)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        logits: Tensor = self.projection(x.sum(dim=(2, 3)), labels)  # (B,)
+        logits: Tensor = self.projection(x.flatten(1), labels)  # (B,)
         return logits
 
 
@@ -166,17 +169,18 @@ class FirstResidualDownBlock(ResidualDownBlock):
 
 
 class ResidualHead(nn.Module):
-    """The logit of a map: a last residual block of the same size and width, ReLU, and :class:`SumHead`."""
+    """The logit of a map: a last residual block of the same size and width, ReLU, and the sum over positions in a
+    :class:`torch_sagan.ProjectionHead`."""
 
     def __init__(self, channels: int, num_classes: int | None, normalize: Normalizer) -> None:
         super().__init__()
         self.conv1 = normalize(_conv3x3(channels, channels))
         self.conv2 = normalize(_conv3x3(channels, channels))
-        self.sum = SumHead(channels, num_classes, normalize)
+        self.projection = ProjectionHead(channels, num_classes, spectral_norm=normalize)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         x = x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, H, W)
-        logits: Tensor = self.sum(F.relu(x), labels)  # (B,)
+        logits: Tensor = self.projection(F.relu(x).sum(dim=(2, 3)), labels)  # (B,)
         return logits
 
 

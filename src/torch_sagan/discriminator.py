@@ -16,10 +16,10 @@ from torch_sagan.blocks import (
     ConvolutionHead,
     DownBlock,
     FirstResidualDownBlock,
+    FlattenHead,
     Normalizer,
     ResidualDownBlock,
     ResidualHead,
-    SumHead,
     attention_layers,
     feature_map_sizes,
     normalized_attention,
@@ -49,7 +49,8 @@ class SAGANDiscriminator(nn.Module):
     before they are normalised.
 
     Other sizes as in :class:`SAGANGenerator`. With classes, the logit also has the projection of the class on the
-    features (:class:`ProjectionHead`), which are the last map's sum over positions in both architectures.
+    features (:class:`ProjectionHead`, normalised). These are the last map, flattened, in ``"dcgan"``, whose last
+    convolution covers it whole, and its sum over positions in ``"resnet"``.
 
     Args:
         image_size: S, the width and height of the images: 4, 5, 6 or 7 doubled at least once.
@@ -107,7 +108,7 @@ class SAGANDiscriminator(nn.Module):
             head: nn.Module = (
                 ConvolutionHead(widths[-1], sizes[-1])
                 if num_classes is None
-                else SumHead(widths[-1], num_classes, normalize)
+                else FlattenHead(widths[-1], sizes[-1], num_classes, normalize)
             )
             default_resolutions = sizes[-2:]
             default_attention: AttentionFactory = SelfAttention2d

@@ -152,6 +152,8 @@ class _DivideBySigma(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         weight, u, v, sigma = ctx.saved_tensors
+        if gradient.is_sparse:  # of nn.Embedding(sparse=True): the gradient through sigma reaches every row
+            gradient = gradient.to_dense()
         if torch.is_grad_enabled():  # somebody differentiates this backward, where sigma is a function of the weight
             sigma = (u.conj() * v * weight).sum()
         nonzero = sigma.abs() > ctx.eps

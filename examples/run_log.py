@@ -1,0 +1,135 @@
+"""What a run reports: a JSON object per line in `log.jsonl`, TensorBoard's event files, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from command_line import fail
+from distributed import Ranks
+from safekeeping import write
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class RunLog:
+    """The log of a run that stands at `step`; what an interrupted run noted of later steps is dropped."""
+
+    def __init__(self, out: Path, step: int, steps: int, batch_size: int, tensorboard: bool) -> None:
+        self.path, self.batch_size = out / "log.jsonl", batch_size
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        known = "".join(line + "\n" for line in lines if _step(line) <= step)
+        write(self.path, lambda file: file.write(known.encode()))
+        self.tensorboard = _open_tensorboard(out / "tensorboard", step) if tensorboard else None
+        self.bar = tqdm(
+            total=steps * batch_size, initial=step * batch_size, unit="img", unit_scale=True, dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )  # fmt: skip
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.bar.update(self.batch_size)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a line, and its numbers to TensorBoard."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.scalars(step, values)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers for TensorBoard alone."""
+        if self.tensorboard:
+            for name, value in _flat(values):
+                self.tensorboard.add_scalar(name, value, step)
+
+    def pictures(self, step: int, files: Mapping[str, Path]) -> None:
+        """Pictures that were written, for TensorBoard as well."""
+        if self.tensorboard:
+            for name, file in files.items():
+                with Image.open(file) as picture:
+                    self.tensorboard.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Let readers see everything."""
+        if self.tensorboard:
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        """End the progress bar and the event file."""
+        self.bar.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinity where the line was cut off when the run was killed."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # here, because a run needs it only where it is installed
+    except ImportError:
+        print("without TensorBoard: pip install tensorboard, or give --no-tensorboard", file=sys.stderr)
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+class Means:
+    """The mean losses since they were last read, which is when they leave the device."""
+
+    def __init__(self, networks: Mapping[str, nn.Module], ranks: Ranks) -> None:
+        self.networks, self.ranks = networks, ranks
+        self.losses: list[Tensor] = []
+        self.seen = "nothing"
+        self.restart()
+
+    def restart(self) -> None:
+        """Time runs from here: saving and drawing are not training."""
+        self.since = time.monotonic()
+
+    def add(self, losses: Tensor) -> None:
+        """Losses (2,), of D and of G, of one step."""
+        self.losses.append(losses)
+
+    def read(self, step: int, batch_size: int) -> dict[str, float]:
+        """The numbers of a log line. Where they are not finite the run ends here, before a save."""
+        loss_d, loss_g = self.ranks.mean(torch.stack(self.losses).mean(0)).tolist()
+        rate = len(self.losses) * batch_size / (time.monotonic() - self.since)
+        self.losses.clear()
+        self.restart()
+        seen, sound = f"loss of D {loss_d:g}, of G {loss_g:g}", math.isfinite(loss_d) and math.isfinite(loss_g)
+        for name, network in self.networks.items():
+            finite = torch.stack([weight.isfinite().all() for weight in network.parameters()]).tolist()
+            if not all(finite):
+                seen, sound = f"{seen}, {finite.count(False)} of {name}'s {len(finite)} weight tensors", False
+        if not sound:
+            fail(
+                f"step {step}: the training is no longer finite: {seen}. Seen before: {self.seen}. The last checkpoint "
+                "is from before; lower learning rates may help"
+            )
+        self.seen = f"step {step}, {seen}"
+        return {"loss_d": loss_d, "loss_g": loss_g, "images_per_second": round(rate, 1)}

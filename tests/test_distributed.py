@@ -1,0 +1,150 @@
+"""Several processes: disjoint shares, equal networks, one checkpoint, one voice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import SCRIPT, TINY, checkpoint, lines, resume, train
+
+import train_celeba
+from distributed import Ranks, Shares
+from sources import Shuffle, digits
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+# The trainer, and beside it what each process saw and held: the images of each step, and all tensors at the end.
+WITNESS = """
+import hashlib, os, sys
+sys.path.insert(0, {examples!r})
+import torch, train_celeba
+seen, runs = [], []
+step, train = train_celeba.discriminator_step, train_celeba.train
+def discriminator_step(run, reals, fakes):
+    reals = list(reals)
+    seen.append([hashlib.sha256(image.numpy().tobytes()).hexdigest() for real in reals for image in real])
+    return step(run, reals, fakes)
+def training(run, *rest):
+    runs.append(run)
+    return train(run, *rest)
+train_celeba.discriminator_step, train_celeba.train = discriminator_step, training
+status = train_celeba.main(sys.argv[1:])
+run = runs[0]
+networks = {{name: getattr(run, name).state_dict() for name in ("generator", "discriminator", "average")}}
+random = torch.get_rng_state()
+torch.save({{"seen": seen, "networks": networks, "random": random}}, {out!r} + os.environ["RANK"] + ".pt")
+sys.exit(status)
+"""
+
+
+def test_shares_are_disjoint_and_together_the_batch():
+    batch = list(range(12))
+    for world in (1, 2, 3, 4):
+        assert [i for rank in range(world) for i in Ranks(rank, world).share(batch)] == batch
+    rows = torch.arange(12)
+    assert torch.equal(torch.cat([Ranks(rank, 3).share(rows) for rank in range(3)]), rows)
+    pieces = list(Shares([batch, batch[::-1]], Ranks(1, 2), parts=3))
+    assert pieces == [[6, 7], [8, 9], [10, 11], [5, 4], [3, 2], [1, 0]]
+
+
+def test_the_order_does_not_depend_on_the_number_of_processes():
+    def drawn(world: int, parts: int) -> list[set]:
+        shares = [iter(Shares(Shuffle(20, 12, seed=1, flip=True), Ranks(rank, world), parts)) for rank in range(world)]
+        return [{item for share in shares for _ in range(parts) for item in next(share)} for _ in range(4)]
+
+    assert drawn(1, 1) == drawn(2, 1) == drawn(3, 2)
+
+
+@pytest.mark.slow  # torchrun, and two processes that import torch
+@pytest.mark.parametrize(
+    "settings", [["--accumulate", "2", "--channels-last", "yes"], ["--loss", "wgan-gp", "--d-steps", "2"]], ids=" ".join
+)
+def test_two_processes(settings, tmp_path):
+    steps = 20 if "--accumulate" in settings else 4
+    witness = tmp_path / "witness.py"
+    examples = str(Path(train_celeba.__file__).parent)
+    witness.write_text(WITNESS.format(examples=examples, out=str(tmp_path / "rank")))
+    command = [*TORCHRUN, str(witness), *TINY, "--no-tensorboard", "--data", "digits", "--out", str(tmp_path / "run")]
+    command += [*settings, "--batch-size", "8", "--steps", str(steps), "--lr-g", "0.01", "--lr-d", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert done.stdout.count("processes 2, each with 4 images of a batch") == 1
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+
+    for name, state in one["networks"].items():
+        for key, tensor in state.items():
+            assert torch.equal(tensor, two["networks"][name][key]), f"{name}.{key}"
+    assert not torch.equal(one["random"], two["random"])
+    config = train_celeba.Config(image_size=16, base_channels=4, z_dim=8, device="cpu")
+    untrained = train_celeba.build_generator(config, 1).named_parameters()
+    assert not any(torch.equal(one["networks"]["generator"][name], weight) for name, weight in untrained)
+
+    # Together they saw the images of one order, each once.
+    source, order = digits(16), iter(Shuffle(1797, 8, seed=0, flip=False))
+    run = train_celeba.Run(config, 1, torch.device("cpu"))
+    for ours, theirs in zip(one["seen"], two["seen"], strict=True):
+        assert len(ours) == len(theirs) == 4
+        batch = run.to_device(source[next(order)][0])
+        assert ours + theirs == [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch]
+
+    # And one process goes on.
+    state = checkpoint(tmp_path / "run")
+    assert len(state["random"]["ranks"]) == 2
+    assert resume(tmp_path / "run", "--steps", str(steps + 2)) == 0
+    d_steps = 2 if "--d-steps" in settings else 1
+    assert checkpoint(tmp_path / "run")["images"] == (steps + 2) * 8 * d_steps
+    assert [line["step"] for line in lines(tmp_path / "run")] == [steps, steps + 2]
+
+
+@pytest.mark.slow  # torchrun, and two processes that import torch
+def test_two_processes_go_on_from_one_and_stop_at_the_same_step(tmp_path):
+    train(tmp_path, "--steps", "2", "--batch-size", "8")
+    command = [*TORCHRUN, SCRIPT[0], "--resume", str(tmp_path), "--steps", "100000", "--log-every", "1"]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 120
+        while len((tmp_path / "log.jsonl").read_text().splitlines()) < 5:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGTERM)  # torchrun passes it on
+        out, err = process.communicate(timeout=60)
+    assert out.count("stopped at step") == 1, err
+    state = checkpoint(tmp_path)
+    assert state["step"] >= 5
+    assert len(state["random"]["ranks"]) == 2
+    assert f"checkpoint-{state['step']:06d}.pt" in out
+    assert "rank1" not in err  # where torch begins the lines of a traceback
+
+
+@pytest.mark.slow  # torchrun, and two processes that import torch
+def test_one_of_the_processes_tells_what_is_wrong(tmp_path):
+    command = [*TORCHRUN, *SCRIPT, "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("nowhere: no such folder") == 1
+    assert "rank0" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_what_one_process_cannot_do_none_does(monkeypatch, capsys):
+    for errors, rank in ((["train_celeba.py: no", None], 1), ([None, "train_celeba.py: no"], 0)):
+        ranks = Ranks(rank, 2)
+        monkeypatch.setattr(Ranks, "gather", lambda self, thing, errors=errors: errors)
+        with pytest.raises(SystemExit) as stop, ranks.agreeing():
+            pass
+        assert stop.value.code == 1
+    assert capsys.readouterr().err == "train_celeba.py: no\n"
+
+
+def test_several_processes_take_each_its_own_device():
+    with pytest.raises(SystemExit, match=r"--device cuda:1: several processes share no device"):
+        train_celeba.pick_device("cuda:1", Ranks(0, 2))
+    assert train_celeba.pick_device("cpu", Ranks(1, 2, 1)) == torch.device("cpu")

@@ -1,0 +1,633 @@
+"""Attention in models that exist: unchanged outputs and keys, every kind of place, clear errors, no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from torch_sagan import (
+    SAGANGenerator,
+    SelfAttention2d,
+    apply_spectral_norm,
+    insert_self_attention,
+    record_attention,
+    remove_self_attention,
+    remove_spectral_norm,
+    spectral_norm,
+    spectral_norms,
+)
+
+# --- models with the nesting of those that people have -------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """As in CycleGAN: a Sequential beside the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_block = nn.Sequential(
+            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), nn.InstanceNorm2d(channels), nn.ReLU(True),
+            nn.Dropout(0.5), nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), nn.InstanceNorm2d(channels),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_block(x)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def residual_generator() -> nn.Module:
+    return Wrapped(
+        nn.ReflectionPad2d(3), nn.Conv2d(3, 4, 7), nn.InstanceNorm2d(4), nn.ReLU(True),
+        nn.Conv2d(4, 8, 3, 2, 1), nn.InstanceNorm2d(8), nn.ReLU(True),
+        nn.Conv2d(8, 16, 3, 2, 1), nn.InstanceNorm2d(16), nn.ReLU(True),
+        ResidualBlock(16), ResidualBlock(16), ResidualBlock(16),
+        nn.ConvTranspose2d(16, 8, 3, 2, 1, 1), nn.InstanceNorm2d(8), nn.ReLU(True),
+        nn.ConvTranspose2d(8, 4, 3, 2, 1, 1), nn.InstanceNorm2d(4), nn.ReLU(True),
+        nn.ReflectionPad2d(3), nn.Conv2d(4, 3, 7), nn.Tanh(),
+    )  # fmt: skip
+
+
+def patch_discriminator() -> nn.Module:
+    return Wrapped(
+        nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.2, True),
+        nn.Conv2d(4, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.2, True),
+        nn.Conv2d(8, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.LeakyReLU(0.2, True),
+        nn.Conv2d(16, 32, 4, 1, 1, bias=False), nn.BatchNorm2d(32), nn.LeakyReLU(0.2, True),
+        nn.Conv2d(32, 1, 4, 1, 1),
+    )  # fmt: skip
+
+
+def dcgan_generator() -> nn.Module:
+    return Wrapped(
+        nn.ConvTranspose2d(3, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(True),
+        nn.ConvTranspose2d(32, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(True),
+        nn.ConvTranspose2d(16, 3, 4, 2, 1, bias=False), nn.Tanh(),
+    )  # fmt: skip
+
+
+class SkipBlock(nn.Module):
+    """As in pix2pix: the activation on the way down writes into what the skip connection carries."""
+
+    def __init__(self, outer: int, inner: int, inside: nn.Module | None) -> None:
+        super().__init__()
+        down = [nn.LeakyReLU(0.2, True), nn.Conv2d(outer, inner, 4, 2, 1, bias=False), nn.BatchNorm2d(inner)]
+        up_channels = inner if inside is None else 2 * inner
+        up = [nn.ReLU(True), nn.ConvTranspose2d(up_channels, outer, 4, 2, 1, bias=False), nn.BatchNorm2d(outer)]
+        self.model = nn.Sequential(*down, *([] if inside is None else [inside]), *up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.model(x)], 1)
+
+
+def unet() -> nn.Module:
+    inside = SkipBlock(4, 8, SkipBlock(8, 16, SkipBlock(16, 16, None)))
+    return Wrapped(nn.Conv2d(3, 4, 4, 2, 1), inside, nn.ReLU(True), nn.ConvTranspose2d(8, 3, 4, 2, 1), nn.Tanh())
+
+
+class Pyramid(nn.Module):
+    """A block that is used twice, one that returns a tuple, one that returns no map, and one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.act = nn.ReLU()
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), self.act)
+        self.narrow = nn.Conv2d(8, 4, 1)
+        self.split = Split()
+        self.head = nn.Linear(4, 2)
+        self.spare = nn.ModuleList([nn.Conv2d(3, 3, 1)])
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        x = self.block(self.block(self.stem(x) * scale))
+        a, b = self.split(self.act(self.narrow(x)))
+        return self.head((a + b).mean((2, 3)))
+
+
+class Split(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x.flip(3)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "residual generator": (residual_generator, ["model.9", "model.12", "model.18", "model.10.conv_block"]),
+    "patch discriminator": (patch_discriminator, ["model.4", "model.7", "model.10"]),
+    "dcgan generator": (dcgan_generator, ["model.0", "model.1", "model.5"]),
+    "unet": (unet, ["model.0", "model.1.model.0", "model.1.model.3.model.3", "model.1.model.3", "model.1.model.4"]),
+    "whole Sequential": (residual_generator, ["model"]),
+    "own generator": (partial(SAGANGenerator, 16, base_channels=4, z_dim=3 * 32 * 32), ["blocks.0", "blocks.1.conv"]),
+}
+
+
+@pytest.fixture(params=MODELS, ids=str)
+def place(request: pytest.FixtureRequest) -> tuple[nn.Module, list[str], Tensor]:
+    make, after = MODELS[request.param]
+    x = torch.randn(2, 3, 32, 32)
+    return make(), after, x.flatten(1) if request.param == "own generator" else x
+
+
+def inserted(model: nn.Module) -> list[SelfAttention2d]:
+    paths = [path for path, _ in model.named_modules() if path.split(".")[-1] == "inserted_attention"]
+    return [model.get_submodule(path) for path in paths]
+
+
+def wake(model: nn.Module) -> nn.Module:
+    for layer in inserted(model):
+        nn.init.ones_(layer.gamma)
+    return model
+
+
+def train(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The outputs of three passes in training mode and one in evaluation, with the gradients between them."""
+    torch.manual_seed(7)  # dropout
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    seen = []
+    for _ in range(3):
+        y = model(x.clone())
+        optimizer.zero_grad()
+        y.square().sum().backward()
+        seen += [y.detach(), *(p.grad.clone() for name, p in model.named_parameters() if "inserted" not in name)]
+    seen += [buffer.clone() for name, buffer in model.named_buffers() if "inserted" not in name]
+    model.eval()
+    return [*seen, model(x.clone()).detach()]
+
+
+# --- the identity, until it is trained -----------------------------------------------------------------------------
+
+
+def test_outputs_gradients_and_keys_are_unchanged(place: tuple[nn.Module, list[str], Tensor]) -> None:
+    model, after, x = place
+    twin, keys = copy.deepcopy(model), list(model.state_dict())
+    classes = [type(module) for module in model.modules()]
+    assert insert_self_attention(model, after, example_input=x) is model
+
+    kept = [key for key in model.state_dict() if "inserted_attention" not in key]
+    assert kept == keys
+    assert [type(m) for name, m in model.named_modules() if "inserted_attention" not in name] == classes
+    assert sorted(f"{path}.inserted_attention" for path in after) == sorted(
+        name for name, module in model.named_modules() if isinstance(module, SelfAttention2d) and "inserted" in name
+    )
+    for ours, theirs in zip(train(model, x), train(twin, x), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_every_place_acts_once_it_is_trained(place: tuple[nn.Module, list[str], Tensor]) -> None:
+    model, after, x = place
+    model.eval()
+    before = model(x.clone())
+    insert_self_attention(model, after, example_input=x)
+    for layer in inserted(model):
+        nn.init.ones_(layer.gamma)
+        assert not torch.allclose(model(x.clone()), before, atol=1e-4)
+        nn.init.zeros_(layer.gamma)
+    assert torch.equal(model(x.clone()), before)
+
+
+def test_the_place_receives_what_the_module_returned() -> None:
+    model = insert_self_attention(residual_generator().eval(), "model.12", example_input=torch.randn(1, 3, 16, 16))
+    wake(model)
+    x = torch.randn(2, 3, 16, 16)
+    y = model.model[:12](x)
+    y = ResidualBlock.forward(model.model[12], y)  # without hooks
+    y = y + (inserted(model)[0](y) - y)
+    torch.testing.assert_close(model(x), model.model[13:](y))
+
+
+def test_a_new_parameter_is_trained() -> None:
+    model = insert_self_attention(patch_discriminator(), "model.4", example_input=torch.randn(1, 3, 32, 32))
+    (layer,) = inserted(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    before = copy.deepcopy(layer.state_dict())
+    for _ in range(3):  # gamma moves first, and then lets gradients through to the projections
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 32, 32)).square().mean().backward()
+        optimizer.step()
+    assert {name for name in before if not torch.equal(before[name], layer.state_dict()[name])} >= {
+        "gamma", "query.weight", "key.weight", "value.weight", "value.bias",
+    }  # fmt: skip
+
+
+def test_removal_restores_the_model(place: tuple[nn.Module, list[str], Tensor]) -> None:
+    model, after, x = place
+    model.eval()
+    names, text, before = [*model.state_dict()], repr(model), model(x.clone())
+    insert_self_attention(model, after, example_input=x)
+    wake(model)
+    assert remove_self_attention(model) is model
+    assert [*model.state_dict()] == names
+    assert repr(model) == text
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(model(x.clone()), before)
+    insert_self_attention(model, after, example_input=x)  # the place is free again
+    assert len(inserted(model)) == len(after)
+
+
+def test_removal_leaves_layers_and_hooks_that_the_model_came_with() -> None:
+    model = SAGANGenerator(16, base_channels=4)
+    calls = []
+    insert_self_attention(model, "blocks.0", example_input=torch.randn(2, 128))
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    remove_self_attention(model)
+    model(torch.randn(2, 128))
+    assert calls == [1]
+    assert [path for path, m in model.named_modules() if isinstance(m, SelfAttention2d)] == ["attention.8"]
+    with pytest.raises(ValueError, match="SAGANGenerator has no inserted attention"):
+        remove_self_attention(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_layer_takes_the_mode_and_dtype_of_its_place(training: bool, dtype: torch.dtype) -> None:
+    model = dcgan_generator().to(dtype).train(training)
+    x = torch.randn(2, 3, 4, 4, dtype=dtype)
+    (layer,) = inserted(insert_self_attention(model, "model.2", example_input=x))
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    assert layer.training is training
+    assert model(x).dtype == dtype
+
+
+def test_a_layer_takes_the_device_of_its_place() -> None:
+    model = insert_self_attention(dcgan_generator().to("meta"), "model.1")
+    assert {p.device.type for p in inserted(model)[0].parameters()} == {"meta"}
+
+
+def test_an_attention_of_your_own() -> None:
+    model = insert_self_attention(dcgan_generator(), "model.1", attention=SelfAttention2d.official)
+    assert inserted(model)[0].pool == 2
+    with pytest.raises(TypeError, match="attention must return a module, got int"):
+        insert_self_attention(model, "model.4", attention=lambda channels: channels)
+
+
+# --- channels ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "channels"),
+    [
+        (nn.Conv2d(3, 6, 1), 6),
+        (nn.ConvTranspose2d(3, 6, 2), 6),
+        (nn.BatchNorm2d(6), 6),
+        (nn.SyncBatchNorm(6), 6),
+        (nn.GroupNorm(2, 6), 6),
+        (SelfAttention2d(6), 6),
+        (nn.Sequential(nn.Conv2d(3, 9, 1), nn.Conv2d(9, 6, 1), nn.InstanceNorm2d(9), nn.ReLU(), nn.MaxPool2d(2)), 6),
+        (nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 1)), nn.Tanh()), 6),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_channels_that_a_module_knows(module: nn.Module, channels: int) -> None:
+    model = insert_self_attention(nn.Sequential(module), "0")
+    assert inserted(model)[0].channels == channels
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.ReLU(), r"'0' \(ReLU\) does not tell how many channels it returns: give example_input"),
+        (nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten()), r"'0' \(Sequential\) does not tell"),
+        (nn.Sequential(nn.ReLU()), r"'0' \(Sequential\) does not tell"),
+        (ResidualBlock(4), r"'0' \(ResidualBlock\) does not tell"),
+        (nn.Linear(3, 4), r"'0' \(Linear\) does not tell"),
+        (nn.PixelShuffle(2), r"'0' \(PixelShuffle\) does not tell"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_channels_that_need_an_example(module: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        insert_self_attention(nn.Sequential(module), "0")
+
+
+@given(channels=st.integers(1, 24), size=st.integers(1, 12), rate=st.sampled_from([1, 2, 3]))
+def test_an_example_tells_any_channels(channels: int, size: int, rate: int) -> None:
+    model = nn.Sequential(nn.Conv2d(2, channels * rate**2, 1), nn.PixelShuffle(rate), nn.ReLU())
+    x = torch.randn(1, 2, size, size)
+    y = model(x)
+    insert_self_attention(model, ["1", "2"], example_input=x)
+    assert [layer.channels for layer in inserted(model)] == [channels, channels]
+    assert torch.equal(model(x), y)
+
+
+def test_an_example_may_be_keywords_or_arguments() -> None:
+    model = Pyramid()
+    example = {"x": torch.randn(2, 3, 6, 6), "scale": torch.ones(1)}
+    insert_self_attention(model, "block.0", example_input=example)
+    insert_self_attention(model, "narrow", example_input=(example["x"], example["scale"]))
+    assert [layer.channels for layer in inserted(model)] == [8, 4]
+
+
+class Restless(nn.Module):
+    """Changes buffers, replaces them, and draws numbers, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.last = torch.randn(4)
+        return x + torch.rand_like(x)
+
+
+def test_the_pass_of_an_example_leaves_no_trace() -> None:
+    model = nn.Sequential(Restless(), nn.Dropout(), spectral_norm(nn.Conv2d(3, 4, 1)), nn.ReLU())
+    model[1].eval()  # modes may differ
+    modes = [module.training for module in model.modules()]
+    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    # A layer without weights, since weights would be drawn.
+    insert_self_attention(model, "3", example_input=torch.zeros(2, 3, 4, 4), attention=lambda channels: nn.Identity())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [module.training for module in model.modules()][: len(modes)] == modes
+    assert not any(module._forward_hooks for module in list(model)[:3])
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_pass_that_fails_leaves_no_trace() -> None:
+    model = Wrapped(Restless(), nn.Conv2d(3, 4, 1))
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
+        insert_self_attention(model, "model.0", example_input=torch.randn(1, 5, 4, 4))
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model.model[0].count == 0
+
+
+# --- what is not possible ------------------------------------------------------------------------------------------
+
+EXAMPLE = {"x": torch.zeros(2, 3, 6, 6), "scale": torch.ones(1)}
+
+
+class Dense(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("after", "example", "message"),
+    [
+        ("blok.0", None, r"Pyramid has no module 'blok\.0'; the nearest are 'block\.0'"),
+        ("@", None, r"Pyramid has no module '@'; model.named_modules\(\) lists"),
+        ("", None, r"Pyramid has no module ''"),
+        ([], None, "after names no module"),
+        (["stem", "stem"], None, "'stem' has an inserted attention layer already"),
+        (["act", "block.2"], EXAMPLE, r"'block\.2' has an inserted attention layer already"),
+        ("act", EXAMPLE, r"'act' runs 3 times, with \[4, 8\] channels: one layer cannot serve them all"),
+        ("split", EXAMPLE, r"'split' returns a tuple of 2, expected a feature map \(B, C, H, W\)"),
+        ("head", EXAMPLE, r"'head' returns a tensor \(2, 2\), expected a feature map"),
+        ("spare", EXAMPLE, "'spare' is not reached"),
+        ("spare.0", EXAMPLE, r"'spare\.0' is not reached"),
+    ],
+)
+def test_errors_leave_the_model_as_it_was(after: str | list[str], example: dict[str, Tensor], message: str) -> None:
+    model = Pyramid()
+    text = repr(model)
+    paths = after if isinstance(after, list) else ["stem", after]
+    with pytest.raises(ValueError, match=message):
+        insert_self_attention(model, paths, example_input=example)
+    assert repr(model) == text
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_second_insertion_is_an_error() -> None:
+    model = insert_self_attention(dcgan_generator(), "model.1")
+    with pytest.raises(ValueError, match=r"'model\.1' has an inserted attention layer already"):
+        insert_self_attention(model, "model.1")
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_refused() -> None:
+    model = nn.Sequential(Dense(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    with pytest.raises(ValueError, match="'0' is a Sequential with a forward of its own"):
+        insert_self_attention(model, "0")
+
+
+def test_an_attribute_of_that_name_is_not_overwritten() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    model[0].inserted_attention = "mine"
+    with pytest.raises(ValueError, match="has an attribute 'inserted_attention' of its own"):
+        insert_self_attention(model, "0")
+
+
+def test_a_module_that_is_used_twice_attends_twice() -> None:
+    model = Pyramid()
+    before = model(**EXAMPLE)
+    insert_self_attention(model, "block", example_input=EXAMPLE)
+    assert torch.equal(model(**EXAMPLE), before)
+    with record_attention(model) as records:
+        model(**EXAMPLE)
+    assert [len(calls) for calls in records.values()] == [2]
+
+
+# --- checkpoints and copies ----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_from_before_the_insertion_loads(place: tuple[nn.Module, list[str], Tensor]) -> None:
+    model, after, x = place
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.1)
+    insert_self_attention(model, after, example_input=x)
+    kept = copy.deepcopy([layer.state_dict() for layer in inserted(model)])
+    checkpoint = trained.state_dict()
+    keys = list(checkpoint)
+    model.load_state_dict(checkpoint)  # strict
+    assert list(checkpoint) == keys
+    assert torch.equal(model.eval()(x.clone()), trained.eval()(x.clone()))
+    for layer, values in zip(inserted(model), kept, strict=True):
+        assert all(torch.equal(layer.state_dict()[name], value) for name, value in values.items())
+
+
+def test_a_checkpoint_from_after_the_insertion_loads() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    first, second = (insert_self_attention(unet(), "model.1", example_input=x).eval() for _ in range(2))
+    wake(first)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(x), second(x))
+    partly = {key: value for key, value in first.state_dict().items() if not key.endswith("query.weight")}
+    with pytest.raises(
+        RuntimeError, match=r'Missing key\(s\) in state_dict: "model.1.inserted_attention.query.weight"'
+    ):
+        second.load_state_dict(partly)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: .*inserted_attention"):
+        unet().load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_have_layers_of_their_own(how: Callable[[nn.Module], nn.Module]) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    model = wake(insert_self_attention(unet(), ["model.0", "model.1"], example_input=x)).eval()
+    twin = how(model)
+    assert torch.equal(twin(x), model(x))
+    for layer in inserted(twin):
+        nn.init.zeros_(layer.gamma)
+    assert not torch.allclose(twin(x), model(x))
+    original = twin(x)
+    remove_self_attention(twin)
+    assert torch.equal(twin(x), original)
+    assert len(inserted(model)) == 2
+
+
+def test_spectral_norm_and_surgery_go_together() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    model = insert_self_attention(apply_spectral_norm(patch_discriminator()).eval(), "model.4", example_input=x)
+    wake(model)
+    assert torch.equal(remove_self_attention(copy.deepcopy(model))(x), apply_free(model, x))
+    normalised = insert_self_attention(patch_discriminator(), ["model.2"], attention=normalised_attention)
+    assert set(spectral_norms(normalised)) == {
+        f"model.2.inserted_attention.{projection}.weight" for projection in ("query", "key", "value")
+    }
+    remove_spectral_norm(model.model[2])
+    assert len(inserted(model)) == 1
+
+
+def normalised_attention(channels: int) -> nn.Module:
+    return apply_spectral_norm(SelfAttention2d(channels))
+
+
+def apply_free(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's layers one after the other, without the inserted one."""
+    for layer in model.model:
+        x = type(layer).forward(layer, x)
+    return x
+
+
+@pytest.mark.slow  # the compiler takes seconds
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_it_compiles_in_one_graph_and_exports() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    model = wake(insert_self_attention(unet(), ["model.0", "model.1", "model.2"], example_input=x)).eval()
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    with record_attention(compiled) as records:
+        torch.testing.assert_close(compiled(x), expected)
+    assert [len(calls) for calls in records.values()] == [1, 1, 1]
+
+
+# --- recording -----------------------------------------------------------------------------------------------------
+
+
+def test_maps_are_those_that_the_layer_returns(place: tuple[nn.Module, list[str], Tensor]) -> None:
+    model, after, x = place
+    model.eval()
+    wake(insert_self_attention(model, after, example_input=x))
+    inputs: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+        for name, layer in model.named_modules()
+        if isinstance(layer, SelfAttention2d)
+    ]
+    expected = model(x.clone())
+    for handle in handles:
+        handle.remove()
+    with record_attention(model) as records:
+        output = model(x.clone())
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)  # the held map sums in another order
+    assert set(records) == set(inputs)
+    for name, calls in records.items():
+        (record,) = calls
+        _, attention = model.get_submodule(name)(inputs[name], return_attention=True)
+        torch.testing.assert_close(record.attention, attention)
+        assert record.query_size == tuple(inputs[name].shape[2:])
+        assert not record.attention.requires_grad
+
+
+@given(height=st.integers(2, 9), width=st.integers(2, 9), pool=st.integers(1, 2))
+def test_sizes_of_queries_and_keys(height: int, width: int, pool: int) -> None:
+    layer = SelfAttention2d(4, pool=pool)
+    with record_attention(layer) as records:
+        layer(torch.randn(1, 4, height, width))
+    ((attention, query_size, key_size),) = records[""]
+    assert query_size == (height, width)
+    assert key_size == (height // pool, width // pool)
+    assert attention.shape == (1, height * width, key_size[0] * key_size[1])
+
+
+def test_recording_leaves_no_trace() -> None:
+    model = SAGANGenerator(16, base_channels=4)
+    seen = []
+    layer = model.attention["8"]
+    layer.register_forward_hook(lambda module, args, output: seen.append(type(output)))
+    z = torch.randn(2, 128)
+    with contextlib.suppress(KeyError), record_attention(model) as records:
+        model(z)
+        model(z)
+        raise KeyError
+    assert [len(calls) for calls in records.values()] == [2]
+    assert len(layer._forward_hooks) == 1
+    assert not layer._forward_pre_hooks
+    model(z)
+    assert len(records["attention.8"]) == 2
+    assert seen == [Tensor] * 3  # the model's own hooks see what they always see
+
+
+def test_recording_gives_the_map_to_those_who_ask_for_it() -> None:
+    model = SAGANGenerator(16, base_channels=4).eval()
+    z = torch.randn(2, 128)
+    with record_attention(model) as outer, record_attention(model) as inner:
+        _, (asked,) = model(z, return_attention=True)
+        model(z)
+    for records in (outer, inner):
+        first, second = records["attention.8"]
+        assert torch.equal(first.attention, asked)
+        assert torch.equal(second.attention, asked)
+
+
+def test_layers_that_do_not_run_have_no_records() -> None:
+    model = nn.ModuleDict({"a": SelfAttention2d(4), "b": SelfAttention2d(4)})
+    with record_attention(model) as records:
+        model["b"](torch.randn(1, 4, 3, 3))
+    assert {path: len(calls) for path, calls in records.items()} == {"a": 0, "b": 1}
+    with pytest.raises(ValueError, match="Linear has no SelfAttention2d to record"), record_attention(nn.Linear(1, 1)):
+        pass
+
+
+# --- a model of somebody else --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # importing the package takes seconds
+@pytest.mark.filterwarnings("ignore")  # what another package warns of is its own affair
+def test_the_unet_of_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
+    ).eval()
+    example = {"sample": torch.randn(2, 3, 16, 16), "timestep": torch.tensor(7)}
+    before, keys = model(**example).sample, list(model.state_dict())
+    places = ["conv_in", "down_blocks.0.resnets.0", "mid_block", "up_blocks.0.resnets.1", "up_blocks.1"]
+    insert_self_attention(model, places, example_input=example)
+    assert torch.equal(model(**example).sample, before)
+    assert [key for key in model.state_dict() if "inserted_attention" not in key] == keys
+    with record_attention(wake(model)) as records:
+        assert not torch.allclose(model(**example).sample, before)
+    assert {path: len(calls) for path, calls in records.items()} == {f"{at}.inserted_attention": 1 for at in places}
+    with pytest.raises(ValueError, match=r"'down_blocks.0' returns a tuple of 2"):
+        insert_self_attention(model, "down_blocks.0", example_input=example)
+    assert torch.equal(remove_self_attention(model)(**example).sample, before)
