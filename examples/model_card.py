@@ -102,9 +102,7 @@ def from_checkpoint(path: Path, *, average: bool = True) -> tuple[Weights, Card]
     except Exception:  # whatever a damaged or foreign file makes the reader raise
         raise ValueError(f"{file}: it cannot be read as a checkpoint") from None
     try:
-        config, stored = state["config"], state["average" if average else "generator"]
-        # AveragedModel counts its updates and puts a prefix before the names of the weights.
-        weights = {name.removeprefix("module."): tensor for name, tensor in stored.items() if name != "n_averaged"}
+        config, weights = state["config"], state["average" if average else "generator"]
         card = {
             "generator": _arguments(config, weights),
             "averaged": average,
