@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import judging
+import train_celeba
 from judging import Judge, real_images
 from sliced_wasserstein import sliced_wasserstein
 from sources import Images, digits
@@ -285,3 +287,26 @@ def test_wrong_real_images_are_named(batches, message):
 def test_a_generator_of_another_size_is_named():
     with pytest.raises(ValueError, match="16 pixels like the real ones, got 32"):
         Judge([noise(4)], samples=4)(SAGANGenerator(32, z_dim=8, base_channels=4), 8)
+
+
+# -------------------------------------------------------------------------------------------------- with the trainer
+
+
+def test_a_judged_training_ends_where_one_without_a_judge_does(tmp_path):
+    settings = ["--data", "digits", "--image-size", "16", "--base-channels", "4", "--batch-size", "4", "--z-dim", "8"]
+    settings += ["--steps", "4", "--judge-every", "2", "--device", "cpu", "--no-tensorboard"]
+
+    def open_judge(config, source, device):
+        judge = Judge(real_images(source, 20), samples=20, device=device)
+        return lambda generator, seed: judge(generator, config.z_dim, seed=seed)
+
+    ends = []
+    for name, judge in (("judged", open_judge), ("not", None)):
+        train_celeba.main([*settings, "--out", str(tmp_path / name)], judge)
+        ends.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True))
+    one, other = ends
+    for part in ("generator", "discriminator", "average"):
+        for key, value in one[part].items():
+            torch.testing.assert_close(value, other[part][key], rtol=0, atol=0)
+    lines = [json.loads(line) for line in (tmp_path / "judged" / "log.jsonl").read_text().splitlines()]
+    assert all(line["scores"]["swd"] > 0 for line in lines if line["step"] in (2, 4))
