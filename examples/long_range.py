@@ -291,9 +291,11 @@ def plot(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any], pat
             reached = [result[key] for result in found[arm].values()]
             axis.plot([x - 0.12, x + 0.12], [statistics.mean(reached)] * 2, color="C3", lw=2.5)
         axis.axhline(marks["real faces"][key], color="C2", ls=":", label="real faces")
-        axis.set(title=title, xticks=[0, 1], xticklabels=["local", "attention"], xlim=(-0.4, 1.4), ylim=(0, None))
-    axes[0].axhline(1, color="C1", ls=":", label="chance")
-    axes[0].legend(loc="center")
+        if key == "relative":
+            axis.axhline(1, color="C1", ls=":", label="chance")
+            axis.legend(loc="center")
+        axis.set(title=title, xticks=[0, 1], xticklabels=["local", "attention"], xlim=(-0.4, 1.4))
+        axis.set_ylim(bottom=0)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
