@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,9 @@ def test_arms_see_the_same_images_and_latent_vectors(monkeypatch):
     assert (made["attention"].float() - made["local"].float()).abs().mean() < 3  # gamma has hardly moved
     other, gammas = long_range.train("attention", 2, settings)
     assert not torch.equal(long_range.generate(other, settings), made["attention"])
+    begin = replace(settings, steps=0)
+    untrained = [long_range.generate(long_range.train("local", seed, begin)[0], begin) for seed in (1, 2)]
+    assert not torch.equal(*untrained)  # the weights, too, are those of the seed
     assert set(gammas) == {"G.attention.4", "D.attention.4"}
     assert any(gammas.values())
 
