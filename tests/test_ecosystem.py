@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import io
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,13 @@ from torch_sagan import (
     reset_power_iteration,
     spectral_norm,
     spectral_norms,
+)
+
+# The exporter of torch 2.5 fails on batch norm with the onnxscript of today.
+ONNX_EXPORTS = (
+    hasattr(torch.compiler, "is_exporting")
+    and find_spec("onnxscript") is not None
+    and find_spec("onnxruntime") is not None
 )
 
 PAGE = Path(__file__).parent.parent / "docs" / "ecosystem.md"
@@ -193,8 +200,10 @@ def test_export(subject: str) -> None:
     ["attention in tiles", "official attention", *LAYERS, "generator", "discriminator with classes"],
 )
 def test_onnx(subject: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
+    if not ONNX_EXPORTS:
+        pytest.skip("needs torch 2.7, onnxscript and onnxruntime")
+    import onnxruntime
+
     module = build(subject, torch.float32).eval()
     example = inputs(subject, 3, torch.float32)
     batch = torch.export.Dim("batch")
@@ -805,8 +814,6 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert blocks
     for block in blocks:
-        packages = (
-            ("onnxscript", "onnxruntime") if "onnx" in block else ("safetensors",) if "safetensors" in block else ()
-        )
-        if all(importlib.util.find_spec(package) for package in packages):
+        runnable = ONNX_EXPORTS if "onnx" in block else "safetensors" not in block or find_spec("safetensors")
+        if runnable:
             exec(block, namespace)
