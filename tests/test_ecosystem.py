@@ -800,20 +800,7 @@ def test_initialisation_of_conditional_batch_norm() -> None:
 def test_the_table_names_every_test() -> None:
     rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     named = [name for row in rows for name in re.findall(r"`(test_\w+)`", row)]
-    own = {"test_the_table_names_every_test", "test_the_snippets_run"}
     assert len(named) == len(set(named))
-    assert set(named) == {name for name in globals() if name.startswith("test_")} - own
+    assert set(named) == {name for name in globals() if name.startswith("test_")} - {"test_the_table_names_every_test"}
     columns = {row.count("|") for row in rows}
     assert len(columns) == 1
-
-
-@leaves_are_deprecated
-def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "page"}
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert blocks
-    for block in blocks:
-        runnable = ONNX_EXPORTS if "onnx" in block else "safetensors" not in block or find_spec("safetensors")
-        if runnable:
-            exec(block, namespace)
