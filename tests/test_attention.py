@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -342,17 +341,6 @@ def test_input_is_not_changed() -> None:
     before = x.clone()
     layer(x)
     assert torch.equal(x, before)
-
-
-def test_deepcopy() -> None:
-    layer = build("official", 16)
-    other = copy.deepcopy(layer)
-    x = torch.randn(2, 16, 6, 5, dtype=torch.float64)
-    expected = layer(x)
-    assert torch.equal(other(x), expected)
-    with torch.no_grad():
-        other.gamma.fill_(0)
-    assert torch.equal(layer(x), expected)
 
 
 def test_samples_do_not_mix() -> None:

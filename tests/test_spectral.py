@@ -23,7 +23,6 @@ from references import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
-from torch.optim.swa_utils import AveragedModel
 
 from torch_sagan import (
     SAGANDiscriminator,
@@ -406,15 +405,6 @@ def test_sigma_is_what_u_and_v_say() -> None:
             torch.testing.assert_close(layer.weight, expected)
 
 
-def test_made_without_memory_and_loaded_later() -> None:
-    """On the meta device, as large models are made before their weights are read from a file."""
-    layer = spectral_norm(nn.Linear(3, 5))
-    with torch.device("meta"):
-        empty = spectral_norm(nn.Linear(3, 5))
-    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
-    assert torch.equal(empty.eval().weight, layer.eval().weight)
-
-
 def test_state_dict_names() -> None:
     assert set(spectral_norm(nn.Linear(3, 5)).state_dict()) == {
         "parametrizations.weight.original",
@@ -456,40 +446,6 @@ def test_loading_what_does_not_fit() -> None:
         state.popitem()
     with pytest.raises(RuntimeError, match=r"_u"):
         layer.load_state_dict({"bias": layer.bias}, strict=True)
-
-
-def test_deepcopy() -> None:
-    layer = make("conv2d")
-    twin = copy.deepcopy(layer)
-    x = inputs("conv2d")
-    state = copy.deepcopy(layer.state_dict())
-    for _ in range(3):
-        twin(x)
-    with torch.no_grad():
-        original(twin).mul_(2)
-    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
-    twin.load_state_dict(state)
-    assert torch.equal(twin(x), layer(x))
-
-
-@pytest.mark.parametrize("implementation", ["sagan", "torch"])
-def test_averaged_model_copies_u_and_v(implementation: str) -> None:
-    """The average of unit vectors is no unit vector: an EMA averages weights, and copies u and v."""
-    model = nn.Sequential(
-        spectral_norm(nn.Conv2d(3, 8, 3), implementation=implementation), nn.BatchNorm2d(8), nn.Flatten()
-    )
-    average = AveragedModel(model, avg_fn=lambda old, new, _: 0.5 * old + 0.5 * new)
-    for _ in range(5):
-        model(torch.randn(4, 3, 5, 5))
-        with torch.no_grad():
-            original(model[0]).add_(0.3 * torch.randn_like(original(model[0])))
-        average.update_parameters(model)
-    source, copied = dict(model.named_buffers()), dict(average.module.named_buffers())
-    assert source.keys() == copied.keys()
-    for name, buffer in source.items():
-        assert torch.equal(buffer, copied[name])
-        assert buffer is not copied[name]
-    assert not torch.equal(original(model[0]), original(average.module[0]))
 
 
 # --- weights that are zero, new, or of few bits ----------------------------------------------------------------------

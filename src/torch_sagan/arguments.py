@@ -27,7 +27,7 @@ def check_labels(labels: object, num_classes: int | None, batch: int, *, on_devi
 
     The range of labels on another device than the CPU is read back only with ``on_device``, as the networks do once a
     pass: an index out of range would end the process's use of that device, and every reading waits for it.
-    ``torch.compile`` and ``torch.export`` leave the range unchecked.
+    ``torch.compile``, ``torch.export``, the transforms of ``torch.func`` and the meta device leave the range unchecked.
 
     Raises:
         ValueError: for labels that are missing, not wanted, of another shape, or out of range.
@@ -44,7 +44,8 @@ def check_labels(labels: object, num_classes: int | None, batch: int, *, on_devi
         raise TypeError(f"expected labels as a tensor of int64 or int32, got {what}")
     if labels.shape != (batch,):
         raise ValueError(f"expected labels of shape ({batch},), one for each sample, got {tuple(labels.shape)}")
-    if batch and (on_device or labels.is_cpu) and not torch.compiler.is_compiling():
+    has_values = not (labels.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    if has_values and (on_device or labels.is_cpu) and batch:
         least, largest = labels.aminmax()
         if least < 0 or largest >= num_classes:
             wrong = int(least) if least < 0 else int(largest)

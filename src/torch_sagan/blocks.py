@@ -15,7 +15,7 @@ from torch_sagan.attention import SelfAttention2d
 from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
 
 __all__ = [
-    "ConvolutionHead",
+    "DCGANHead",
     "DownBlock",
     "FirstResidualDownBlock",
     "FlattenHead",
@@ -81,7 +81,7 @@ class DownBlock(nn.Module):
         return y
 
 
-class ConvolutionHead(nn.Module):
+class DCGANHead(nn.Module):
     """The logit of a map: a convolution over the whole of it, not normalised, as in the PyTorch reference."""
 
     def __init__(self, channels: int, size: int) -> None:
@@ -96,7 +96,7 @@ class ConvolutionHead(nn.Module):
 class FlattenHead(nn.Module):
     """The logit of a map with a class: a :class:`torch_sagan.ProjectionHead` of all its values, flattened.
 
-    Its linear part is the convolution of :class:`ConvolutionHead`, normalised; the class has as many weights.
+    Its linear part is the convolution of :class:`DCGANHead`, normalised; the class has as many weights.
     """
 
     def __init__(self, channels: int, size: int, num_classes: int, normalize: Normalizer) -> None:
@@ -121,7 +121,7 @@ class LatentBlock(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor | None) -> Tensor:
         x: Tensor = self.linear(z.flatten(1))  # (B, out · size²)
-        return x.view(len(x), *self.shape)  # (B, out, size, size)
+        return x.view(x.shape[0], *self.shape)  # (B, out, size, size)
 
 
 class ResidualUpBlock(nn.Module):

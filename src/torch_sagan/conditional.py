@@ -52,7 +52,7 @@ class ConditionalBatchNorm2d(nn.Module):
         self.beta = nn.Parameter(torch.zeros(num_classes, channels))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        check_labels(labels, len(self.gamma), len(x))
+        check_labels(labels, len(self.gamma), x.shape[0])
         gamma, beta = F.embedding(labels, self.gamma), F.embedding(labels, self.beta)  # (B, C)
         normalized = self.norm(x)  # (B, C, H, W)
         return torch.addcmul(beta[:, :, None, None], gamma[:, :, None, None], normalized)  # (B, C, H, W)
@@ -104,7 +104,7 @@ class ProjectionHead(nn.Module):
             self.embedding = normalize(embedding)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        check_labels(labels, self.num_classes, len(features))
+        check_labels(labels, self.num_classes, features.shape[0])
         logits: Tensor = self.linear(features).squeeze(1)  # (B,)
         if labels is not None:
             logits = logits + (self.embedding(labels) * features).sum(dim=1)  # (B,)

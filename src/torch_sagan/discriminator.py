@@ -13,7 +13,7 @@ from torch_sagan.arguments import at_least_one, check_labels, one_of
 from torch_sagan.attention import SelfAttention2d
 from torch_sagan.blocks import (
     AttentionFactory,
-    ConvolutionHead,
+    DCGANHead,
     DownBlock,
     FirstResidualDownBlock,
     FlattenHead,
@@ -106,7 +106,7 @@ class SAGANDiscriminator(nn.Module):
             ]
             # A convolution that nothing bounds would outgrow the class's part of the logit, which is normalised.
             head: nn.Module = (
-                ConvolutionHead(widths[-1], sizes[-1])
+                DCGANHead(widths[-1], sizes[-1])
                 if num_classes is None
                 else FlattenHead(widths[-1], sizes[-1], num_classes, normalize)
             )
@@ -158,7 +158,7 @@ class SAGANDiscriminator(nn.Module):
         if images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"expected images (B, {expected}), got {tuple(images.shape)}")
-        check_labels(labels, self.num_classes, len(images), on_device=True)
+        check_labels(labels, self.num_classes, images.shape[0], on_device=True)
         maps = []
         x = images
         for size, block in zip(self.sizes, self.blocks, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torch_sagan.memory_efficient import attention_backward, memory_efficient_attention
 
@@ -16,6 +17,9 @@ __all__ = ["attention", "attention_map", "power_iteration", "spectral_normalize"
 
 # On the CPU a map of up to so many weights in the whole batch is faster held than walked in tiles (measured).
 SMALL_MAP = 2**20
+
+# Before PyTorch 2.7 exporting cannot be told from compiling: then both hold the map.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def attention_map(query: Tensor, key: Tensor) -> Tensor:
@@ -39,7 +43,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     r"""Exact softmax attention over positions: :math:`o_j = \sum_i \beta_{ji} h_i`.
 
     On the CPU and on CUDA the map is never held, so memory grows with N + M; where it is so small that holding it is
-    faster, and on other devices, it is computed as it is written. Differentiable twice.
+    faster, on other devices, and where only plain operations pass (``torch.func``, forward-mode derivatives,
+    ``torch.jit.trace``), it is computed as it is written. Differentiable twice.
 
     Args:
         query: (B, D, N).
@@ -51,9 +56,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Source: Zhang et al., arXiv:1805.08318, equation 2 without the output projection.
     """
-    if not _map_is_held(query, key):
+    plain = _only_plain_operations(query, key, value)
+    if not (plain or _map_is_held(query, key)):
         return memory_efficient_attention(query, key, value)  # (B, E, N)
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+    if plain or torch.compiler.is_compiling() or _is_autocast(query.device.type):
         return torch.bmm(value, attention_map(query, key).mT)  # (B, E, N)
     attended: Tensor = _HeldMap.apply(query, key, value)  # type: ignore[no-untyped-call]
     return attended  # (B, E, N)
@@ -113,10 +119,12 @@ def spectral_normalize(
     Source: Miyato et al., arXiv:1802.05957, equations 8 and 12.
     """
     # u and v in the shape of the weight, so that nothing is unfolded: (h, 1, ...) and (1, rest...) about dim.
-    rest = [1 if i == dim else size for i, size in enumerate(weight.shape)]
-    normalized: Tensor = _DivideBySigma.apply(  # type: ignore[no-untyped-call]
-        weight, u.view([-1 if i == dim else 1 for i in range(weight.ndim)]), v.view(rest), sigma, eps
-    )
+    u = u.view([-1 if i == dim else 1 for i in range(weight.ndim)])
+    v = v.view([1 if i == dim else size for i, size in enumerate(weight.shape)])
+    if _only_plain_operations(weight):
+        sigma = (u.detach().conj() * v.detach() * weight).sum()
+        return weight / torch.where(sigma.abs() > eps, sigma, 1.0)
+    normalized: Tensor = _DivideBySigma.apply(weight, u, v, sigma, eps)  # type: ignore[no-untyped-call]
     return normalized
 
 
@@ -177,9 +185,23 @@ class _DivideBySigma(torch.autograd.Function):
 
 def _map_is_held(query: Tensor, key: Tensor) -> bool:
     # An exported program should hold plain operators that every runtime knows.
-    if torch.compiler.is_exporting() or query.device.type not in ("cpu", "cuda"):
+    if _is_exporting() or query.device.type not in ("cpu", "cuda"):
         return True
-    return query.device.type == "cpu" and len(query) * query.shape[2] * key.shape[2] <= SMALL_MAP
+    return query.device.type == "cpu" and query.shape[0] * query.shape[2] * key.shape[2] <= SMALL_MAP
+
+
+def _is_autocast(device_type: str) -> bool:
+    # Some devices, the meta device among them, know no autocast and refuse to be asked.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _only_plain_operations(*tensors: Tensor) -> bool:
+    # Functions with a backward of their own have no vmap and no forward mode, and a trace with them cannot be saved.
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return True
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _unit(direction: Tensor, *, otherwise: Tensor, eps: float) -> Tensor:

@@ -160,9 +160,9 @@ class SAGANGenerator(nn.Module):
         """
         if z.shape[1:] not in ((self.z_dim,), (self.z_dim, 1, 1)):
             raise ValueError(f"expected z (B, {self.z_dim}) or (B, {self.z_dim}, 1, 1), got {tuple(z.shape)}")
-        check_labels(labels, self.num_classes, len(z), on_device=True)
+        check_labels(labels, self.num_classes, z.shape[0], on_device=True)
         maps = []
-        x = z.reshape(len(z), self.z_dim, 1, 1)  # (B, z_dim, 1, 1)
+        x = z.reshape(z.shape[0], self.z_dim, 1, 1)  # (B, z_dim, 1, 1)
         for size, block in zip(self.sizes, self.blocks, strict=True):
             x = block(x, labels)  # (B, width, size, size)
             if str(size) in self.attention:

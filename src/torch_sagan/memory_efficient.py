@@ -136,8 +136,8 @@ def _walk_backward(
 @_tiled.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     (query_in_working_precision,) = _working_precision(query)
-    attended = value.new_empty(len(value), value.shape[1], query.shape[2])
-    return attended, query_in_working_precision.new_empty(len(query), 1, query.shape[2])
+    attended = value.new_empty(value.shape[0], value.shape[1], query.shape[2])
+    return attended, query_in_working_precision.new_empty(query.shape[0], 1, query.shape[2])
 
 
 @_tiled_backward.register_fake

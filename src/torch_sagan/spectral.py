@@ -472,8 +472,10 @@ def _check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    # Some devices, the meta device among them, know no autocast and refuse to disable it.
-    available = torch.amp.is_autocast_available(device_type)
+    # Some devices, the meta device among them, know no autocast and refuse to disable it. A compiler may not ask.
+    available = device_type != "meta" and (
+        torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    )
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
