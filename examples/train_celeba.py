@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 # By default the threads of a CPU wait for one another by spinning, which makes a step many times slower as soon as
 # another program wants one of the cores. They shall sleep instead. It has to be said before torch is loaded.
@@ -39,9 +39,11 @@ from tqdm import tqdm
 
 from command_line import fail, option, read_arguments, settle, sizes
 from distributed import ALONE, Ranks, Shares, averaging_only, pick_device, processes
+from judging import Judge, real_images
 from pictures import save_attention, save_grid
 from run_log import Means, RunLog
 from safekeeping import load, newest, postponed_signals, save, save_and_rotate, set_aside, survive_signals, versions
+from sliced_wasserstein import COARSEST
 from sources import Folder, Images, Shuffle, open_source
 from torch_sagan import (
     SAGANDiscriminator,
@@ -100,11 +102,14 @@ class Config:
     out: str = option("", "output", "folder for what the run makes (default: runs/ and the name of the data)")
     log_every: int = option(50, "output", "steps between two lines of log.jsonl", least=1)
     sample_every: int = option(1000, "output", "steps between two sample grids and attention overlays", least=1)
-    judge_every: int = option(5000, "output", "steps between two judgements of the averaged G, 0 for none", least=0)
     save_every: int = option(1000, "output", "steps between two checkpoints", least=1)
     keep_last: int = option(3, "output", "checkpoints to keep, the newest", least=1)
     keep_every: int = option(20_000, "output", "steps between two checkpoints kept for good, 0 for none", least=0)
     tensorboard: bool = option(True, "output", "also write event files for TensorBoard")
+
+    judge_every: int = option(5000, "judging", "steps between two judgements of the averaged G, 0 for none", least=0)
+    judge_samples: int = option(2000, "judging", "images of each kind (published FIDs take 50000)", least=2)
+    inception: str = option("", "judging", "Inception's weights, for FID and KID (default: where torch.hub has them)")
 
 
 def check(config: Config, ranks: Ranks) -> None:
@@ -196,7 +201,7 @@ class Run:
         torch.manual_seed(config.seed + 3 + ranks.rank)  # others on each, for the gradient penalty
         self.step = 0
         self.images = 0  # drawn from the data so far, by all processes
-        self.best = math.inf  # the best score of a judgement so far
+        self.best: dict[str, float] = {}  # the lowest score of a judgement so far, by the score's name
 
     def decay(self, step: int) -> float:
         """What the learning rates are multiplied with."""
@@ -379,19 +384,26 @@ def draw(run: Run, out: Path) -> dict[str, Path]:
     return made
 
 
-class Judge(Protocol):
-    """Says how good a generator is: scores by name, the first of which decides. Less is better."""
-
-    def __call__(self, generator: nn.Module, seed: int) -> dict[str, float]: ...
+Judgement = Callable[[nn.Module, int], dict[str, float]]  # a generator and a seed -> scores; the first decides
+OpenJudge = Callable[[Config, Images | Folder, torch.device], Judgement | None]
 
 
-OpenJudge = Callable[["Config", Images | Folder, torch.device], Judge]
+def open_judge(config: Config, source: Images | Folder, device: torch.device) -> Judgement | None:
+    """FID and KID where Inception is at hand, and else the sliced Wasserstein distance. Less is better."""
+    if config.image_size < COARSEST:
+        print(f"judging   none: that takes images of {COARSEST} pixels or more")
+        return None
+    real = real_images(source, config.judge_samples, flip=config.data != "digits")
+    inception = Path(config.inception) if config.inception else None
+    judge = Judge(real, samples=config.judge_samples, device=device, inception=inception)
+    print(f"judging   {judge.samples} images of each kind every {config.judge_every} steps; {judge.note}".rstrip("; "))
+    return lambda generator, seed: judge(generator, config.z_dim, seed=seed)
 
 
 # ---------------------------------------------------------------------------------------------------------- main
 
 
-def real_images(run: Run, batches: Iterator[tuple[Tensor, list[str]]]) -> Iterator[Tensor]:
+def images_on_device(run: Run, batches: Iterator[tuple[Tensor, list[str]]]) -> Iterator[Tensor]:
     """The images on the device, while what cannot be read is named once."""
     named: set[str] = set()
     for images, unreadable in batches:
@@ -401,13 +413,14 @@ def real_images(run: Run, batches: Iterator[tuple[Tensor, list[str]]]) -> Iterat
         yield run.to_device(images)  # (B, C, S, S)
 
 
-def judged(run: Run, judge: Judge) -> tuple[dict[str, float], bool]:
+def judged(run: Run, judge: Judgement) -> tuple[dict[str, float], bool]:
     """A judge's scores of the averaged generator, and whether they are the best so far."""
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):  # its chance is not the training's
         scores = judge(run.average, run.config.seed)
-    score = next(iter(scores.values()))
-    best = score < run.best
-    run.best = min(score, run.best)
+    name, score = next(iter(scores.items()))
+    # On a machine without Inception another score decides, and is compared with its own kind alone.
+    best = score < run.best.get(name, math.inf)
+    run.best[name] = min(score, run.best.get(name, math.inf))
     return scores, best
 
 
@@ -418,14 +431,14 @@ def sigmas(run: Run) -> dict[str, dict[str, float]]:
     return {"sigma_G": spectral_norms(run.generator), "sigma_D": spectral_norms(run.discriminator)}
 
 
-def train(run: Run, source: Images | Folder, out: Path, judge: Judge | None = None) -> int:
+def train(run: Run, source: Images | Folder, out: Path, judge: Judgement | None = None) -> int:
     """Train until the last step or a signal. Returns that signal's number, or 0."""
     config, ranks = run.config, run.ranks
     with ranks.agreeing():
         log = RunLog(out, run.step, config.steps, config.batch_size, config.tensorboard) if ranks.first else None
     means = Means({"G": run.generator, "D": run.discriminator}, ranks)
     with closing(log) if log else nullcontext(), postponed_signals(second_stops=ranks.world == 1) as signals:
-        reals = real_images(run, iter(open_loader(source, config, run.images, run.device, ranks)))
+        reals = images_on_device(run, iter(open_loader(source, config, run.images, run.device, ranks)))
         last = False
         while not last:
             means.add(training_step(run, reals))
@@ -434,14 +447,14 @@ def train(run: Run, source: Images | Folder, out: Path, judge: Judge | None = No
             signal = ranks.largest(signals[0] if signals else 0)  # all processes stop at the same step
             last = run.step == config.steps or signal > 0
             logs, draws, saves = (run.step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
-            judges = judge is not None and config.judge_every > 0 and run.step % config.judge_every == 0
+            judges = config.judge_every > 0 and run.step % config.judge_every == 0
             if not (last or logs or draws or saves or judges):
                 continue
             best = False
             with ranks.agreeing():
                 line = {"images": run.images} | means.read(run.step, config.batch_size) | run.numbers()
                 if log:
-                    if judge and judges:
+                    if judges and judge:
                         line["scores"], best = judged(run, judge)
                     log.write(run.step, line)
             if last or saves or judges:
@@ -469,7 +482,7 @@ def find(resume: str, given: dict[str, Any]) -> tuple[dict[str, Any] | None, Pat
     return load(path), path if path.is_dir() else path.parent
 
 
-def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge = open_judge) -> int:
     with processes() as ranks:
         with ranks.agreeing():
             given = read_arguments(Config, arguments, "Train a SAGAN on faces, digits or your own images.")
@@ -485,6 +498,7 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge | None = 
             config = replace(config, out=config.out or default_out(config.data))
             if dry_run:
                 config = replace(config, steps=first + 3, log_every=1, sample_every=2, save_every=2)
+                config = replace(config, judge_every=min(config.judge_every, 2), judge_samples=64)
             check(config, ranks)
             if first >= config.steps and resume != "auto":
                 fail(f"--steps {config.steps}: the checkpoint is at step {first} already")
@@ -508,7 +522,10 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge | None = 
                 if earlier := set_aside(out, after=first if same else None):
                     print(f"kept      other checkpoints in {earlier}")
                 announce(run, source, state)
-        judge = open_judge(config, source, device) if open_judge and ranks.first else None
+        judge = None
+        with ranks.agreeing(ValueError):
+            if ranks.first and 0 < config.judge_every <= config.steps:
+                judge = open_judge(config, source, device)
         try:
             stopped = train(run, source, out, judge)
         except torch.OutOfMemoryError as error:

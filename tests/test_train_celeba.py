@@ -288,7 +288,7 @@ def test_the_best_generator_is_kept(tmp_path):
     scores = iter([3.0, 2.0, 5.0, 1.0, 4.0])
     judged = []
 
-    def open_judge(config: train_celeba.Config, source: object, device: torch.device) -> train_celeba.Judge:
+    def open_judge(config: train_celeba.Config, source: object, device: torch.device) -> train_celeba.Judgement:
         def judge(generator: torch.nn.Module, seed: int) -> dict[str, float]:
             torch.rand(3)  # a judge's chance is not the training's
             judged.append((generator.training, seed))
@@ -303,8 +303,36 @@ def test_the_best_generator_is_kept(tmp_path):
     assert [line["scores"]["fid"] for line in lines(tmp_path / "judged") if "scores" in line] == [3.0, 2.0, 5.0]
     train_celeba.main(["--resume", str(tmp_path / "judged"), "--steps", "10"], open_judge=open_judge)
     assert checkpoint(tmp_path / "judged", "best.pt")["step"] == 8
-    train(tmp_path / "plain", *settings, "--steps", "10")
-    assert_same(checkpoint(tmp_path / "judged"), checkpoint(tmp_path / "plain"), apart_from=("/config/out", "/best"))
+    train(tmp_path / "plain", *settings, "--steps", "10", "--judge-every", "0")
+    judged_state, plain_state = checkpoint(tmp_path / "judged"), checkpoint(tmp_path / "plain")
+    assert judged_state.pop("best") == {"fid": 1.0}
+    assert plain_state.pop("best") == {}
+    assert_same(judged_state, plain_state, apart_from=("/config/out", "/config/judge_every"))
+
+
+def test_scores_of_another_kind_are_not_compared(tmp_path):
+    """A machine without Inception has another first score, on another scale."""
+    settings = ["--judge-every", "1", "--save-every", "1"]
+    train(tmp_path, *settings, "--steps", "1", open_judge=lambda *_: lambda *_: {"swd": 7.0})
+    train_celeba.main(["--resume", str(tmp_path), "--steps", "2"], open_judge=lambda *_: lambda *_: {"fid": 50.0})
+    assert checkpoint(tmp_path, "best.pt")["step"] == 2
+    train_celeba.main(["--resume", str(tmp_path), "--steps", "3"], open_judge=lambda *_: lambda *_: {"swd": 8.0})
+    assert checkpoint(tmp_path, "best.pt")["step"] == 2
+    assert checkpoint(tmp_path)["best"] == {"swd": 7.0, "fid": 50.0}
+
+
+def test_a_run_is_judged_without_a_network(tmp_path, capsys):
+    train(tmp_path, "--steps", "2", "--judge-every", "1", "--judge-samples", "16")
+    assert "judging   16 images of each kind every 1 steps" in capsys.readouterr().out
+    assert all(line["scores"]["swd"] > 0 for line in lines(tmp_path))
+    assert "best" in checkpoint(tmp_path, "best.pt")
+
+
+def test_what_cannot_be_judged_is_said(tmp_path, capsys):
+    train(tmp_path / "small", "--steps", "1", "--judge-every", "1", "--image-size", "8", "--data", "faces")
+    assert "judging   none: that takes images of 16 pixels or more" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"train_celeba\.py: .*(torch-fidelity|Inception)"):
+        train(tmp_path, "--steps", "1", "--judge-every", "1", "--inception", "/nowhere")
 
 
 def test_losses_that_are_not_finite_stop_the_run_and_not_the_checkpoint(tmp_path, monkeypatch):
