@@ -1,7 +1,7 @@
 """How fast the layers are, as ratios against the plain way of writing them, measured in one process.
 
     python examples/benchmark.py                          # everything, some ten minutes on two CPU cores
-    python examples/benchmark.py attention                # one part: attention, growth, spectral, step, residual
+    python examples/benchmark.py attention                # one part: attention, growth, spectral, step, residual, data
     python examples/benchmark.py --device cuda --json benchmark.json --plot growth.png
 
 Each number is the median of repeats that take turns with the baseline's, so that a machine whose speed drifts does not
@@ -20,7 +20,9 @@ import multiprocessing
 import platform
 import statistics
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -352,6 +354,63 @@ def _residual_step(batch: int, device: torch.device) -> tuple[float, float | Non
     return seconds, _resident("VmHWM") / 2**10 if can_measure_memory(device) else None
 
 
+def data(watch: Stopwatch) -> list[dict[str, Any]]:
+    """How fast the trainer's loader gives batches of 64: from JPEGs, from a zip of them, and from their cache."""
+    # Here, because only this part needs what reading images takes.
+    from distributed import ALONE
+    from sources import open_source
+    from train_celeba import Config, open_loader
+
+    config = Config(data="photographs")
+
+    def feed(source: Any, steps: int) -> float:
+        """Images in a second, once the workers are running and have used up what they did ahead."""
+        batches = iter(open_loader(source, config, 0, watch.device, ALONE))
+        for _ in range(1 + 2 * config.workers):
+            next(batches)
+        start = time.perf_counter()
+        for _ in range(steps):
+            next(batches)
+        return steps * config.batch_size / (time.perf_counter() - start)
+
+    rows = []
+    with tempfile.TemporaryDirectory() as at:
+        for what, path in zip(("folder", "zip"), photographs(Path(at)), strict=True):
+            stream = open_source(str(path), size=64, crop=160)
+            start = time.perf_counter()
+            cache = open_source(str(path), size=64, crop=160, cache=Path(at, "cache"))
+            build = len(stream) / (time.perf_counter() - start)
+            turns = [(feed(stream, 32), feed(cache, 1600)) for _ in range(3)]
+            streamed, cached = map(statistics.median, zip(*turns, strict=True))
+            rows.append(
+                {"2000 JPEGs, 178×218 to 64×64": what, "decoded img/s": streamed, "building img/s": build}
+                | {"cached img/s": cached, "cached/decoded": cached / streamed}
+            )
+    show(rows)
+    return rows
+
+
+def photographs(at: Path) -> tuple[Path, Path]:
+    """A folder, and a zip, of 2000 JPEGs as large as those of aligned CelebA, cut out of scikit-learn's photographs."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    folder, archive = at / "photographs", at / "photographs.zip"
+    folder.mkdir()
+    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    places = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0)).tolist()
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for number, (scale, x, y) in enumerate(places):
+            original, file = originals[number % 2], folder / f"{number:06d}.jpg"
+            height = 218 + scale * (original.height - 218)
+            width = height * 178 / 218
+            left, top = x * (original.width - width), y * (original.height - height)
+            box = (left, top, left + width, top + height)
+            original.resize((178, 218), Image.Resampling.BICUBIC, box).save(file, quality=90)
+            zipped.write(file, file.name)
+    return folder, archive
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is worth timing: processors that only emulate it take a minute for what should take a second."""
     if device.type == "cuda":
@@ -406,7 +465,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("rates", "attention", "growth", "spectral", "step", "residual")
+    parts = ("rates", "attention", "growth", "spectral", "step", "residual", "data")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each comparison (default: 5)")
@@ -458,6 +517,9 @@ def main() -> None:
     if "residual" in chosen:
         print("\nThe paper's own network")
         results["residual"] = residual(watch)
+    if "data" in chosen:
+        print("\nReading images, as the trainer does")
+        results["data"] = data(watch)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         print(f"\nwrote {arguments.json}")

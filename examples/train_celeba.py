@@ -1,11 +1,11 @@
 """Train a SAGAN on faces.
 
     python examples/train_celeba.py                                    # procedural faces, nothing to download
-    python examples/train_celeba.py --data ~/img_align_celeba          # a folder of images, at any depth
+    python examples/train_celeba.py --data ~/img_align_celeba.zip      # or a folder of images, at any depth
     python examples/train_celeba.py --data digits --image-size 28 --steps 1500
     python examples/train_celeba.py --resume auto                      # go on where that run stopped, or begin
     python examples/train_celeba.py --dry-run                          # a few steps, to see that everything works
-    torchrun --nproc-per-node 8 examples/train_celeba.py --data ~/img_align_celeba --batch-size 512 --precision bf16
+    torchrun --nproc-per-node 8 examples/train_celeba.py --data ~/img_align_celeba.zip --batch-size 512 --precision bf16
 
 Networks as in the 64-pixel PyTorch implementations, hinge loss (or `--loss wgan-gp`), Adam with betas (0, 0.9) and two
 learning rates, and a moving average of the generator, which draws the samples. The folder `--out` receives sample
@@ -71,10 +71,12 @@ LOSSES = {
 class Config:
     """All settings. The text of each is its comment here and its help on the command line."""
 
-    data: str = option("faces", "data", "faces (procedural), digits (scikit-learn's), or a folder of images")
+    data: str = option("faces", "data", "faces (procedural), digits (scikit-learn's), a folder or a zip of images")
     image_size: int = option(64, "data", "width and height, pixels: 4 to 7 doubled some times", fixed=True)
     crop: int = option(160, "data", "centre crop of a folder's images, pixels (0 for all of an image)", least=0)
-    workers: int = option(4, "data", "processes that decode a folder's images, at most one per core", least=0)
+    cache: bool = option(True, "data", "decode a folder's images once, into a file, instead of at every epoch")
+    cache_dir: str = option("", "data", "folder for decoded images (default: cache/ beside the folder --out)")
+    workers: int = option(4, "data", "processes that decode with --no-cache, at most one per core", least=0)
 
     z_dim: int = option(128, "networks", "length of the latent vector", least=1)
     base_channels: int = option(64, "networks", "channels of the largest feature map, doubled at each smaller one")
@@ -141,6 +143,7 @@ def open_loader(
         source,
         sampler=Shares(order, ranks, config.accumulate),
         batch_size=None,  # the sampler's items are whole batches already
+        # From memory or the cache, a batch is one copy: to hand it over from a worker takes four times as long.
         num_workers=min(config.workers, cores) if isinstance(source, Folder) else 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw from the generator whose state a checkpoint keeps
@@ -503,7 +506,6 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge = open_ju
             if first >= config.steps and resume != "auto":
                 fail(f"--steps {config.steps}: the checkpoint is at step {first} already")
             device = pick_device(config.device, ranks)
-            source = open_source(config.data, size=config.image_size, crop=config.crop)
         if first >= config.steps:
             print(f"complete  {config.out} is at step {first}")
             return 0
@@ -514,7 +516,9 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge = open_ju
                     run.load_state_dict(state)
                 except (RuntimeError, KeyError):
                     fail(f"--resume {resume}: its weights do not fit the networks for --data {config.data}")
-        out = Path(config.out)
+            out = Path(config.out)
+            cache = Path(config.cache_dir or out.parent / "cache") if config.cache else None
+            source = open_source(config.data, size=config.image_size, crop=config.crop, cache=cache)
         with ranks.agreeing():
             if ranks.first:
                 out.mkdir(parents=True, exist_ok=True)

@@ -108,7 +108,7 @@ def read_data(folder: str | None) -> tuple[Tensor, Tensor]:
     if folder:
         images, labels = read_mnist(Path(folder))
     else:
-        images, labels = sources.digits(SIZE).images, torch.from_numpy(load_digits().target)
+        images, labels = map(torch.from_numpy, (sources.digits(SIZE).images, load_digits().target))
     return images.float() / 127.5 - 1, labels.long()
 
 

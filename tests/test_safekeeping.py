@@ -246,7 +246,7 @@ def wait_for_a_line(out: Path, process: subprocess.Popen[str], more_than: int = 
 @pytest.mark.slow  # starts a process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_leaves_a_checkpoint(number, pictures, tmp_path):
-    with start(tmp_path, pictures, "--log-every", "1") as process:
+    with start(tmp_path, pictures, "--no-cache", "--log-every", "1") as process:
         wait_for_a_line(tmp_path, process)
         os.killpg(process.pid, number)  # as a terminal, torchrun and schedulers do it: to the workers too
         out, err = process.communicate(timeout=60)

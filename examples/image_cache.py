@@ -1,0 +1,139 @@
+"""Images decoded once, into an array on the disk: from then on, an epoch costs no decoding.
+
+A cache is one `.npy` file, uint8 (N, 3, size, size), that runs map into memory. Row i is what the folder itself would
+give for image i, so training from the cache and training without it are the same to the bit. The name holds crop, size
+and a fingerprint of the files. A cache is written under another name, by one process at a time, and takes its own only
+when it is whole and on the disk: whichever file has the name that a run looks for is complete and up to date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL
+import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from safekeeping import survive_signals
+
+if TYPE_CHECKING:
+    from sources import Folder
+
+DECODER = f"1, Pillow {PIL.__version__}"  # raise the number when `Folder` makes other pixels of the same file
+
+
+def open_cache(folder: Folder, directory: Path) -> NDArray[np.uint8]:
+    """All images of a folder, uint8 (N, 3, size, size), from its cache in `directory`, which is built if need be."""
+    shape = (len(folder), 3, folder.size, folder.size)
+    stem = _stem(folder)
+    path = directory / f"{stem}-{_fingerprint(folder)}.npy"
+    images = _map(path, shape)
+    if images is not None:
+        return images
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / f"{stem}.lock")  # the kernel's: it ends with the process, however that ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process, which decodes {folder.root}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        images = _map(path, shape)  # by now, another process may have built it
+        if images is None:
+            for file in directory.iterdir():  # out of date, or what a builder left that was killed
+                if file.name.startswith(f"{stem}-") and file.suffix in (".npy", ".part"):
+                    file.unlink()
+            _build(folder, path, shape)
+            images = _map(path, shape)
+            assert images is not None
+    finally:
+        lock.release()
+    return images
+
+
+def _stem(folder: Folder) -> str:
+    """What the caches of the same folder, crop and size have in common, whatever the folder held at the time."""
+    where = hashlib.sha256(os.fsencode(folder.root)).hexdigest()[:8]
+    return f"{folder.root.stem[:64]}-{folder.size}px-crop{folder.crop}-{where}"
+
+
+def _fingerprint(folder: Folder) -> str:
+    digest = hashlib.sha256(DECODER.encode())
+    for stamp in folder.stamps():
+        digest.update(os.fsencode(stamp) + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _map(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
+    """The cache if there is one. A file that was cut off, when it was copied perhaps, is none."""
+    try:
+        images: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+    except (FileNotFoundError, EOFError, ValueError):
+        return None
+    return images if images.shape == shape and images.dtype == np.uint8 else None
+
+
+def _build(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:
+    need, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if need > free:
+        raise OSError(
+            f"the decoded images need {need / 2**30:.2f} GiB in {path.parent}, {free / 2**30:.2f} GiB are free: "
+            "--cache-dir names another folder, --no-cache does without"
+        )
+    for other in folder.others:
+        print(f"not an image, left out: {other}", file=sys.stderr)
+    part = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}.part")
+    try:
+        with open(part, "xb") as file:
+            # Written, not mapped: on a full disk a write raises an error, where storing to a mapping ends the process.
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for images in _decoded(folder):
+                file.write(images.numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError, ValueError) as error:  # an error in a worker tells its traceback, then what it is
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(f"cannot write {path} ({need / 2**30:.2f} GiB): {reason}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _decoded(folder: Folder) -> Iterator[Tensor]:
+    """The images in their order, uint8 (n, 3, size, size) at a time, decoded on all cores."""
+    step = min(64, max(1, 2**20 // (3 * folder.size**2)))  # a MiB at most, so that little shared memory is enough
+    starts = range(0, len(folder), step)
+    batches = [[(index, False) for index in range(len(folder))[start : start + step]] for start in starts]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    loader = DataLoader(
+        folder,
+        sampler=batches,
+        batch_size=None,
+        num_workers=min(cores, len(batches)),
+        generator=torch.Generator(),  # or the loader would draw from the generator that the training uses
+        worker_init_fn=survive_signals,
+    )
+    named: set[str] = set()
+    interval = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(
+        total=len(folder), desc=f"decoding {folder.root.name}", unit="img", dynamic_ncols=True, mininterval=interval
+    ) as bar:
+        for images, unreadable in loader:
+            for path in sorted(set(unreadable) - named):
+                tqdm.write(f"unreadable, left out: {path}", file=sys.stderr)
+            named.update(unreadable)
+            bar.update(len(images))
+            yield images

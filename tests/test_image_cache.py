@@ -1,0 +1,386 @@
+"""The cache of decoded images: the same batches as without it, built once, whole or not at all; and zip archives."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections import namedtuple
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from tiny_runs import assert_same, checkpoint, resume, train
+from torch.utils.data import DataLoader
+
+import image_cache
+from sources import Folder, Images, Shuffle, ZippedFolder, open_source
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+COUNT = 12
+BROKEN = ("07.jpg", "08.jpg", "11.jpg")  # two neighbours, and the last, whose next one is the first
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve JPEGs of CelebA's size, three of them damaged, in two folders, beside what is not an image."""
+    root = tmp_path / "photographs"
+    (root / "more").mkdir(parents=True)
+    photographs = load_sample_images().images
+    for i in range(COUNT):
+        crop = Image.fromarray(photographs[i % 2][15 * i : 15 * i + 218, 30 * i : 30 * i + 178])
+        crop.save(root / ("more" if i >= 9 else ".") / f"{i:02d}.jpg", quality=90)
+    for path in root.rglob("*.jpg"):
+        if path.name in BROKEN:
+            path.write_bytes(path.read_bytes()[:3000])
+    (root / "notes.txt").write_text("not a picture")
+    (root / "._00.jpg").write_text("what macOS leaves")
+    return root
+
+
+@pytest.fixture
+def archive(folder: Path) -> Path:
+    return Path(shutil.make_archive(str(folder), "zip", folder))
+
+
+def cached(data: Path, cache: Path, size: int = 16, crop: int = 160) -> Images:
+    source = open_source(str(data), size=size, crop=crop, cache=cache)
+    assert isinstance(source, Images)
+    return source
+
+
+def caches(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.npy"))
+
+
+def batches(source: Images | Folder, count: int, workers: int = 0) -> list[torch.Tensor]:
+    order = Shuffle(len(source), 5, seed=3, flip=True)
+    loader = DataLoader(source, sampler=order, batch_size=None, num_workers=workers)
+    return [images for images, _ in islice(loader, count)]
+
+
+def assert_equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> None:
+    for one, other in zip(some, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ what is in it
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_those_of_decoding_to_the_bit(zipped, workers, folder, archive, tmp_path):
+    data = archive if zipped else folder
+    decoded = open_source(str(data), size=16, crop=160)
+    assert type(decoded) is (ZippedFolder if zipped else Folder)
+    expected = batches(decoded, 8, workers)  # more than three epochs
+    assert len({image.numpy().tobytes() for batch in expected for image in batch}) > COUNT  # with their mirror images
+    assert_equal(batches(cached(data, tmp_path / "cache"), 8), expected)
+
+
+def test_rows_are_the_images_in_their_order(folder, tmp_path):
+    images = cached(folder, tmp_path / "cache").images
+    assert images.shape == (COUNT, 3, 16, 16)
+    names = [f"{row:02d}" for row in range(7)] + ["more/09"] * 3 + ["more/10", "00"]
+    for row, name in enumerate(names):
+        with Image.open(folder / f"{name}.jpg") as file:
+            square = file.crop((9, 29, 169, 189)).resize((16, 16), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(images[row], np.asarray(square).transpose(2, 0, 1))
+
+
+def test_the_cache_is_an_npy_file_that_is_mapped(folder, tmp_path):
+    images = cached(folder, tmp_path / "cache").images
+    (path,) = caches(tmp_path / "cache")
+    assert isinstance(images, np.memmap)
+    np.testing.assert_array_equal(np.load(path), images)
+
+
+def test_what_is_left_out_is_named_once(folder, tmp_path, capsys):
+    cached(folder, tmp_path / "cache")
+    (out, err) = capsys.readouterr()
+    for name in (*BROKEN, "notes.txt", "._00.jpg"):
+        assert err.count(f"{name}\n") == 1
+    assert err.count("left out") == 5
+    assert "decoding photographs" in err
+    cached(folder, tmp_path / "cache")
+    assert capsys.readouterr() == (out, "")
+
+
+def test_thousands_of_unreadable_neighbours_are_tried_once_each(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "3000.png")
+    for i in range(3000):  # as a full disk leaves them when an archive is unpacked
+        (tmp_path / f"{i:04d}.png").touch()
+    tried = []
+    decode = Folder._decode
+    monkeypatch.setattr(Folder, "_decode", lambda self, path: tried.append(path) or decode(self, path))
+    folder = Folder(tmp_path, size=4, crop=0)
+    (images, unreadable) = folder[[(i, False) for i in range(3001)]]
+    assert images.shape == (3001, 3, 4, 4)
+    assert len(unreadable) == len(set(unreadable)) == 3000
+    assert len(tried) == 2 * 3001 - 1
+
+
+# ---------------------------------------------------------------------------------------------- when it is built
+
+
+def test_it_is_built_once(folder, tmp_path, monkeypatch):
+    first = cached(folder, tmp_path / "cache")
+    monkeypatch.setattr(image_cache, "_build", lambda *arguments: pytest.fail("built again"))
+    monkeypatch.chdir(folder)
+    for data in (folder, Path("."), Path("../photographs")):  # however the folder is called
+        assert_equal(batches(cached(data, tmp_path / "cache"), 2), batches(first, 2))
+
+
+def test_each_crop_and_size_has_its_own(folder, tmp_path):
+    for size, crop in ((16, 160), (16, 0), (32, 160)):
+        assert cached(folder, tmp_path / "cache", size, crop).images.shape[2] == size
+    assert len(caches(tmp_path / "cache")) == 3
+
+
+def add(folder: Path) -> None:
+    shutil.copy(folder / "00.jpg", folder / "new.jpg")
+
+
+def remove(folder: Path) -> None:
+    (folder / "05.jpg").unlink()
+
+
+def rename(folder: Path) -> None:
+    (folder / "00.jpg").rename(folder / "06a.jpg")
+
+
+def touch(folder: Path) -> None:  # the same size and name, other pixels
+    os.utime(folder / "05.jpg", ns=(1, 1))
+
+
+def resize(folder: Path) -> None:
+    Image.new("RGB", (178, 218)).save(folder / "05.jpg")
+
+
+def repair(folder: Path) -> None:
+    shutil.copy(folder / "00.jpg", folder / "07.jpg")
+
+
+@pytest.mark.parametrize("change", [add, remove, rename, touch, resize, repair])
+def test_it_is_built_again_when_the_folder_has_changed(change, folder, tmp_path):
+    cached(folder, tmp_path / "cache")
+    cached(folder, tmp_path / "cache", size=32)
+    before = caches(tmp_path / "cache")
+    change(folder)
+    source = cached(folder, tmp_path / "cache")
+    assert_equal(batches(source, 4), batches(Folder(folder, 16, 160), 4))
+    after = caches(tmp_path / "cache")
+    assert len(set(after) - set(before)) == 1
+    assert len(after) == 2  # the one that is out of date is gone, that of the other size is not
+
+
+def test_it_is_built_again_when_the_archive_has_changed(archive, tmp_path, monkeypatch):
+    cached(archive, tmp_path / "cache")
+    (before,) = caches(tmp_path / "cache")
+    with zipfile.ZipFile(archive, "a") as file:
+        file.write(archive.parent / "photographs" / "00.jpg", "another.jpg")
+    assert len(cached(archive, tmp_path / "cache")) == COUNT + 1
+    (after,) = caches(tmp_path / "cache")
+    assert after != before
+    os.utime(archive)  # the checksums say that nothing has changed
+    monkeypatch.setattr(image_cache, "_build", lambda *arguments: pytest.fail("built again"))
+    cached(archive, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("left", [0, 40, 2000], ids=["empty", "within the header", "within the images"])
+def test_a_file_that_was_cut_off_is_not_used(left, folder, tmp_path):
+    expected = cached(folder, tmp_path / "cache").images.copy()
+    (path,) = caches(tmp_path / "cache")
+    os.truncate(path, left)
+    np.testing.assert_array_equal(cached(folder, tmp_path / "cache").images, expected)
+
+
+def test_the_random_state_does_not_know_of_it(folder, tmp_path):
+    before = torch.get_rng_state()
+    cached(folder, tmp_path / "cache")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------------------- what can come between
+
+SLOW = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import sources
+decode = sources.Folder._decode
+def slow(self, path):
+    time.sleep(float(sys.argv[4]))
+    return decode(self, path)
+sources.Folder._decode = slow
+print("ready", flush=True)
+sys.stdin.readline()
+images = sources.open_source(sys.argv[2], size=16, crop=160, cache=sources.Path(sys.argv[3])).images
+print(images.sum(dtype=int))
+"""
+
+
+class Builder(subprocess.Popen):
+    """A process that opens the cache once it is told to, and decodes an image in `pause` seconds."""
+
+    def __init__(self, folder: Path, cache: Path, pause: float) -> None:
+        command = [sys.executable, "-c", SLOW, str(EXAMPLES), str(folder), str(cache), str(pause)]
+        super().__init__(command, stdin=-1, stdout=-1, stderr=-1, text=True)
+
+    def go(self) -> None:
+        assert self.stdout.readline() == "ready\n"
+        self.stdin.write("go\n")
+        self.stdin.flush()
+
+
+@pytest.mark.slow  # starts two processes, which import torch
+def test_two_processes_that_start_together_build_it_once(folder, tmp_path):
+    with Builder(folder, tmp_path / "cache", 0.1) as one, Builder(folder, tmp_path / "cache", 0.1) as other:
+        one.go()
+        other.go()
+        (said, errors) = zip(*(process.communicate(timeout=120) for process in (one, other)), strict=True)
+    assert one.returncode == other.returncode == 0, errors
+    assert sorted("waiting for another process" in text for text in errors) == [False, True]
+    assert sorted("notes.txt" in text for text in errors) == [False, True]
+    assert said[0] == said[1] == f"{cached(folder, tmp_path / 'cache').images.sum(dtype=int)}\n"
+    assert len(caches(tmp_path / "cache")) == 1
+
+
+@pytest.mark.slow  # starts two processes, which import torch
+def test_a_builder_that_is_killed_leaves_neither_a_lock_nor_half_a_cache(folder, tmp_path):
+    cache = tmp_path / "cache"
+    with Builder(folder, cache, 2.0) as killed, Builder(folder, cache, 0.0) as waiting:
+        killed.go()
+        deadline = time.monotonic() + 120
+        while not list(cache.glob("*.part")):
+            assert killed.poll() is None, killed.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        waiting.go()
+        assert "waiting for another process" in waiting.stderr.readline()
+        assert not caches(cache)
+        killed.kill()
+        (said, errors) = waiting.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert waiting.returncode == 0, errors
+    assert not list(cache.glob("*.part"))
+    source = cached(folder, cache)
+    assert said == f"{source.images.sum(dtype=int)}\n"
+    assert_equal(batches(source, 4), batches(Folder(folder, 16, 160), 4))
+
+
+def test_the_file_is_on_the_disk_before_it_takes_the_name(folder, tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append("fsync"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    cached(folder, tmp_path / "cache")
+    assert calls == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
+def test_a_build_that_fails_leaves_nothing(error, folder, tmp_path, monkeypatch):
+    def fail(descriptor: int) -> None:
+        (part,) = (tmp_path / "cache").glob("*.part")
+        assert part.stat().st_size > COUNT * 3 * 16 * 16
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as raised:
+        train(tmp_path / "run", "--data", str(folder))
+    if isinstance(error, OSError):
+        assert "cannot write" in str(raised.value)
+        assert str(raised.value).endswith("No space left on device")
+        assert "\n" not in str(raised.value)
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_too_little_space_is_known_beforehand(folder, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, COUNT * 3 * 16 * 16 - 1))
+    monkeypatch.setattr(image_cache, "_decoded", lambda folder: pytest.fail("decoding has begun"))
+    with pytest.raises(OSError, match=r"need 0\.00 GiB in .*cache, 0\.00 GiB are free: .*--no-cache"):
+        cached(folder, tmp_path / "cache")
+
+
+# ------------------------------------------------------------------------------------------------------ archives
+
+
+def test_an_archive_gives_what_its_folder_gives(folder, archive):
+    unpacked, zipped = Folder(folder, 16, 160), ZippedFolder(archive, 16, 160)
+    assert [str(Path(path).relative_to(folder.resolve())) for path in unpacked.paths] == zipped.paths
+    assert_equal(batches(zipped, 8), batches(unpacked, 8))
+    assert sorted(folder.parent.iterdir()) == [folder, archive]  # nothing was unpacked
+
+
+def test_a_member_whose_checksum_is_wrong_is_named(archive):
+    data = bytearray(archive.read_bytes())
+    with zipfile.ZipFile(archive) as file:
+        begin = file.getinfo("03.jpg").header_offset
+    data[begin + 4000] ^= 1
+    archive.write_bytes(data)
+    (_, unreadable) = ZippedFolder(archive, 16, 160).read(3)
+    assert unreadable == ["03.jpg"]
+
+
+def test_an_archive_can_go_to_a_process_that_shares_no_memory(archive):
+    source = ZippedFolder(archive, 16, 160)
+    assert_equal(batches(pickle.loads(pickle.dumps(source)), 3), batches(source, 3))
+
+
+def write_archive(path: Path, name: str) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(name, "not a picture, and longer than the end of an archive")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda path: os.truncate(path, path.stat().st_size // 2),
+            r"photographs\.zip: .*zip archive.*its end is missing",
+        ),
+        (lambda path: path.write_bytes(b"PK"), r"photographs\.zip: .*zip archive"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"PK\1\2", b"PK\0\0")), r"a damaged zip archive"),
+        (lambda path: zipfile.ZipFile(path, "w").close(), r"photographs\.zip"),
+        (lambda path: write_archive(path, "notes.txt"), r"no images in this archive"),
+        (lambda path: path.unlink(), r"no such folder or zip archive"),
+    ],
+    ids=["cut off", "too short", "damaged", "empty", "no images", "missing"],
+)
+def test_wrong_archives_are_one_line(spoil, message, archive):
+    spoil(archive)
+    with pytest.raises(ValueError, match=message) as error:
+        open_source(str(archive), size=16, crop=160)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def test_training_with_and_without_it_is_the_same_to_the_bit(folder, tmp_path):
+    settings = ["--data", str(folder), "--save-every", "2"]
+    with_it, without, both = tmp_path / "with", tmp_path / "without", tmp_path / "both"
+    train(with_it, *settings, "--steps", "5")
+    assert len(caches(tmp_path / "cache")) == 1  # beside the runs, which share it
+    train(without, *settings, "--steps", "5", "--no-cache", "--workers", "2")
+    train(both, *settings, "--steps", "5")
+    (both / "checkpoint-000005.pt").unlink()
+    resume(both / "checkpoint-000004.pt", "--no-cache")
+    apart_from = ("/config/out", "/config/cache", "/config/workers")
+    assert_same(checkpoint(with_it), checkpoint(without), apart_from=apart_from)
+    assert_same(checkpoint(with_it), checkpoint(both), apart_from=apart_from)
+
+
+def test_the_cache_can_lie_elsewhere(folder, tmp_path):
+    train(tmp_path / "run", "--data", str(folder), "--steps", "1", "--cache-dir", str(tmp_path / "ssd"))
+    assert len(caches(tmp_path / "ssd")) == 1
+    assert not (tmp_path / "cache").exists()
