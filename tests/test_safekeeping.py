@@ -266,12 +266,17 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(pictures, tmp_pa
     resumed = 0
     for _ in range(kills):
         with start(tmp_path / "killed", pictures, *settings) as process:
-            if chance.random() < 0.8:  # while it trains; else at any moment from the start of the process on
-                log = tmp_path / "killed" / "log.jsonl"
-                wait_for_a_line(tmp_path / "killed", process, more_than=log.stat().st_size if log.exists() else 0)
+            log = tmp_path / "killed" / "log.jsonl"
+            size = log.stat().st_size if log.exists() else 0
+            if chance.random() < 0.8:  # while it trains; else while it starts
+                for _ in range(3):  # the third comes after a checkpoint, however slow the machine is
+                    wait_for_a_line(tmp_path / "killed", process, more_than=size)
+                    size = log.stat().st_size
                 time.sleep(chance.uniform(0, 0.5))
             else:
-                time.sleep(chance.uniform(0, 8))
+                end = time.monotonic() + chance.uniform(0, 8)
+                while time.monotonic() < end and not (log.exists() and log.stat().st_size > size):
+                    time.sleep(0.05)
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate(timeout=60)
         if names(tmp_path / "killed"):
