@@ -195,7 +195,7 @@ def test_real_images_are_the_same_at_each_call_and_all_different():
 
 
 def test_every_other_real_image_is_mirrored_on_demand():
-    source = Images(torch.arange(4).byte().expand(6, 3, 4, 4))
+    source = Images(torch.arange(4).byte().expand(6, 3, 4, 4).numpy())
     plain, mirrored = (next(real_images(source, 6, flip=flip)) for flip in (False, True))
     assert torch.equal(mirrored[::2], plain[::2])
     assert torch.equal(mirrored[1::2], plain[1::2].flip(-1))
