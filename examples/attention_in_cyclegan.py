@@ -36,7 +36,7 @@ def portraits(hair: tuple[int, int, int], first: int) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Put attention into a CycleGAN that turns dark hair fair and back.")
-    parser.add_argument("--steps", type=int, default=1000, help="of each network (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="of each network (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/attention-in-cyclegan"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
     given = parser.parse_args(arguments)
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     before = [network(dark[:8]) for network in networks]
     for generator in (to_fair, to_dark):
-        insert_self_attention(generator, after="model.15", example_input=dark[:1])
+        insert_self_attention(generator, after="model.9", example_input=dark[:1])
     for discriminator in (is_fair, is_dark):
         insert_self_attention(discriminator, after="model.4", example_input=dark[:1])
     after = [network(dark[:8]) for network in networks]
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         back = to_dark(translated)
         to_fair(dark[:4])
     save_grid(given.out / "samples.png", torch.cat([dark[:8], translated, back]), columns=8)
-    save_attention(given.out / "attention.png", dark[:4], records["model.15.inserted_attention"][-1], PLACES)
+    save_attention(given.out / "attention.png", dark[:4], records["model.9.inserted_attention"][-1], PLACES)
     print(f"pictures in {given.out}")
 
 

@@ -73,15 +73,18 @@ def train(to_b: nn.Module, to_a: nn.Module, is_b: nn.Module, is_a: nn.Module, a:
     )
     for _ in range(steps):
         real_a, real_b = (images[torch.randint(len(images), (BATCH,))] for images in (a, b))  # (B, 3, 32, 32)
-        fake_b, fake_a = to_b(real_a), to_a(real_b)
+        # Instance norm keeps the images of a batch apart, so two batches can share a pass.
+        fake_b, same_b = to_b(torch.cat([real_a, real_b])).chunk(2)
+        fake_a, same_a = to_a(torch.cat([real_b, real_a])).chunk(2)
         fooling = (is_b(fake_b) - 1).square().mean() + (is_a(fake_a) - 1).square().mean()
         cycle = l1_loss(to_a(fake_b), real_a) + l1_loss(to_b(fake_a), real_b)
-        identity = l1_loss(to_a(real_a), real_a) + l1_loss(to_b(real_b), real_b)
+        identity = l1_loss(same_a, real_a) + l1_loss(same_b, real_b)
         g_adam.zero_grad()
         (fooling + 10 * cycle + 5 * identity).backward()
         g_adam.step()
         d_adam.zero_grad()
         for judge, real, fake in ((is_b, real_b, fake_b), (is_a, real_a, fake_a)):
-            loss = (judge(real) - 1).square().mean() + judge(fake.detach()).square().mean()
+            of_real, of_fake = judge(torch.cat([real, fake.detach()])).chunk(2)  # (B, 1, 6, 6)
+            loss = (of_real - 1).square().mean() + of_fake.square().mean()
             (loss / 2).backward()
         d_adam.step()
