@@ -25,7 +25,7 @@ from pictures import save_attention, save_grid
 from torch_sagan import insert_self_attention, record_attention
 
 PEOPLE = 1024  # of each kind
-PLACES = ((0.15, 0.5), (0.52, 0.37), (0.05, 0.05))  # the hair, an eye, the background
+PLACES = ((0.15, 0.5), (0.52, 0.37), (0.05, 0.05))  # the head-band, an eye, the background
 
 
 def portraits(hair: tuple[int, int, int], first: int) -> Tensor:

@@ -27,7 +27,7 @@ PLACES = ((0.52, 0.37), (0.2, 0.5), (0.95, 0.5))  # an eye, the head-band, the s
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Put attention into a DCGAN and train it on embedded faces.")
-    parser.add_argument("--steps", type=int, default=2000, help="of each network (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2400, help="of each network (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/attention-in-dcgan"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
     given = parser.parse_args(arguments)

@@ -68,7 +68,7 @@ def initialise(module: nn.Module) -> None:
 def train(to_b: nn.Module, to_a: nn.Module, is_b: nn.Module, is_a: nn.Module, a: Tensor, b: Tensor, steps: int) -> None:
     """Train the generators A -> B and B -> A and the discriminators of B and A on images (N, 3, 32, 32) in [-1, 1]."""
     g_adam, d_adam = (
-        torch.optim.Adam(nn.ModuleList(pair).parameters(), lr=2e-4, betas=(0.5, 0.999))
+        torch.optim.Adam(nn.ModuleList(pair).parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
         for pair in ((to_b, to_a), (is_b, is_a))
     )
     for _ in range(steps):

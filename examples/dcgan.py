@@ -51,7 +51,8 @@ def initialise(module: nn.Module) -> None:
 def train(generator: nn.Module, discriminator: nn.Module, images: Tensor, steps: int) -> None:
     """Train both on images (N, 3, 32, 32) in [-1, 1]."""
     g_adam, d_adam = (
-        torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (generator, discriminator)
+        torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
+        for network in (generator, discriminator)
     )
     bce, ones, zeros = binary_cross_entropy_with_logits, torch.ones(BATCH), torch.zeros(BATCH)
     for _ in range(steps):

@@ -28,9 +28,7 @@ def open_generator(path: Path) -> SAGANGenerator:
         raise ValueError(f"{file}: no such file")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        # AveragedModel counts its updates, and puts a prefix before the names of the weights.
-        weights = {name.removeprefix("module."): tensor for name, tensor in state["average"].items()}
-        weights.pop("n_averaged")
+        weights = state["average"]
         tables = [tensor for name, tensor in weights.items() if name[:6] == "blocks" and name.endswith(".gamma")]
         generator = SAGANGenerator(
             state["config"]["image_size"],
