@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/attention-in-cyclegan"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
     given = parser.parse_args(arguments)
+    if given.steps < 1:
+        parser.error(f"--steps must be at least 1, got {given.steps}")
 
     torch.manual_seed(given.seed)
     dark, fair = portraits(faces.HAIR[0], first=0), portraits(faces.HAIR[3], first=PEOPLE)

@@ -189,3 +189,11 @@ def test_attention_in_a_model_that_exists(example, figures, tmp_path, capsys, mo
     gammas = re.findall(r"[+-]0\.\d{4}", printed[0])
     assert len(gammas) == printed[0].count("gamma") > 0
     assert all(float(gamma) != 0 for gamma in gammas)
+
+
+@pytest.mark.parametrize("example", [attention_in_dcgan, attention_in_cyclegan])
+def test_no_steps_are_refused(example, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        example.main(["--steps", "0", "--out", str(tmp_path / "out")])
+    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
