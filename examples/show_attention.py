@@ -15,34 +15,11 @@ from pathlib import Path
 
 import torch
 
+from model_card import open_generator
 from pictures import save_attention
-from torch_sagan import SAGANGenerator, record_attention
+from torch_sagan import record_attention
 
 PLACES = ["0.52,0.37", "0.73,0.5", "0.15,0.5", "0.06,0.06"]  # an eye, the mouth, the hair, the background of a face
-
-
-def open_generator(path: Path) -> SAGANGenerator:
-    """The averaged generator of a checkpoint of the trainer. Whatever is wrong with the file is a ValueError."""
-    file = path / "checkpoint.pt" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        weights = state["average"]
-        tables = [tensor for name, tensor in weights.items() if name[:6] == "blocks" and name.endswith(".gamma")]
-        generator = SAGANGenerator(
-            state["config"]["image_size"],
-            z_dim=state["config"]["z_dim"],
-            base_channels=state["config"]["base_channels"],
-            image_channels=len([tensor for name, tensor in weights.items() if name.endswith("bias")][-1]),
-            num_classes=len(tables[0]) if tables else None,  # of a conditional batch norm: one row for each class
-            architecture="resnet" if "blocks.0.linear.bias" in weights else "dcgan",
-            attention_resolutions={int(name.split(".")[1]) for name in weights if name.startswith("attention.")},
-        )
-        generator.load_state_dict(weights)
-    except Exception:  # whatever a damaged or foreign file makes the reader or the network raise
-        raise ValueError(f"{file}: it cannot be read as a checkpoint of examples/train_celeba.py") from None
-    return generator.eval()
 
 
 def fraction(text: str, size: int) -> float:
@@ -54,8 +31,8 @@ def fraction(text: str, size: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage="%(prog)s CHECKPOINT [options]", description="Draw where a generator looks.")
-    parser.add_argument("checkpoint", type=Path, help="of examples/train_celeba.py, or the folder of its run")
+    parser = argparse.ArgumentParser(usage="%(prog)s MODEL [options]", description="Draw where a generator looks.")
+    parser.add_argument("model", type=Path, help="a run's folder, a checkpoint of the trainer, or a .safetensors file")
     parser.add_argument(
         "--query", metavar="ROW,COLUMN", action="append",
         help="a point that looks: pixels (33,24) or fractions of the image (0.52,0.37), from its upper left corner; "
@@ -70,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.samples < 1:
         parser.error(f"--samples must be at least 1, got {given.samples}")
     try:
-        generator = open_generator(given.checkpoint)
+        generator, _ = open_generator(given.model)
         z = torch.randn(given.samples, generator.z_dim, generator=torch.Generator().manual_seed(given.seed))
         classes = itertools.cycle(given.labels or range(generator.num_classes or 0))
         labels = torch.tensor(list(itertools.islice(classes, given.samples)))  # (B,), or none

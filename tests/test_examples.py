@@ -54,8 +54,9 @@ def generators() -> dict[str, SAGANGenerator]:
 
 
 def checkpoint(folder: Path, generator: SAGANGenerator) -> Path:
-    config = {"image_size": 16, "z_dim": 8, "base_channels": 4}
-    torch.save({"config": config, "average": generator.state_dict()}, folder / "checkpoint.pt")
+    config = {"image_size": 16, "z_dim": 8, "base_channels": 4, "data": "faces"}
+    state = {"config": config, "average": generator.state_dict(), "step": 1, "images": 4}
+    torch.save(state, folder / "checkpoint.pt")
     return folder / "checkpoint.pt"
 
 
@@ -82,13 +83,6 @@ def test_attention_of_the_trainers_own_checkpoint(tmp_path, capsys):
     show_attention.main([str(tmp_path), "--query", "8,8", "--out", str(tmp_path / "where.png")])
     assert capsys.readouterr().out == f"attention.8 of 4 samples: {tmp_path / 'where.png'}\n"
     assert opened(tmp_path / "where.png").shape == (*sheet(2, 4)[::-1], 3)
-
-
-def test_the_checkpoint_becomes_the_generator_that_it_was(generators, tmp_path):
-    for generator in generators.values():
-        read = show_attention.open_generator(checkpoint(tmp_path, generator))
-        z, labels = torch.randn(3, 8), None if generator.num_classes is None else torch.tensor([0, 1, 2])
-        assert torch.equal(read(z, labels), generator.eval()(z, labels))
 
 
 def test_layers_labels_and_points_matter(generators, tmp_path):
@@ -136,7 +130,7 @@ def test_foreign_files_are_no_checkpoints(tmp_path, capsys):
     torch.save({"model": torch.zeros(1)}, tmp_path / "other.pt")
     for name, message in (
         ("text.pt", "cannot be read as a checkpoint"),
-        ("other.pt", "cannot be read as a checkpoint"),
+        ("other.pt", "not a checkpoint of this trainer"),
         ("none.pt", "no such file"),
         (".", "no such file"),
     ):
