@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from torch_sagan import attention_overlay
+from torch_sagan import AttentionRecord, attention_overlay, mark_queries
 
 GAP = 2  # pixels between two tiles
 
@@ -20,13 +20,15 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
     _save(path, (images.float().cpu() + 1) / 2, columns)
 
 
-def save_attention(path: Path, images: Tensor, attention: Tensor, places: Sequence[tuple[float, float]]) -> None:
-    """Write one row for each image: itself, then where each of the places (row, column as fractions) looks."""
-    size = images.shape[-1]
-    tiles = [((images + 1) / 2).expand(-1, 3, -1, -1)]
-    for row, column in places:
-        tiles.append(attention_overlay(images, attention, (int(row * size), int(column * size))))
-    _save(path, torch.stack(tiles, 1).flatten(0, 1).float().cpu(), len(tiles))
+def save_attention(
+    path: Path, images: Tensor, attention: Tensor | AttentionRecord, places: Sequence[tuple[float, float]]
+) -> None:
+    """Write one row for each image: itself with the places (row, column as fractions) marked, then where each looks."""
+    images = _enlarged(images)  # (B, C, H, W), before anything is drawn on them: marks shall be fine
+    height, width = images.shape[2:]
+    points = [(int(row * height), int(column * width)) for row, column in places]
+    tiles = torch.cat([mark_queries(images, points).unsqueeze(1), attention_overlay(images, attention, points)], 1)
+    _save(path, tiles.flatten(0, 1).cpu(), 1 + len(points))
 
 
 def save_images(paths: Sequence[Path], images: Tensor) -> None:

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torch_sagan import SAGANGenerator, SelfAttention2d, attention_overlay
+from torch_sagan import (
+    AttentionRecord,
+    SAGANGenerator,
+    SelfAttention2d,
+    attention_overlay,
+    mark_queries,
+    record_attention,
+)
 
 
 def looks_at(batch: int, queries: int, keys: int, query: int, key: int) -> Tensor:
@@ -188,6 +195,198 @@ def test_maps_of_a_network() -> None:
     network = SAGANGenerator(32, base_channels=8, attention=SelfAttention2d.official)
     images, maps = network(torch.randn(2, 128), return_attention=True)
     assert attention_overlay(images, maps[0], (31, 0)).shape == (2, 3, 32, 32)
+
+
+# --- several queries -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", [False, True])
+def test_several_queries_are_each_one_of_them(mark: bool) -> None:
+    images = torch.rand(2, 3, 48, 64) * 2 - 1
+    attention = torch.randn(2, 12 * 16, 6 * 8).softmax(2)
+    queries = [(1, 2), (47, 63), (20, 30)]
+    overlay = attention_overlay(images, attention, queries, mark=mark)
+    assert overlay.shape == (2, 3, 3, 48, 64)
+    for i, query in enumerate(queries):
+        alone = attention_overlay(images, attention, query, mark=mark)
+        differ = (overlay[:, i] != alone).any(1).any(0).nonzero()
+        assert len(differ) == 0 or (mark and i > 0)  # only the colour of the mark may differ
+        assert len(differ) == 0 or (differ - torch.tensor(query)).abs().max() <= 3
+
+
+def test_a_sequence_of_one_stays_a_sequence() -> None:
+    images, attention = torch.zeros(2, 1, 16, 16), torch.rand(2, 16, 16)
+    one, alone = attention_overlay(images, attention, [(3, 4)]), attention_overlay(images, attention, (3, 4))
+    assert one.shape == (2, 1, 3, 16, 16)
+    assert torch.equal(one[:, 0], alone)
+
+
+def test_queries_may_be_lists_and_tensors() -> None:
+    images, attention = torch.rand(1, 3, 16, 16), torch.rand(1, 16, 16)
+    expected = attention_overlay(images, attention, [(3, 4), (9, 15)])
+    for queries in ([[3, 4], [9, 15]], torch.tensor([[3, 4], [9, 15]]), ((3, 4), (9, 15))):
+        assert torch.equal(attention_overlay(images, attention, queries), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 48), (16, 16), (7, 5)])
+def test_marks_have_colours_of_their_own(size: tuple[int, int]) -> None:
+    """Every point is at its place, in another colour than the rest; what is not near a point stays the image."""
+    height, width = size
+    images = torch.rand(2, 3, height, width) * 2 - 1
+    queries = [(0, 0), (height - 1, 0), (0, width - 1), (height - 1, width - 1), (height // 2, width // 2)]
+    marked = mark_queries(images, queries)
+    assert marked.shape == images.shape
+    assert marked.min() >= 0
+    assert marked.max() <= 1
+    colours = torch.stack([marked[0, :, row, column] for row, column in queries])  # (5, 3)
+    assert torch.cdist(colours, colours)[~torch.eye(5, dtype=torch.bool)].min() > 0.3
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    far = torch.ones(height, width, dtype=torch.bool)
+    for row, column in queries:
+        far &= torch.maximum((rows - row).abs(), (columns - column).abs()) > max(1, min(size) // 32)
+    torch.testing.assert_close(marked[:, :, far], ((images + 1) / 2)[:, :, far])
+
+
+def test_marks_and_overlays_use_the_same_colours() -> None:
+    images, attention = torch.rand(1, 1, 64, 64) * 2 - 1, torch.rand(1, 64, 64)
+    queries = [(8, 8), (8, 40), (40, 8), (40, 40), (60, 60), (20, 50)]
+    marked, overlays = mark_queries(images, queries), attention_overlay(images, attention, queries)
+    assert marked.shape == (1, 3, 64, 64)
+    for i, (row, column) in enumerate(queries):
+        assert torch.equal(overlays[:, i, :, row, column], marked[:, :, row, column])
+        others = [place for place in queries if place != (row, column)]
+        bare = attention_overlay(images, attention, (row, column), mark=False)
+        for y, x in others:  # each overlay has its own mark alone
+            assert torch.equal(overlays[:, i, :, y, x], bare[:, :, y, x])
+    assert torch.equal(mark_queries(images, (8, 8)), mark_queries(images, [(8, 8)]))
+
+
+def test_marking_does_not_change_the_images() -> None:
+    images = torch.rand(1, 3, 16, 16)
+    before = images.clone()
+    mark_queries(images, [(1, 1), (9, 9)])
+    assert torch.equal(images, before)
+
+
+# --- pooled keys -----------------------------------------------------------------------------------------------------
+
+
+def stretched(
+    keys: list[list[float]], queries: tuple[int, int], pool: int, image: tuple[int, int]
+) -> list[list[float]]:
+    """Pooled weights over the image, pixel by pixel: the bilinear mixture of the nearest keys, 0 where none lies."""
+    n_rows, n_columns = len(keys), len(keys[0])
+
+    def along(pixel: int, n_pixels: int, n_cells: int, n_keys: int) -> list[tuple[int, float]]:
+        cell = (pixel + 0.5) * n_cells / n_pixels  # in cells of the queries' map
+        if cell > n_keys * pool:
+            return []
+        key = min(max(cell / pool - 0.5, 0.0), n_keys - 1.0)  # 0 in the middle of the first key
+        low = min(int(key), max(n_keys - 2, 0))
+        return [(low, 1 - (key - low)), (min(low + 1, n_keys - 1), key - low)]
+
+    return [
+        [
+            sum(
+                u * v * keys[i][j]
+                for i, u in along(row, image[0], queries[0], n_rows)
+                for j, v in along(column, image[1], queries[1], n_columns)
+            )
+            for column in range(image[1])
+        ]
+        for row in range(image[0])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("queries", "pool", "image"),
+    [
+        ((7, 7), 2, (28, 28)),
+        ((7, 7), 2, (70, 7)),
+        ((7, 9), 2, (28, 72)),
+        ((11, 8), 3, (44, 32)),
+        ((6, 4), 2, (24, 16)),
+        ((5, 3), 1, (20, 12)),
+        ((2, 9), 2, (16, 36)),
+    ],
+)
+def test_pooled_keys_lie_where_they_were_pooled(queries: tuple[int, int], pool: int, image: tuple[int, int]) -> None:
+    keys = (queries[0] // pool, queries[1] // pool)
+    attention = torch.randn(2, queries[0] * queries[1], keys[0] * keys[1]).mul(2).softmax(2)
+    row, column = image[0] - 1, image[1] // 2
+    position = (queries[0] - 1) * queries[1] + column * queries[1] // image[1]
+    overlay = attention_overlay(
+        -torch.ones(2, 3, *image), attention, (row, column), mark=False, query_size=queries, key_size=keys
+    )
+    for sample in range(2):
+        expected = torch.tensor(stretched(attention[sample, position].view(keys).tolist(), queries, pool, image))
+        expected = expected / expected.max()
+        # On a black image the first half of the ramp, black to violet, and on to yellow, brightens with the weight,
+        # so an overlay's pixels have the order of the weights, and equal ones where the weights are equal.
+        shown = attention_overlay(-torch.ones(1, 3, *image), expected.reshape(1, 1, -1), (0, 0), mark=False,
+                                  query_size=(1, 1), key_size=image)  # fmt: skip
+        torch.testing.assert_close(overlay[sample], shown[0], rtol=0, atol=1e-4)
+
+
+def test_nothing_is_seen_beyond_the_last_pooled_key() -> None:
+    attention = looks_at(1, 49, 9, 0, 8)  # the last of 3×3 keys, which ends one cell before the border
+    overlay = attention_overlay(-torch.ones(1, 3, 28, 28), attention, (0, 0), mark=False)
+    assert overlay[..., 24:, :].max() < 0.02
+    assert overlay[..., :, 24:].max() < 0.02
+    assert overlay[..., 22, 22].max() > 0.5
+
+
+def test_keys_that_are_not_pooled_queries_cover_the_image() -> None:
+    """7×7 queries and 4×4 keys: no pooling drops less than it keeps here, so the keys reach the border."""
+    overlay = attention_overlay(-torch.ones(1, 3, 28, 28), looks_at(1, 49, 16, 0, 15), (0, 0), mark=False)
+    assert overlay[..., 27, 27].max() > 0.5
+
+
+# --- records and errors ----------------------------------------------------------------------------------------------
+
+
+def test_a_record_knows_its_sizes() -> None:
+    network = SelfAttention2d.official(8)
+    with record_attention(network) as records, torch.no_grad():
+        network(torch.randn(2, 8, 5, 14))
+    record = records[""][0]
+    images = torch.rand(2, 3, 30, 30)  # nothing here tells that the map was 5×14
+    overlay = attention_overlay(images, record, [(3, 4), (29, 29)])
+    told = attention_overlay(images, record.attention, [(3, 4), (29, 29)], query_size=(5, 14), key_size=(2, 7))
+    assert torch.equal(overlay, told)
+    with pytest.raises(ValueError, match="record knows its sizes"):
+        attention_overlay(images, record, (3, 4), key_size=(2, 7))
+
+
+def test_a_record_can_be_made_by_hand() -> None:
+    record = AttentionRecord(torch.rand(1, 8, 2), (2, 4), (1, 2))
+    assert attention_overlay(torch.zeros(1, 3, 16, 16), record, (15, 15)).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        ([], r"got \[\]"),
+        ((1, 2, 3), r"\(1, 2, 3\)"),
+        ([(1, 2), (3,)], r"whole pixels"),
+        ((0.5, 0.5), r"0\.5"),
+        ([(1, 2), (16, 0)], r"\(16, 0\).*16×16"),
+        ("12", r"12"),
+        (3, r"got 3"),
+    ],
+)
+def test_wrong_queries(queries: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention_overlay(torch.zeros(1, 3, 16, 16), torch.ones(1, 16, 16), queries)
+    with pytest.raises(ValueError, match=message):
+        mark_queries(torch.zeros(1, 3, 16, 16), queries)
+
+
+def test_a_list_of_maps_is_no_map() -> None:
+    with pytest.raises(ValueError, match="got a list"):
+        attention_overlay(torch.zeros(1, 3, 16, 16), [torch.ones(1, 16, 16)], (0, 0))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="1, 2, 8, 8"):
+        mark_queries(torch.zeros(1, 2, 8, 8), (0, 0))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Self-attention and spectral normalisation for GANs (arXiv:1805.08318)."""
 
 from torch_sagan import functional
-from torch_sagan.attention import SelfAttention2d
+from torch_sagan.attention import AttentionRecord, SelfAttention2d
 from torch_sagan.checkpoints import convert_legacy_spectral_norm, load_reference_state_dict
 from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
 from torch_sagan.discriminator import SAGANDiscriminator
@@ -21,8 +21,8 @@ from torch_sagan.spectral import (
     spectral_norm,
     spectral_norms,
 )
-from torch_sagan.surgery import AttentionRecord, insert_self_attention, record_attention, remove_self_attention
-from torch_sagan.visualization import attention_overlay
+from torch_sagan.surgery import insert_self_attention, record_attention, remove_self_attention
+from torch_sagan.visualization import attention_overlay, mark_queries
 
 __version__ = "0.1.0"
 
@@ -43,6 +43,7 @@ __all__ = [
     "hinge_generator_loss",
     "insert_self_attention",
     "load_reference_state_dict",
+    "mark_queries",
     "record_attention",
     "remove_self_attention",
     "remove_spectral_norm",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_sagan import functional
 from torch_sagan.arguments import at_least_one
 
-__all__ = ["SelfAttention2d"]
+__all__ = ["AttentionRecord", "SelfAttention2d"]
 
 
 class SelfAttention2d(nn.Module):
@@ -165,6 +165,20 @@ class SelfAttention2d(nn.Module):
                 )
             projected = F.max_pool2d(projected, self.pool)  # (B, ·, H // pool, W // pool)
         return projected.flatten(2)  # (B, ·, M)
+
+
+class AttentionRecord(NamedTuple):
+    """One call of one attention layer.
+
+    Attributes:
+        attention: the map (B, N, M), detached; each row sums to 1.
+        query_size: (height, width) of the queries, N of them.
+        key_size: (height, width) of the keys, M of them.
+    """
+
+    attention: torch.Tensor
+    query_size: tuple[int, int]
+    key_size: tuple[int, int]
 
 
 def _conv1x1(in_channels: int, out_channels: int) -> nn.Module:

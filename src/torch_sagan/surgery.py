@@ -6,14 +6,14 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from torch_sagan.attention import SelfAttention2d
+from torch_sagan.attention import AttentionRecord, SelfAttention2d
 
-__all__ = ["AttentionRecord", "insert_self_attention", "record_attention", "remove_self_attention"]
+__all__ = ["insert_self_attention", "record_attention", "remove_self_attention"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -106,20 +106,6 @@ def remove_self_attention(model: M) -> M:
             if hook is _attend:
                 del module._forward_hooks[handle]
     return model
-
-
-class AttentionRecord(NamedTuple):
-    """One call of one attention layer.
-
-    Attributes:
-        attention: the map (B, N, M), detached; each row sums to 1.
-        query_size: (height, width) of the queries, N of them.
-        key_size: (height, width) of the keys, M of them.
-    """
-
-    attention: torch.Tensor
-    query_size: tuple[int, int]
-    key_size: tuple[int, int]
 
 
 @contextmanager

@@ -1,0 +1,193 @@
+"""The short examples, with tiny settings: they run, the insertion changes nothing, and the pictures are there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import attention_in_cyclegan
+import attention_in_dcgan
+import show_attention
+import train_celeba
+from pictures import GAP, save_attention
+from torch_sagan import AttentionRecord, SAGANGenerator
+
+
+def sheet(columns: int, rows: int, tile: int = 128) -> tuple[int, int]:
+    """The size of a PNG with so many tiles: a gap on both sides of each."""
+    return columns * (tile + GAP) + GAP, rows * (tile + GAP) + GAP
+
+
+def opened(path: Path) -> np.ndarray:
+    with Image.open(path) as file:
+        assert file.format == "PNG"
+        return np.asarray(file.convert("RGB"))
+
+
+# --- show_attention ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def generators() -> dict[str, SAGANGenerator]:
+    torch.manual_seed(0)
+    small = {"z_dim": 8, "base_channels": 4}
+    made = {
+        "plain": SAGANGenerator(16, **small, attention_resolutions=(4, 8)),
+        "grey": SAGANGenerator(16, **small, image_channels=1),
+        "classes": SAGANGenerator(16, **small, num_classes=3),
+        "resnet": SAGANGenerator(16, **small, num_classes=3, architecture="resnet"),
+        "without": SAGANGenerator(16, **small, attention_resolutions=()),
+    }
+    for generator in made.values():
+        for name, weight in generator.named_parameters():
+            if name.endswith(("gamma", "beta")):  # new classes do not differ, and new attention does nothing
+                torch.nn.init.normal_(weight)
+    return made
+
+
+def checkpoint(folder: Path, generator: SAGANGenerator) -> Path:
+    config = {"image_size": 16, "z_dim": 8, "base_channels": 4, "data": "faces"}
+    state = {"config": config, "average": generator.state_dict(), "step": 1, "images": 4}
+    torch.save(state, folder / "checkpoint.pt")
+    return folder / "checkpoint.pt"
+
+
+@pytest.mark.parametrize("kind", ["plain", "grey", "classes", "resnet"])
+def test_attention_of_a_checkpoint(kind, generators, tmp_path, capsys):
+    path = checkpoint(tmp_path, generators[kind])
+    out = tmp_path / "a" / "where.png"
+    arguments = ["--samples", "3", "--query", "2,3", "--query", "0.5,0.9", "--out", str(out)]
+    show_attention.main([str(path), *arguments])
+    assert str(out) in capsys.readouterr().out
+    picture = opened(out)
+    assert (picture.shape[1], picture.shape[0]) == sheet(3, 3)
+    assert picture.std() > 5
+    show_attention.main([str(tmp_path), *arguments])  # the run's folder is as good, and nothing is left to chance
+    assert np.array_equal(opened(out), picture)
+    show_attention.main([str(path), *arguments, "--seed", "1"])
+    assert not np.array_equal(opened(out), picture)
+
+
+def test_attention_of_the_trainers_own_checkpoint(tmp_path, capsys):
+    tiny = ["--image-size", "16", "--base-channels", "4", "--batch-size", "4", "--z-dim", "8", "--device", "cpu"]
+    train_celeba.main([*tiny, "--data", "digits", "--steps", "1", "--out", str(tmp_path)])
+    capsys.readouterr()
+    show_attention.main([str(tmp_path), "--query", "8,8", "--out", str(tmp_path / "where.png")])
+    assert capsys.readouterr().out == f"attention.8 of 4 samples: {tmp_path / 'where.png'}\n"
+    assert opened(tmp_path / "where.png").shape == (*sheet(2, 4)[::-1], 3)
+
+
+def test_layers_labels_and_points_matter(generators, tmp_path):
+    out, seen = tmp_path / "where.png", set()
+    for kind, arguments in [
+        ("plain", []),
+        ("plain", ["--layer", "attention.4"]),
+        ("plain", ["--query", "15,15"]),
+        ("plain", ["--query", "14,15"]),
+        ("classes", ["--labels", "0"]),
+        ("classes", ["--labels", "1", "2"]),
+    ]:
+        show_attention.main([str(checkpoint(tmp_path, generators[kind])), *arguments, "--out", str(out)])
+        seen.add(out.read_bytes())
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("plain", ["--layer", "attention.5"], "--layer attention.5: this generator has attention.4, attention.8"),
+        ("plain", ["--query", "16,0"], "--query 16,0: expected pixels from 0,0 to 15,15"),
+        ("plain", ["--query", "1.5,0.5"], "--query 1.5,0.5: expected"),
+        ("plain", ["--query", "3"], "--query 3: expected"),
+        ("plain", ["--query", "a,b"], "--query a,b: expected"),
+        ("plain", ["--labels", "1"], "labels"),
+        ("classes", ["--labels", "3"], "labels"),
+        ("plain", ["--samples", "0"], "--samples must be at least 1, got 0"),
+        ("without", [], "no SelfAttention2d"),
+    ],
+)
+def test_mistakes_are_one_line(kind, arguments, message, generators, tmp_path, capsys):
+    path = checkpoint(tmp_path, generators[kind])
+    with pytest.raises(SystemExit) as stopped:
+        show_attention.main([str(path), "--out", str(tmp_path / "x.png"), *arguments])
+    assert stopped.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage:")
+    assert message in error
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_foreign_files_are_no_checkpoints(tmp_path, capsys):
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"model": torch.zeros(1)}, tmp_path / "other.pt")
+    for name, message in (
+        ("text.pt", "cannot be read as a checkpoint"),
+        ("other.pt", "not a checkpoint of this trainer"),
+        ("none.pt", "no such file"),
+        (".", "no such file"),
+    ):
+        with pytest.raises(SystemExit):
+            show_attention.main([str(tmp_path / name)])
+        assert message in capsys.readouterr().err
+
+
+def test_the_figure_shows_the_map_of_each_point(tmp_path):
+    """Two points of a grey picture, upper right and lower left, and each looks at the other one's quarter."""
+    attention = torch.zeros(1, 4, 4)
+    attention[0, 1, 2] = attention[0, 2, 1] = 1
+    record = AttentionRecord(attention, (2, 2), (2, 2))
+    save_attention(tmp_path / "x.png", torch.zeros(1, 1, 32, 32), record, [(0.1, 0.9), (0.9, 0.1)])
+    picture = opened(tmp_path / "x.png").astype(float)
+    image, first, second = (picture[GAP:-GAP, at : at + 128] for at in (GAP, 2 * GAP + 128, 3 * GAP + 256))
+    assert picture.shape[:2] == sheet(3, 1)[::-1]
+    assert first[90:98, 30:38].mean() > first[30:38, 90:98].mean() + 50
+    assert second[30:38, 90:98].mean() > second[90:98, 30:38].mean() + 50
+    mine, other = image[12, 115], image[115, 12]  # two points in two colours, which come back in their maps
+    assert np.abs(mine - other).max() > 100
+    assert np.array_equal(first[12, 115], mine)
+    assert np.array_equal(second[115, 12], other)
+
+
+# --- attention in models that exist ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("example", "figures"),
+    [
+        (attention_in_dcgan, {"samples.png": sheet(8, 4), "attention.png": sheet(4, 4)}),
+        (attention_in_cyclegan, {"samples.png": sheet(8, 3), "attention.png": sheet(4, 4)}),
+    ],
+)
+def test_attention_in_a_model_that_exists(example, figures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(example, "PEOPLE", 64)
+    printed = []
+    for folder in ("one", "two"):
+        out = tmp_path / folder
+        example.main(["--steps", "5", "--out", str(out), "--seed", "5"])
+        printed.append(capsys.readouterr().out.replace(str(out), "OUT"))
+        assert {path.name for path in out.iterdir()} == set(figures)
+        for name, size in figures.items():
+            assert opened(out / name).shape == (*size[::-1], 3)
+    assert printed[0] == printed[1]
+    for name in figures:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert "unchanged by the insertion: True" in printed[0]
+    gammas = re.findall(r"[+-]0\.\d{4}", printed[0])
+    assert len(gammas) == printed[0].count("gamma") > 0
+    assert all(float(gamma) != 0 for gamma in gammas)
+
+
+@pytest.mark.parametrize("example", [attention_in_dcgan, attention_in_cyclegan])
+def test_no_steps_are_refused(example, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        example.main(["--steps", "0", "--out", str(tmp_path / "out")])
+    assert "--steps must be at least 1, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
