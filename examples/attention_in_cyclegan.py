@@ -1,6 +1,6 @@
 """Attention for a CycleGAN that exists, which turns dark hair fair and back; no two of its pictures are of one person.
 
-    python examples/attention_in_cyclegan.py         # a minute or two on a CPU, nothing to download
+    python examples/attention_in_cyclegan.py         # about two minutes on one CPU core, nothing to download
 
 `cyclegan.py` stands for your model: nothing in it knows of attention. A fifth of the training comes before the
 insertion, which leaves what all four networks return as it was.
