@@ -7,6 +7,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -432,6 +433,12 @@ def test_pruned_weights_are_not_taken_for_normalised_ones() -> None:
     converted = convert_legacy_spectral_norm(network.state_dict())
     assert {key for key in converted if key.startswith("0.")} == {"0.weight_orig", "0.weight_mask", "0.bias"}
     assert "1.parametrizations.weight.original" in converted
+
+
+@pytest.mark.parametrize("given", [nn.Linear(2, 2), "critic.pt"])
+def test_legacy_is_a_state_dict(given: Any) -> None:
+    with pytest.raises(TypeError, match=rf"expected a state dict, got {type(given).__name__}"):
+        convert_legacy_spectral_norm(given)
 
 
 def test_legacy_without_v() -> None:

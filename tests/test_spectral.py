@@ -713,6 +713,8 @@ def test_errors() -> None:
         spectral_norm(nn.Linear(3, 4), "heavy")
     with pytest.raises(ValueError, match="bias"):
         spectral_norm(nn.Linear(3, 4, bias=False), "bias")
+    with pytest.raises(ValueError, match="Sequential has no parameter named 'weight'; apply_spectral_norm takes whole"):
+        spectral_norm(nn.Sequential(nn.Linear(3, 4)))
     with pytest.raises(ValueError, match="jax") as error:
         spectral_norm(nn.Linear(3, 4), implementation="jax")
     assert "sagan" in str(error.value)

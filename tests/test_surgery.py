@@ -7,9 +7,11 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -387,13 +389,13 @@ class Dense(nn.Sequential):
         ("@", None, r"Pyramid has no module '@'; model.named_modules\(\) lists"),
         ("", None, r"Pyramid has no module ''"),
         ([], None, "after names no module"),
-        (["stem", "stem"], None, "'stem' has an inserted attention layer already"),
-        (["act", "block.2"], EXAMPLE, r"'block\.2' has an inserted attention layer already"),
+        (["stem", "stem"], None, "'stem' names a module that is named already"),
+        (["act", "block.2"], EXAMPLE, r"'block\.2' names a module that is named already"),
         ("act", EXAMPLE, r"'act' runs 3 times, with \[4, 8\] channels: one layer cannot serve them all"),
         ("split", EXAMPLE, r"'split' returns a tuple of 2, expected a feature map \(B, C, H, W\)"),
         ("head", EXAMPLE, r"'head' returns a tensor \(2, 2\), expected a feature map"),
-        ("spare", EXAMPLE, "'spare' is not reached"),
-        ("spare.0", EXAMPLE, r"'spare\.0' is not reached"),
+        ("spare", EXAMPLE, "'spare' is not reached.* example_input, though it may call what is inside$"),
+        ("spare.0", EXAMPLE, r"'spare\.0' is not reached.* example_input$"),
     ],
 )
 def test_errors_leave_the_model_as_it_was(after: str | list[str], example: dict[str, Tensor], message: str) -> None:
@@ -404,6 +406,49 @@ def test_errors_leave_the_model_as_it_was(after: str | list[str], example: dict[
         insert_self_attention(model, paths, example_input=example)
     assert repr(model) == text
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"after": 1}, "after takes dotted paths, got int"),
+        ({"after": None}, "after takes dotted paths, got NoneType"),
+        ({"after": nn.ReLU()}, "after takes dotted paths, got ReLU"),
+        ({"after": ["model.0", 1]}, "after takes dotted paths, got int"),
+        ({"after": "model.0", "attention": SelfAttention2d(8)}, "attention takes channels .* got SelfAttention2d"),
+        ({"after": "model.0", "attention": "official"}, "attention takes channels .* got str"),
+    ],
+)
+def test_arguments_of_another_type(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        insert_self_attention(dcgan_generator(), **arguments)
+
+
+def test_a_path_without_its_beginning_is_completed() -> None:
+    with pytest.raises(ValueError, match=r"no module '1'; the nearest are 'model\.1'$"):
+        insert_self_attention(dcgan_generator(), "1")
+
+
+def test_what_would_not_notice_the_layer_is_refused() -> None:
+    in_part = nn.Sequential(torch.compile(nn.Conv2d(3, 3, 1), backend="eager"))
+    in_place = nn.Sequential(nn.Conv2d(3, 3, 1))
+    in_place.compile(backend="eager")
+    for model in in_part, in_place:
+        with pytest.raises(ValueError, match="Sequential is compiled, and would not run the new layers"):
+            insert_self_attention(model, "0", example_input=torch.zeros(1, 3, 4, 4))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 3, 1)))
+        with pytest.raises(ValueError, match="would not synchronise the new parameters: insert before you wrap"):
+            insert_self_attention(wrapped, "module.0")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_lazy_module_that_has_not_run() -> None:
+    model = insert_self_attention(nn.Sequential(nn.LazyConv2d(4, 1)).double(), "0")
+    assert model(torch.ones(2, 3, 5, 5, dtype=torch.double)).shape == (2, 4, 5, 5)
+    assert inserted(model)[0].gamma.dtype == torch.double
 
 
 def test_a_second_insertion_is_an_error() -> None:

@@ -389,6 +389,11 @@ def test_a_list_of_maps_is_no_map() -> None:
         mark_queries(torch.zeros(1, 2, 8, 8), (0, 0))
 
 
+def test_pictures_of_bytes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"floating point in \[-1, 1\], got torch.uint8"):
+        mark_queries(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), (0, 0))
+
+
 @pytest.mark.parametrize(
     ("images", "attention", "arguments", "message"),
     [

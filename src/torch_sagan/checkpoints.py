@@ -108,11 +108,14 @@ def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Ten
 
     Raises:
         ValueError: when there is a ``weight_u`` and no ``weight_v``, as in the first form that PyTorch saved.
+        TypeError: when it is no state dict, but a model or a file's name.
 
     >>> from torch.nn.utils import spectral_norm as legacy
     >>> sorted(convert_legacy_spectral_norm(legacy(nn.Linear(2, 2, bias=False)).state_dict()))
     ['parametrizations.weight.0._u', 'parametrizations.weight.0._v', 'parametrizations.weight.original']
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"expected a state dict, got {type(state_dict).__name__}")
     names = [key.removesuffix("_orig") for key in state_dict if key.endswith("_orig")]
     names = [name for name in names if f"{name}_u" in state_dict]  # pruning has keys in _orig too
     without_v = [f"{name}_v" for name in names if f"{name}_v" not in state_dict]

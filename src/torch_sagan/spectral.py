@@ -340,7 +340,8 @@ def _make(
         raise ValueError(f"{name!r} of {type(module).__name__} is spectrally normalised already")
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
-        raise ValueError(f"{type(module).__name__} has no parameter named {name!r}")
+        whole = "; apply_spectral_norm takes whole models" if any(module.children()) else ""
+        raise ValueError(f"{type(module).__name__} has no parameter named {name!r}{whole}")
     if is_lazy(weight):
         raise ValueError(f"{name!r} of {type(module).__name__} has no shape yet: run one forward pass first")
     if not (parametrize.is_parametrized(module, name) or name in module._parameters or name in module._buffers):

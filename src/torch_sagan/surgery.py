@@ -54,8 +54,9 @@ def insert_self_attention(
         ValueError: for a path that does not exist (the message lists the nearest ones) or is named twice, a place that
             has an inserted layer already, channels that are not known without ``example_input``, and a place that
             returns no feature map (the message says what it returns), returns several with different channels, or is
-            not reached. The model is then as it was.
-        TypeError: when ``attention`` returns no module.
+            not reached; for a model that is compiled or wrapped in ``DistributedDataParallel``. The model is then as it
+            was.
+        TypeError: when ``after`` holds something else than paths, ``attention`` is no function or returns no module.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(64, 1, 4))
     >>> x = torch.randn(2, 3, 32, 32)
@@ -66,7 +67,14 @@ def insert_self_attention(
     >>> [name for name, module in model.named_modules() if isinstance(module, SelfAttention2d)]
     ['1.inserted_attention']
     """
-    targets = _find(model, [after] if isinstance(after, str) else list(after))
+    # Compiled graphs do not look for new modules and hooks.
+    if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is compiled, and would not run the new layers: insert before that")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("DistributedDataParallel would not synchronise the new parameters: insert before you wrap")
+    if isinstance(attention, nn.Module) or not callable(attention):  # a layer can be called too, but not with channels
+        raise TypeError(f"attention takes channels and returns a module, got {type(attention).__name__}")
+    targets = _find(model, after)
     channels = (
         {path: _known_channels(path, module) for path, module in targets.items()}
         if example_input is None
@@ -78,7 +86,8 @@ def insert_self_attention(
         if not isinstance(layer, nn.Module):
             raise TypeError(f"attention must return a module, got {type(layer).__name__}")
         like = next((p for part in (module, model) for p in part.parameters() if p.is_floating_point()), None)
-        layers[path] = layer.to(like).train(module.training) if like is not None else layer.train(module.training)
+        # Not the tensor itself, which in a lazy module is none yet.
+        layers[path] = (layer if like is None else layer.to(like.device, like.dtype)).train(module.training)
 
     for path, module in targets.items():  # nothing fails from here on
         layers[path].register_load_state_dict_pre_hook(_keep_own_weights)
@@ -174,23 +183,29 @@ def _keep_own_weights(layer: nn.Module, state_dict: dict[str, Any], prefix: str,
         state_dict.update(layer.state_dict(prefix=prefix))
 
 
-def _find(model: nn.Module, paths: list[str]) -> dict[str, nn.Module]:
+def _find(model: nn.Module, after: object) -> dict[str, nn.Module]:
+    paths = list(after) if isinstance(after, Iterable) and not isinstance(after, str) else [after]
     if not paths:
         raise ValueError("after names no module")
     # Modules that are used in several places have as many paths.
     modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
     targets: dict[str, nn.Module] = {}
     for path in paths:
+        if not isinstance(path, str):
+            raise TypeError(f"after takes dotted paths, got {type(path).__name__}")
         if path not in modules:
-            nearest = difflib.get_close_matches(path, modules, n=5, cutoff=0.3)
+            ending = [name for name in modules if path and name.endswith(f".{path}")]
+            nearest = ending[:5] or difflib.get_close_matches(path, modules, n=5, cutoff=0.3)
             raise ValueError(
                 f"{type(model).__name__} has no module {path!r}; the nearest are {', '.join(map(repr, nearest))}"
                 if nearest
                 else f"{type(model).__name__} has no module {path!r}; model.named_modules() lists what it has"
             )
         module = modules[path]
-        if NAME in module._modules or module in targets.values():
+        if NAME in module._modules:
             raise ValueError(f"{path!r} has an inserted attention layer already")
+        if module in targets.values():
+            raise ValueError(f"{path!r} names a module that is named already")
         if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
             raise ValueError(
                 f"{path!r} is a Sequential with a forward of its own, which may run its children in any way: name the "
@@ -260,7 +275,8 @@ def _channels_of_a_pass(
     channels = {}
     for path, outputs in returned.items():
         if not outputs:
-            raise ValueError(f"{path!r} is not reached: the model does not call it with this example_input")
+            inside = ", though it may call what is inside" if any(targets[path].children()) else ""
+            raise ValueError(f"{path!r} is not reached: the model does not call it with this example_input{inside}")
         for output in outputs:
             if not isinstance(output, torch.Size) or len(output) != 4:
                 raise ValueError(f"{path!r} returns {_describe(output)}, expected a feature map (B, C, H, W)")

@@ -52,8 +52,8 @@ def attention_overlay(
         (B, 3, H, W) in [0, 1]; for a sequence of queries (B, Q, 3, H, W), each with its own mark alone.
 
     Raises:
-        ValueError: for images or maps of other shapes, a query that is no pixel of the image, a strength outside of
-            [0, 1], sizes that do not multiply to N and M, or sizes beside a record.
+        ValueError: for images or maps of other shapes, images of integers, a query that is no pixel of the image, a
+            strength outside of [0, 1], sizes that do not multiply to N and M, or sizes beside a record.
 
     >>> images = torch.rand(2, 3, 64, 64) * 2 - 1
     >>> attention = torch.rand(2, 256, 64).softmax(2)
@@ -108,7 +108,7 @@ def mark_queries(images: Tensor, queries: Query | Sequence[Query]) -> Tensor:
         (B, 3, H, W) in [0, 1].
 
     Raises:
-        ValueError: for images of another shape, or a query that is no pixel of the image.
+        ValueError: for images of another shape or of integers, or a query that is no pixel of the image.
     """
     pictures = _pictures(images)  # (B, 3, H, W)
     places, _ = _queries(queries, (images.shape[2], images.shape[3]))
@@ -121,6 +121,8 @@ def _pictures(images: Tensor) -> Tensor:
     """In colour and in [0, 1], as a tensor of its own."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"expected images (B, 3, H, W) or (B, 1, H, W), got {tuple(images.shape)}")
+    if not torch.is_floating_point(images):
+        raise ValueError(f"expected images of floating point in [-1, 1], got {images.dtype}")
     return ((images.float() + 1) / 2).clamp(0, 1).repeat(1, 3 // images.shape[1], 1, 1)
 
 
