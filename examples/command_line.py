@@ -44,13 +44,17 @@ def option(
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, of the script that `prog` names."""
+
     def error(self, message: str) -> NoReturn:
-        fail(f"{message} (--help lists all settings)")
+        raise SystemExit(f"{self.prog}: {message} (--help lists all settings)")
 
 
 def read_arguments(settings: type[Any], arguments: Sequence[str] | None, description: str) -> dict[str, Any]:
     """What was given on the command line, and only that: the rest comes from the defaults or from a checkpoint."""
-    parser = Parser(usage="%(prog)s [settings]", description=description, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        "train_celeba.py", "%(prog)s [settings]", description=description, argument_default=argparse.SUPPRESS
+    )
     groups: dict[str, Any] = {}
     kinds = typing.get_type_hints(settings)
     for setting in fields(settings):

@@ -177,8 +177,9 @@ def pick_device(name: str, ranks: Ranks) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        torch.Generator(device)  # latent vectors are drawn there
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: {str(error).splitlines()[0]}")
+        fail(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}")  # torch's advice can fill a page
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32: products of 10 bits, sums in float32, several times faster

@@ -23,6 +23,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from command_line import Parser
 from judging import Judge, real_images
 from model_card import Card, open_generator, save
 from pictures import save_animation, save_attention, save_grid, save_images
@@ -43,13 +44,9 @@ def fail(message: object) -> NoReturn:
     raise SystemExit("generate.py: " + " ".join(str(message).split()))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (--help lists all settings)")
-
-
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
+        "generate.py",
         description="Make pictures with a trained generator: grids, single images, walks, attention figures.",
         epilog="Without any of --grid, --images, --strip, --video, --attention, --export, --score: a grid.",
     )
@@ -106,9 +103,12 @@ def labels(text: str) -> list[int]:
 
 
 def place(text: str) -> tuple[float, float]:
-    row, column = (float(number) for number in text.split(","))
+    try:
+        row, column = (float(number) for number in text.split(","))
+    except ValueError:
+        row = column = math.nan
     if not (0 <= row < 1 and 0 <= column < 1):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"expected ROW,COLUMN, two fractions from 0 to below 1, got {text!r}")
     return row, column
 
 
@@ -118,6 +118,10 @@ def check(given: argparse.Namespace, generator: SAGANGenerator) -> None:
         least = 2 if name in ("stops", "samples") else 1
         if value is not None and value < least:
             fail(f"--{name} must be at least {least}, got {value}")
+    if given.crop < 0:
+        fail(f"--crop must be at least 0, got {given.crop}")
+    if not 0 <= given.seed < 2**62:
+        fail(f"--seed must be from 0 to below 2^62, got {given.seed}")
     for name in ("truncation", "fps"):
         value = getattr(given, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -230,7 +234,10 @@ def draw(given: argparse.Namespace, generator: SAGANGenerator, device: torch.dev
 
 def score(given: argparse.Namespace, generator: SAGANGenerator, image_size: int, device: torch.device) -> Card:
     """Score the generator against `--score DATA`."""
-    source = open_source(given.score, size=image_size, crop=given.crop)
+    try:
+        source = open_source(given.score, size=image_size, crop=given.crop)
+    except ValueError as error:
+        fail(str(error).replace("--data", "--score", 1))
     real = real_images(source, given.samples, flip=given.score != "digits")
     judge = Judge(real, samples=given.samples, device=device, inception=given.inception_weights)
     if judge.note:

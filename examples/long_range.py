@@ -47,6 +47,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import faces
 from agreement import PAIRS, Readers
+from command_line import Parser
 from judging import evaluation
 from pictures import save_grid
 from safekeeping import write
@@ -309,7 +310,7 @@ def fail(message: object) -> NoReturn:
 
 
 def read_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
-    parser = argparse.ArgumentParser(description="Train with and without attention, and measure what it changes.")
+    parser = Parser("long_range.py", description="Train with and without attention, and measure what it changes.")
     experiment = parser.add_argument_group("experiment")
     experiment.add_argument("--seeds", type=int, default=5, help="pairs of runs (default: 5)")
     for setting in fields(Settings):

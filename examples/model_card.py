@@ -96,7 +96,7 @@ def from_checkpoint(path: Path, *, average: bool = True) -> tuple[Weights, Card]
     """
     file = _newest(path) if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{file}: no such file")
+        raise ValueError(f"{path}: no checkpoint in this folder" if path.is_dir() else f"{path}: no such file")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # whatever a damaged or foreign file makes the reader raise

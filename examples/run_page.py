@@ -8,7 +8,6 @@ works while the run goes on, with whatever is there.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import math
@@ -18,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from command_line import Parser
 from safekeeping import write
 
 Item = TypeVar("Item")
@@ -189,7 +189,7 @@ def fail(message: object) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write a run of the trainer as one page: curves and pictures.")
+    parser = Parser("run_page.py", description="Write a run of the trainer as one page: curves and pictures.")
     parser.add_argument("folder", type=Path, help="the run's folder, what was --out of the trainer")
     parser.add_argument("--out", type=Path, help="the page (default: summary.html in that folder)")
     given = parser.parse_args(arguments)

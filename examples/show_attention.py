@@ -8,13 +8,13 @@ As in the figure of the paper, the colour of a point says which map is its own: 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from command_line import Parser
 from model_card import open_generator
 from pictures import save_attention
 from torch_sagan import record_attention
@@ -31,7 +31,7 @@ def fraction(text: str, size: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(usage="%(prog)s MODEL [options]", description="Draw where a generator looks.")
+    parser = Parser("show_attention.py", "%(prog)s MODEL [options]", description="Draw where a generator looks.")
     parser.add_argument("model", type=Path, help="a run's folder, a checkpoint of the trainer, or a .safetensors file")
     parser.add_argument(
         "--query", metavar="ROW,COLUMN", action="append",
@@ -66,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError:
             parser.error(f"--query {query}: expected pixels from 0,0 to {size - 1},{size - 1}, or fractions below 1")
         places.append((row, column))
-    save_attention(given.out, images, records[layer][0], places)
+    try:
+        save_attention(given.out, images, records[layer][0], places)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"show_attention.py: --out {given.out}: {error}") from None
     print(f"{layer} of {given.samples} samples: {given.out}")
 
 

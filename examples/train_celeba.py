@@ -116,6 +116,12 @@ class Config:
 
 def check(config: Config, ranks: Ranks) -> None:
     """What concerns one setting alone is checked beside it."""
+    if not config.data:
+        fail("--data is empty: expected faces, digits, a folder or a zip archive")
+    if Path(config.out).exists() and not Path(config.out).is_dir():
+        fail(f"--out {config.out}: there is a file of this name, a folder is needed")
+    if config.seed >= 2**62:
+        fail(f"--seed must be below 2^62, got {config.seed}")
     if config.ema_decay > 1:
         fail(f"--ema-decay must be between 0 and 1, got {config.ema_decay}")
     if config.batch_size % (ranks.world * config.accumulate):

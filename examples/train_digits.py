@@ -37,6 +37,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import sources
+from command_line import Parser
 from pictures import save_grid
 from safekeeping import save
 from torch_sagan import (
@@ -218,23 +219,46 @@ def judge(images: Tensor, labels: Tensor) -> tuple[SVC, float]:
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a SAGAN on handwritten digits.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser("train_digits.py", "%(prog)s [settings]", description="Train a SAGAN on handwritten digits.")
     parser.add_argument("--conditional", action="store_true", help="draw the digit that is asked for")
-    parser.add_argument("--data", metavar="FOLDER", help="with MNIST's train-images-idx3-ubyte and labels, .gz or not")
-    parser.add_argument("--steps", type=int, default=2000, help="steps of each network")
-    parser.add_argument("--batch-size", type=int, default=32, help="images in a batch")
-    parser.add_argument("--base-channels", type=int, default=64, help="channels at 14×14; twice as many at 7×7")
-    parser.add_argument("--lr-g", type=float, default=5e-4, help="the generator's learning rate")
-    parser.add_argument("--lr-d", type=float, default=2e-4, help="the discriminator's learning rate")
-    parser.add_argument("--noise", type=float, default=0.3, help="added to what D sees; pixels reach from -1 to 1")
-    parser.add_argument("--seed", type=int, default=0, help="fixes weights, latent vectors and the order of the images")
-    parser.add_argument("--out", type=Path, default=Path("runs/train_digits"), help="folder for grid and checkpoint")
+    parser.add_argument(
+        "--data", metavar="FOLDER",
+        help="with MNIST's train-images-idx3-ubyte and labels, .gz or not (default: scikit-learn's digits)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=2000, help="steps of each network (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images in a batch (default: %(default)s)")
+    parser.add_argument(
+        "--base-channels", type=int, default=64, help="channels at 14×14; twice as many at 7×7 (default: %(default)s)"
+    )
+    parser.add_argument("--lr-g", type=float, default=5e-4, help="the generator's learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--lr-d", type=float, default=2e-4, help="the discriminator's learning rate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.3,
+        help="added to what D sees; pixels reach from -1 to 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="fixes weights, latent vectors and the order of the images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/train_digits"),
+        help="folder for grid and checkpoint (default: %(default)s)",
+    )
     config = parser.parse_args(arguments)
     for name in ("steps", "batch_size", "base_channels"):
         if getattr(config, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+            fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    for name in ("lr_g", "lr_d", "noise"):
+        if not 0 <= getattr(config, name) < math.inf:  # nor is nan
+            fail(f"--{name.replace('_', '-')} must be a finite number, at least 0, got {getattr(config, name)}")
     return config
 
 
@@ -261,7 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     samples = draw(made["average"], z, asked, config.conditional)  # (1000, 1, 28, 28)
 
     files = {"grid": config.out / "grid.png", "checkpoint": config.out / "checkpoint.pt"}
-    save_grid(files["grid"], grid, columns=GRID)
+    try:
+        save_grid(files["grid"], grid, columns=GRID)
+    except OSError as error:
+        fail(f"cannot save {files['grid']}: {error}")
     settings = {name: value for name, value in vars(config).items() if name != "out"}
     save({name: network.state_dict() for name, network in made.items()} | {"config": settings}, files["checkpoint"])
 

@@ -153,4 +153,6 @@ def test_errors_are_one_line(tmp_path):
         with pytest.raises(SystemExit, match=message) as error:
             run_page.main([str(tmp_path / name)])
         assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match=r"^run_page\.py: .*required: folder"):
+        run_page.main([])
     assert not list(tmp_path.iterdir())
