@@ -131,6 +131,8 @@ def check(given: argparse.Namespace, generator: SAGANGenerator) -> None:
     for label in given.labels or []:
         if not 0 <= label < (generator.num_classes or 0):
             fail(f"--labels must be from 0 to {(generator.num_classes or 0) - 1}, got {label}")
+    if given.look_from and not given.attention:
+        fail("--look-from: without --attention there is no figure that it could be in")
     if given.attention and not generator.attention:
         fail("--attention: this generator has no attention layer")
 

@@ -124,6 +124,12 @@ def check(config: Config, ranks: Ranks) -> None:
         fail(f"--seed must be below 2^62, got {config.seed}")
     if config.ema_decay > 1:
         fail(f"--ema-decay must be between 0 and 1, got {config.ema_decay}")
+    if config.loss == "hinge" and config.gp_weight != Config.gp_weight:
+        fail(f"--gp-weight {config.gp_weight}: only --loss wgan-gp has a gradient penalty")
+    if config.lr_decay == "none" and config.decay_from:
+        fail(f"--decay-from {config.decay_from}: nothing decays without --lr-decay linear")
+    if config.lr_decay == "linear" and config.decay_from >= config.steps:
+        fail(f"--decay-from {config.decay_from}: the run ends at step {config.steps}, before that")
     if config.batch_size % (ranks.world * config.accumulate):
         shares = f"{ranks.world} × {config.accumulate}"
         fail(f"--batch-size {config.batch_size} cannot be divided evenly (processes × --accumulate: {shares})")
@@ -505,10 +511,10 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge = open_ju
         with ranks.agreeing(ValueError):
             config = settle(Config, given, state and state["config"])
             config = replace(config, out=config.out or default_out(config.data))
+            check(config, ranks)
             if dry_run:
                 config = replace(config, steps=first + 3, log_every=1, sample_every=2, save_every=2)
                 config = replace(config, judge_every=min(config.judge_every, 2), judge_samples=64)
-            check(config, ranks)
             if first >= config.steps and resume != "auto":
                 fail(f"--steps {config.steps}: the checkpoint is at step {first} already")
             device = pick_device(config.device, ranks)

@@ -308,6 +308,7 @@ def test_a_save_that_fails_leaves_the_old_files(failing, tmp_path, monkeypatch):
         (["{classes}", "--labels", "1,3"], r"--labels must be from 0 to 2, got 3"),
         (["{model}", "--labels", "one"], r"--labels.*'one'"),
         (["{model}", "--look-from", "1.5,0"], r"--look-from: expected ROW,COLUMN, two fractions .*'1\.5,0'"),
+        (["{model}", "--look-from", "0.5,0.5"], r"--look-from: without --attention there is no figure"),
         (["{plain}", "--attention"], r"--attention: this generator has no attention layer"),
         (["{model}", "--device", "toaster"], r"toaster"),
         (["{model}", "--score", "nowhere"], r"--score nowhere: no such folder"),

@@ -452,6 +452,12 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--out", __file__], r"--out .*: there is a file of this name, a folder is needed"),
         (["--seed", str(2**63)], r"--seed must be below 2\^62, got 9223372036854775808"),
         (["--device", "meta"], r"--device meta: META device type not an accelerator"),
+        (["--gp-weight", "5"], r"--gp-weight 5\.0: only --loss wgan-gp has a gradient penalty"),
+        (["--decay-from", "2"], r"--decay-from 2: nothing decays without --lr-decay linear"),
+        (
+            ["--lr-decay", "linear", "--decay-from", "9", "--steps", "9"],
+            r"--decay-from 9: the run ends at step 9",
+        ),
         (["--accumulate", "3"], r"--batch-size 4 cannot be divided evenly \(processes × --accumulate: 1 × 3\)"),
         (["--ema-decay", "2"], r"--ema-decay must be between 0 and 1"),
         (["--device", "toaster"], r"--device toaster"),
