@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,14 @@ from torch_sagan import SelfAttention2d
 
 SIZE = 32
 TINY = ["--steps", "3", "--batch-size", "4", "--image-size", "16", "--base-channels", "4", "--samples", "20"]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A run sets them for its process, here that of all tests; other numbers of threads sum in other orders."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
