@@ -1,6 +1,6 @@
 """Attention for a DCGAN that exists: a line for each network, and they return what they did, until they are trained on.
 
-    python examples/attention_in_dcgan.py            # about two minutes on one CPU core, nothing to download
+    python examples/attention_in_dcgan.py            # about three minutes on a CPU, nothing to download
 
 `dcgan.py` stands for your model: nothing in it knows of attention. An eighth of the training comes before
 the insertion.
