@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 DECODER = f"1, Pillow {PIL.__version__}"  # raise the number when `Folder` makes other pixels of the same file
 
 
+def usable_cores() -> int:
+    """The cores that this process may use, and so the processes that can decode at a time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def open_cache(folder: Folder, directory: Path) -> NDArray[np.uint8]:
     """All images of a folder, uint8 (N, 3, size, size), from its cache in `directory`, which is built if need be."""
     shape = (len(folder), 3, folder.size, folder.size)
@@ -117,12 +122,11 @@ def _decoded(folder: Folder) -> Iterator[Tensor]:
     step = min(64, max(1, 2**20 // (3 * folder.size**2)))  # a MiB at most, so that little shared memory is enough
     starts = range(0, len(folder), step)
     batches = [[(index, False) for index in range(len(folder))[start : start + step]] for start in starts]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loader = DataLoader(
         folder,
         sampler=batches,
         batch_size=None,
-        num_workers=min(cores, len(batches)),
+        num_workers=min(usable_cores(), len(batches)),
         generator=torch.Generator(),  # or the loader would draw from the generator that the training uses
         worker_init_fn=survive_signals,
     )

@@ -1,6 +1,6 @@
 """Does attention help? The same GAN with and without it, on faces whose far-apart places have to agree.
 
-    python examples/long_range.py                # 5 seeds, both arms; some 20 minutes on two quiet cores
+    python examples/long_range.py                # 5 seeds, both arms: 38 minutes on two busy cores
     python examples/long_range.py --seeds 8      # three more pairs of runs: what is there is kept
     python examples/long_range.py --report       # table and plot again, from the results that are there
 

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from command_line import fail, option, read_arguments, settle, sizes
 from distributed import ALONE, Ranks, Shares, averaging_only, pick_device, processes
+from image_cache import usable_cores
 from judging import Judge, real_images
 from pictures import save_attention, save_grid
 from run_log import Means, RunLog
@@ -150,13 +151,12 @@ def open_loader(
     The order is that of all processes together, so a run may go on with more of them, or with fewer.
     """
     order = Shuffle(len(source), config.batch_size, seed=config.seed, flip=config.data != "digits", position=position)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return DataLoader(
         source,
         sampler=Shares(order, ranks, config.accumulate),
         batch_size=None,  # the sampler's items are whole batches already
         # From memory or the cache, a batch is one copy: to hand it over from a worker takes four times as long.
-        num_workers=min(config.workers, cores) if isinstance(source, Folder) else 0,
+        num_workers=min(config.workers, usable_cores()) if isinstance(source, Folder) else 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw from the generator whose state a checkpoint keeps
         worker_init_fn=survive_signals,
