@@ -47,6 +47,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...]]] = {
 }
 layers = pytest.mark.parametrize("kind", LAYERS)
 
+# The gradcheck of torch 2.5 calls a vmap that it deprecates.
+batched = pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")
+
 
 def make(kind: str, **arguments: object) -> nn.Module:
     return spectral_norm(LAYERS[kind][0]().double(), **arguments)
@@ -287,6 +290,7 @@ def test_two_forwards_before_one_backward() -> None:
     torch.testing.assert_close(original(layer).grad, expected, rtol=1e-10, atol=1e-10)
 
 
+@batched
 def test_forwards_in_training_and_evaluation_before_one_backward() -> None:
     layer = make("linear")
     start = copy.deepcopy(layer.state_dict())
@@ -295,7 +299,7 @@ def test_forwards_in_training_and_evaluation_before_one_backward() -> None:
         layer.load_state_dict(start)
         return sum((layer.train(mode)(x) for mode in (True, False, True, False)), start=torch.zeros(()))
 
-    torch.autograd.gradcheck(four, (inputs("linear").requires_grad_(),))
+    torch.autograd.gradcheck(four, (inputs("linear").requires_grad_(),), check_batched_grad=True)
     four(inputs("linear")).square().sum().backward()
     assert original(layer).grad is not None
     assert original(layer).grad.isfinite().all()
@@ -316,6 +320,7 @@ def test_gradient_formula(shape: tuple[int, ...], dim: int) -> None:
 
 @pytest.mark.parametrize(("shape", "dim"), [((3, 4), 0), ((2, 3, 2), 1), ((3, 1), 0)])
 @pytest.mark.parametrize("start", ["warmed up", "cold"])
+@batched
 def test_derivatives(shape: tuple[int, ...], dim: int, start: str) -> None:
     """Also far from the singular vectors, where u and v do not happen to make terms vanish."""
     weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -324,8 +329,26 @@ def test_derivatives(shape: tuple[int, ...], dim: int, start: str) -> None:
         for vector in (norm._u, norm._v):
             vector.copy_(nn.functional.normalize(vector + 0.4 * torch.randn_like(vector), dim=0))
     assert norm._u @ as_matrix(weight, dim) @ norm._v > 0.3 * largest_singular_value(weight, dim)
-    torch.autograd.gradcheck(norm, (weight,))
-    torch.autograd.gradgradcheck(norm, (weight,))
+    torch.autograd.gradcheck(norm, (weight,), check_batched_grad=True)
+    torch.autograd.gradgradcheck(norm, (weight,), check_batched_grad=True)
+
+
+@layers
+def test_batched_gradients(kind: str) -> None:
+    """Several gradients in one backward pass (``is_grads_batched``) are those of as many passes."""
+    layer = make(kind).train()
+    out = layer(inputs(kind))
+    seeds = torch.randn(3, *out.shape, dtype=torch.float64)
+    (together,) = torch.autograd.grad(out, original(layer), seeds, retain_graph=True, is_grads_batched=True)
+    one_by_one = [torch.autograd.grad(out, original(layer), seed, retain_graph=True)[0] for seed in seeds]
+    torch.testing.assert_close(together, torch.stack(one_by_one), rtol=1e-12, atol=1e-12)  # rounding, at about 1
+
+
+def test_vectorized_jacobian() -> None:
+    weight = torch.randn(3, 4, dtype=torch.float64)
+    norm = SpectralNorm(weight).eval()
+    jacobians = [torch.autograd.functional.jacobian(norm, weight, vectorize=each) for each in (True, False)]
+    torch.testing.assert_close(*jacobians, rtol=1e-12, atol=1e-12)  # rounding, at numbers of about 1
 
 
 @layers

@@ -168,18 +168,9 @@ class _DivideBySigma(torch.autograd.Function):
         divisor = torch.where(nonzero, sigma, 1.0)
         # (G - <W / sigma, G> u v*) / sigma, with conjugates where the weight is complex
         divisor = divisor.conj()
-        along = torch.where(nonzero, torch.vdot(weight.flatten(), gradient.flatten()), 0.0) / divisor
-        if (
-            weight.is_cpu
-            and u.shape[0] == weight.shape[0]
-            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        ):
-            # One pass over memory instead of two. On a GPU the numbers would have to be waited for.
-            scale = 1 / divisor.item()
-            rows = torch.addr(
-                gradient.flatten(1), u.flatten(), v.conj().flatten(), beta=scale, alpha=-along.item() * scale
-            )
-            return rows.view(weight.shape), None, None, None, None
+        # reshape, because flatten refuses the batched gradients of is_grads_batched
+        product = torch.vdot(weight.reshape(-1), gradient.reshape(-1))
+        along = torch.where(nonzero, product, 0.0) / divisor
         return torch.addcmul(gradient, -along * u, v.conj()).div_(divisor), None, None, None, None
 
 
