@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from torch_sagan import (
     ConditionalBatchNorm2d,
@@ -156,13 +160,72 @@ def test_labels_that_nobody_wants(architecture: str) -> None:
     assert torch.isfinite(generator(torch.randn(2, 128), None)).all()
 
 
+@pytest.mark.parametrize("kind", CONDITIONAL)
+def test_fake_labels_have_no_values(kind: str) -> None:
+    with FakeTensorMode():
+        CONDITIONAL[kind](torch.tensor([4, 0]))
+        with pytest.raises(ValueError, match=r"shape \(2,\).*\(1,\)"):
+            CONDITIONAL[kind](torch.tensor([1]))
+
+
+@pytest.mark.parametrize("architecture", ["dcgan", "resnet"])
+def test_a_traced_network_takes_other_labels(architecture: str) -> None:
+    """The trace holds no label's value, and the range is an assertion in it."""
+    generator = SAGANGenerator(
+        8, base_channels=2, num_classes=5, architecture=architecture, attention_resolutions=()
+    ).eval()
+    with torch.no_grad():
+        for norm in generator.modules():
+            if isinstance(norm, ConditionalBatchNorm2d):
+                tables(norm)
+        z = torch.randn(2, 128)
+        traced = make_fx(generator)(z, torch.tensor([4, 0]))
+        expected = generator(z, torch.tensor([1, 3]))
+        assert not torch.equal(expected, generator(z, torch.tensor([4, 0])))
+        assert torch.equal(traced(z, torch.tensor([1, 3])), expected)
+        for wrong in ([0, 5], [-1, 2]):
+            with pytest.raises(RuntimeError, match="expected labels from 0 to 4"):
+                traced(z, torch.tensor(wrong))
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_labels_out_of_range_leave_cuda_usable() -> None:
-    generator = SAGANGenerator(8, base_channels=2, num_classes=5).cuda()
-    with pytest.raises(ValueError, match="got 5"):
-        generator(torch.randn(2, 128).cuda(), torch.tensor([0, 5]).cuda())
-    torch.cuda.synchronize()
+@gpu
+@pytest.mark.parametrize("kind", [SAGANGenerator, SAGANDiscriminator])
+def test_a_cuda_graph_takes_other_labels(kind: type[nn.Module]) -> None:
+    """Capture raises an error where the host reads a value of the device."""
+    network = kind(8, base_channels=2, num_classes=5).cuda().eval()
+    x = torch.randn((2, 128) if kind is SAGANGenerator else (2, 3, 8, 8), device="cuda")
+    labels = torch.tensor([4, 0], device="cuda")
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # a pass before the capture, as PyTorch asks for
+            network(x, labels)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = network(x, labels)
+        labels.copy_(torch.tensor([1, 3]))
+        graph.replay()
+        torch.testing.assert_close(y, network(x, labels))
+
+
+@pytest.mark.gpu
+@gpu
+def test_labels_out_of_range_are_asserted_on_cuda() -> None:
+    """In a process of its own, whose use of CUDA ends with the assertion."""
+    code = (
+        "import torch, torch_sagan\n"
+        "generator = torch_sagan.SAGANGenerator(8, base_channels=2, num_classes=5).cuda()\n"
+        "generator(torch.randn(2, 128).cuda(), torch.tensor([0, 5]).cuda())\n"
+        "torch.cuda.synchronize()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "device-side assert" in result.stderr
 
 
 @pytest.mark.parametrize("architecture", ["dcgan", "resnet"])

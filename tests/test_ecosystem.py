@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -216,6 +218,29 @@ def test_onnx(subject: str, tmp_path: Path) -> None:
         fed = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), x, strict=True)}
         (y,) = session.run(None, fed)
         torch.testing.assert_close(torch.from_numpy(y), module(*x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@subjects
+def test_make_fx(subject: str) -> None:
+    """A trace of plain operators, of a pass with other values, and labels, than it is called with."""
+    module = build(subject).eval()
+    traced = make_fx(module)(*inputs(subject, 2))
+    x = inputs(subject, 2)
+    assert_close(traced(*x), module(*x))
+
+
+@subjects
+@modes
+def test_fake_tensors(subject: str, training: bool) -> None:
+    """Shapes without values. (Made under the mode, since torch cannot convert a module of fake tensors by ``to``.)"""
+
+    def shape() -> torch.Size:
+        y: Tensor = SUBJECTS[subject].make().train(training)(*inputs(subject, 3, torch.float32))
+        return y.shape
+
+    expected = shape()
+    with FakeTensorMode():
+        assert shape() == expected
 
 
 @jit_is_deprecated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = ["at_least_one", "check_labels", "one_of"]
 
@@ -25,9 +26,10 @@ def one_of(choices: tuple[str, ...], **values: str) -> None:
 def check_labels(labels: object, num_classes: int | None, batch: int, *, on_device: bool = False) -> None:
     """Raise unless there is one class label in range for each sample, or none where none is wanted.
 
-    The range of labels on another device than the CPU is read back only with ``on_device``, as the networks do once a
-    pass: an index out of range would end the process's use of that device, and every reading waits for it.
-    ``torch.compile``, ``torch.export``, the transforms of ``torch.func`` and the meta device leave the range unchecked.
+    Values are read where that is free, on the CPU. CUDA would be waited for, and fake or traced tensors have none:
+    there the range is an assertion among the operations, made only with ``on_device``, which the networks say once a
+    pass. (The lookup of a label asserts as well, but its message does not name labels.) ``torch.compile``,
+    ``torch.export``, the transforms of ``torch.func`` and the meta device leave the range unchecked.
 
     Raises:
         ValueError: for labels that are missing, not wanted, of another shape, or out of range.
@@ -44,9 +46,13 @@ def check_labels(labels: object, num_classes: int | None, batch: int, *, on_devi
         raise TypeError(f"expected labels as a tensor of int64 or int32, got {what}")
     if labels.shape != (batch,):
         raise ValueError(f"expected labels of shape ({batch},), one for each sample, got {tuple(labels.shape)}")
-    has_values = not (labels.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    if has_values and (on_device or labels.is_cpu) and batch:
+    if labels.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    expected = f"expected labels from 0 to {num_classes - 1}"
+    if labels.is_cuda or type(labels) is not Tensor or is_in_torch_dispatch_mode():
+        if on_device:
+            torch._assert_async(((labels >= 0) & (labels < num_classes)).all(), expected)
+    elif batch and (on_device or labels.is_cpu):
         least, largest = labels.aminmax()
         if least < 0 or largest >= num_classes:
-            wrong = int(least) if least < 0 else int(largest)
-            raise ValueError(f"expected labels from 0 to {num_classes - 1}, got {wrong}")
+            raise ValueError(f"{expected}, got {int(least) if least < 0 else int(largest)}")
