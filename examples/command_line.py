@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
 from typing import Any, NoReturn, TypeVar
 
@@ -43,6 +45,17 @@ def option(
     return field(default=default, metadata=more)
 
 
+def script(main: Callable[[], int | None]) -> NoReturn:
+    """Run the main function of a script. What the terminal cannot show is escaped; Ctrl-C is status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, of the script that `prog` names."""
 
@@ -67,7 +80,9 @@ def read_arguments(settings: type[Any], arguments: Sequence[str] | None, descrip
         help="go on from this checkpoint, or the newest in this run's folder, with its settings; auto: from the newest "
         "in --out, or begin if there is none",
     )  # fmt: skip
-    going_on.add_argument("--dry-run", action="store_true", default=False, help="three steps, then stop")
+    going_on.add_argument(
+        "--dry-run", action="store_true", default=False, help="three steps, written to dry-run/ in --out"
+    )
     return vars(parser.parse_args(arguments))
 
 
@@ -85,7 +100,7 @@ def _how(setting: Field[Any], kind: type) -> dict[str, Any]:
 def settle(settings: type[Settings], given: dict[str, Any], stored: dict[str, Any] | None) -> Settings:
     """The settings of a run: those given, else those stored in its checkpoint, else the defaults."""
     metadata = {setting.name: setting.metadata for setting in fields(settings)}  # type: ignore[arg-type]
-    if unknown := set(stored or ()) - set(metadata):
+    if unknown := sorted(map(str, set(stored or ()) - set(metadata))):
         fail(f"the checkpoint is of another version, with settings that this one does not know: {', '.join(unknown)}")
     before = settings(**(stored or {}))
     changed = {name: value for name, value in given.items() if name != "out" and value != getattr(before, name)}
@@ -95,8 +110,13 @@ def settle(settings: type[Settings], given: dict[str, Any], stored: dict[str, An
             fail(f"the checkpoint's networks were built with other settings: {', '.join(fixed)}")
         print(f"changed   {', '.join(told.values())}")
     settled = settings(**((stored or {}) | given))
+    kinds = typing.get_type_hints(settings)
     for name, more in metadata.items():
-        value = getattr(settled, name)
+        value, kind = getattr(settled, name), kinds[name]
+        if type(value) not in ((float, int) if kind is float else (kind,)):  # from a checkpoint: argparse converts
+            fail(f"{flag(name)} must be of type {kind.__name__}, got {value!r}")
+        if more["choices"] and value not in more["choices"]:
+            fail(f"{flag(name)} must be one of {', '.join(more['choices'])}, got {value}")
         if more["least"] is not None and not value >= more["least"]:  # nor is nan
             fail(f"{flag(name)} must be at least {more['least']}, got {value}")
     return settled

@@ -160,7 +160,10 @@ def processes() -> Iterator[Ranks]:
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
-    with open(os.devnull, "w") as nowhere, nullcontext() if ranks.first else redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w", errors="backslashreplace") as nowhere,
+        nullcontext() if ranks.first else redirect_stdout(nowhere),
+    ):
         yield ranks
     dist.destroy_process_group()
 

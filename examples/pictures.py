@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from safekeeping import write
 from torch_sagan import AttentionRecord, attention_overlay, mark_queries
 
 GAP = 2  # pixels between two tiles
@@ -34,15 +36,14 @@ def save_attention(
 def save_images(paths: Sequence[Path], images: Tensor) -> None:
     """Write each of the images (B, 1 or 3, H, W) in [-1, 1] as a PNG of its own, pixel for pixel."""
     for path, picture in zip(paths, _pictures((images.float().cpu() + 1) / 2), strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        _write(path, picture)
 
 
 def save_animation(path: Path, images: Tensor, frames_per_second: float) -> None:
     """Write images (B, 1 or 3, H, W) in [-1, 1] as the frames of an endless GIF or WebP, as the suffix says."""
     first, *others = _pictures(_enlarged((images.float().cpu() + 1) / 2))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first.save(path, save_all=True, append_images=others, duration=round(1000 / frames_per_second), loop=0, quality=90)
+    duration = round(1000 / frames_per_second)
+    _write(path, first, save_all=True, append_images=others, duration=duration, loop=0, quality=90)
 
 
 def _pictures(images: Tensor) -> list[Image.Image]:
@@ -62,5 +63,13 @@ def _save(path: Path, tiles: Tensor, columns: int) -> None:
     _, channels, height, width = tiles.shape
     sheet = tiles.view(-1, columns, channels, height, width).permute(0, 3, 1, 4, 2)  # (rows, h, columns, w, 3)
     sheet = F.pad(sheet.reshape(-1, columns * width, channels), (0, 0, 0, GAP, 0, GAP), value=1.0)
+    _write(path, Image.fromarray(sheet.mul(255).round().clamp(0, 255).byte().numpy()))
+
+
+def _write(path: Path, image: Image.Image, **options: Any) -> None:
+    """Write an image completely or not at all, in the format of the suffix."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"unknown file extension: {path.suffix!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.mul(255).round().clamp(0, 255).byte().numpy()).save(path)
+    write(path, lambda file: image.save(file, format=kind, **options))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +32,9 @@ class RunLog:
 
     def __init__(self, out: Path, step: int, steps: int, batch_size: int, tensorboard: bool) -> None:
         self.path, self.batch_size = out / "log.jsonl", batch_size
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-        known = "".join(line + "\n" for line in lines if _step(line) <= step)
-        write(self.path, lambda file: file.write(known.encode()))
+        lines = self.path.read_bytes().splitlines() if step and self.path.exists() else []
+        known = b"".join(line + b"\n" for line in lines if _step(line) <= step)
+        write(self.path, lambda file: file.write(known))
         self.tensorboard = _open_tensorboard(out / "tensorboard", step) if tensorboard else None
         self.bar = tqdm(
             total=steps * batch_size, initial=step * batch_size, unit="img", unit_scale=True, dynamic_ncols=True,
@@ -43,9 +46,11 @@ class RunLog:
         self.bar.update(self.batch_size)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a line, and its numbers to TensorBoard."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Append a line, which is on the disk before a checkpoint of its step is, and its numbers to TensorBoard."""
+        with open(self.path, "ab") as file:
+            file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.scalars(step, values)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
@@ -53,6 +58,7 @@ class RunLog:
         if self.tensorboard:
             for name, value in _flat(values):
                 self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()
 
     def pictures(self, step: int, files: Mapping[str, Path]) -> None:
         """Pictures that were written, for TensorBoard as well."""
@@ -60,25 +66,22 @@ class RunLog:
             for name, file in files.items():
                 with Image.open(file) as picture:
                     self.tensorboard.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-
-    def flush(self) -> None:
-        """Let readers see everything."""
-        if self.tensorboard:
             self.tensorboard.flush()
 
     def close(self) -> None:
         """End the progress bar and the event file."""
         self.bar.close()
         if self.tensorboard:
-            self.tensorboard.close()
+            with suppress(OSError):  # everything has been flushed, or has raised this error already
+                self.tensorboard.close()
 
 
-def _step(line: str) -> float:
-    """The step of a line; infinity where the line was cut off when the run was killed."""
+def _step(line: bytes) -> float:
+    """The step of a line; infinity where it is not one of ours, or was cut off when the run was killed."""
     try:
         return float(json.loads(line)["step"])
-    except ValueError:
-        return float("inf")
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return math.inf
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -98,29 +101,52 @@ def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
+@contextmanager
+def one_report() -> Iterator[None]:
+    """What TensorBoard's thread cannot write, its `flush` raises as well: here the thread does not print it too."""
+    before = threading.excepthook
+
+    def report(error: threading.ExceptHookArgs) -> None:
+        if type(error.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+            before(error)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 class Means:
-    """The mean losses since they were last read, which is when they leave the device."""
+    """The mean losses since they were last read, which is when they leave the device.
+
+    `losses` (n, 2), averaged over processes, are those that have left it, and what a checkpoint keeps: where it is made
+    between two lines of the log, the next line is the mean over all steps since the last one all the same.
+    """
 
     def __init__(self, networks: Mapping[str, nn.Module], ranks: Ranks) -> None:
         self.networks, self.ranks = networks, ranks
-        self.losses: list[Tensor] = []
+        self.losses = torch.empty(0, 2)
+        self.on_device: list[Tensor] = []
         self.seen = "nothing"
         self.restart()
 
     def restart(self) -> None:
         """Time runs from here: saving and drawing are not training."""
-        self.since = time.monotonic()
+        self.since, self.steps = time.monotonic(), 0
 
     def add(self, losses: Tensor) -> None:
         """Losses (2,), of D and of G, of one step."""
-        self.losses.append(losses)
+        self.on_device.append(losses)
+        self.steps += 1
 
-    def read(self, step: int, batch_size: int) -> dict[str, float]:
-        """The numbers of a log line. Where they are not finite the run ends here, before a save."""
-        loss_d, loss_g = self.ranks.mean(torch.stack(self.losses).mean(0)).tolist()
-        rate = len(self.losses) * batch_size / (time.monotonic() - self.since)
-        self.losses.clear()
-        self.restart()
+    def check(self, step: int) -> Tensor:
+        """The mean losses (2,) since the last reading. Where they are not finite the run ends here, before a save."""
+        if self.on_device:
+            self.losses = torch.cat([self.losses, self.ranks.mean(torch.stack(self.on_device)).cpu()])
+            self.on_device.clear()
+        means = self.losses.mean(0)
+        loss_d, loss_g = means.tolist()
         seen, sound = f"loss of D {loss_d:g}, of G {loss_g:g}", math.isfinite(loss_d) and math.isfinite(loss_g)
         for name, network in self.networks.items():
             finite = torch.stack([weight.isfinite().all() for weight in network.parameters()]).tolist()
@@ -132,4 +158,12 @@ class Means:
                 "is from before; lower learning rates may help"
             )
         self.seen = f"step {step}, {seen}"
+        return means
+
+    def read(self, step: int, batch_size: int) -> dict[str, float]:
+        """The numbers of a log line, for which the means start anew."""
+        loss_d, loss_g = self.check(step).tolist()
+        rate = self.steps * batch_size / (time.monotonic() - self.since)
+        self.losses = torch.empty(0, 2)
+        self.restart()
         return {"loss_d": loss_d, "loss_g": loss_g, "images_per_second": round(rate, 1)}

@@ -18,10 +18,16 @@ import torch
 
 import torch_sagan
 
-CONTENTS = {"config", "random", "versions", "step", "images", "best"}  # what a checkpoint holds beside the state dicts
+# What a checkpoint holds beside the state dicts.
+CONTENTS = {
+    "config": dict, "random": dict, "versions": dict, "best": dict, "step": int, "images": int, "losses": torch.Tensor,
+}  # fmt: skip
 
-# What a run leaves in its folder, and another run there would overwrite or mix with its own.
-TRACES = ("checkpoint*.pt", "best.pt", "log.jsonl", "samples-*.png", "attention-*.png", "tensorboard")
+# The names of the files that a run writes into its folder, beside `tensorboard`, which is a folder itself. Whatever has
+# another name is somebody else's and is not touched.
+CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.pt")
+IMAGE = re.compile(r"(?:samples|attention)-(\d{6,})\.png")
+FILES = re.compile(rf"{CHECKPOINT.pattern}|{IMAGE.pattern}|checkpoint\.pt|best\.pt|log\.jsonl")
 
 
 # Writing.
@@ -40,9 +46,11 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except BaseException as error:
         with suppress(OSError):
             new.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as a RuntimeError
+            raise
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise SystemExit(f"cannot save {path}: {str(cause).splitlines()[0]}") from None
 
@@ -61,25 +69,37 @@ def save_and_rotate(state: dict[str, Any], out: Path, *, keep_last: int, keep_ev
         link.unlink(missing_ok=True)
         link.symlink_to(path.name)
         os.replace(link, out / "checkpoint.pt")
-    for step, old in _numbered(out)[:-keep_last]:
+    for step, old in _numbered(out, CHECKPOINT)[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             old.unlink()
     return path
 
 
 def set_aside(out: Path, *, after: int | None = None) -> Path | None:
-    """Move the traces of an earlier run into a folder of their own; with `after`, only checkpoints of later steps.
+    """Move what an earlier run left into a folder of its own; with `after`, only what belongs to later steps.
 
-    Returns that folder, or None where there was no such checkpoint.
+    Images of later steps than any checkpoint are deleted: the run that is resumed will draw them again.
+    Returns that folder, or None where nothing was moved.
     """
     for unfinished in out.glob("*.new"):
-        unfinished.unlink()
-    later = [path for step, path in _numbered(out) if after is None or step > after]
-    if not later:
+        if FILES.fullmatch(unfinished.stem) and not unfinished.is_dir():
+            unfinished.unlink()
+    if after is None:
+        moved = sorted(path for path in out.iterdir() if FILES.fullmatch(path.name) or path.name == "tensorboard")
+    else:
+        moved, images = ([path for step, path in _numbered(out, name) if step > after] for name in (CHECKPOINT, IMAGE))
+        if moved:
+            moved += images
+            with suppress(SystemExit):  # where it is missing or cannot be read
+                moved += [out / "best.pt"] if load(out / "best.pt")["step"] > after else []
+        else:
+            for image in images:
+                image.unlink()
+    if not moved:
         return None
     earlier = next(path for i in range(1, 10**6) if not (path := out / f"earlier-{i}").exists())
     earlier.mkdir()
-    for path in later if after is not None else [path for trace in TRACES for path in out.glob(trace)]:
+    for path in moved:
         path.rename(earlier / path.name)
     return earlier
 
@@ -107,17 +127,17 @@ def load(path: Path) -> dict[str, Any]:
             if file.testzip():  # torch.load does not look at the checksums that torch.save writes
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = CONTENTS - set(state)
+        foreign = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
     except Exception:  # whatever a damaged or foreign file makes the reader raise
         raise SystemExit(f"cannot resume from {path}: it cannot be read as a checkpoint") from None
-    if missing:
-        raise SystemExit(f"cannot resume from {path}: it is not a checkpoint of this trainer")
+    if foreign:
+        raise SystemExit(f"cannot resume from {path}: it is not a checkpoint of this trainer ({', '.join(foreign)})")
     return dict(state)
 
 
 def newest(out: Path) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, None where there is none; those that cannot are named."""
-    found = _numbered(out)
+    found = _numbered(out, CHECKPOINT)
     for _, path in reversed(found):
         try:
             return load(path)
@@ -128,10 +148,10 @@ def newest(out: Path) -> dict[str, Any] | None:
     return None
 
 
-def _numbered(out: Path) -> list[tuple[int, Path]]:
-    """The steps and paths of the numbered checkpoints in a folder, oldest first."""
-    names = ((re.fullmatch(r"checkpoint-(\d+)\.pt", path.name), path) for path in out.glob("checkpoint-*.pt"))
-    return sorted((int(name[1]), path) for name, path in names if name)
+def _numbered(out: Path, name: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """The steps and paths of the files in a folder whose names match, oldest first."""
+    matches = ((name.fullmatch(path.name), path) for path in out.iterdir() if path.is_file())
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 # Signals.

@@ -37,12 +37,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from command_line import fail, option, read_arguments, settle, sizes
+from command_line import fail, option, read_arguments, script, settle, sizes
 from distributed import ALONE, Ranks, Shares, averaging_only, pick_device, processes
 from image_cache import usable_cores
 from judging import Judge, real_images
 from pictures import save_attention, save_grid
-from run_log import Means, RunLog
+from run_log import Means, RunLog, one_report
 from safekeeping import load, newest, postponed_signals, save, save_and_rotate, set_aside, survive_signals, versions
 from sliced_wasserstein import COARSEST
 from sources import Folder, Images, Shuffle, open_source
@@ -137,7 +137,8 @@ def check(config: Config, ranks: Ranks) -> None:
 
 
 def default_out(data: str) -> str:
-    return f"runs/{Path(data).name.removesuffix('.zip')}"
+    name = Path(os.path.abspath(data)).name.removesuffix(".zip")  # of . and .. too; links keep their names
+    return f"runs/{name or 'images'}"
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -217,6 +218,7 @@ class Run:
         self.step = 0
         self.images = 0  # drawn from the data so far, by all processes
         self.best: dict[str, float] = {}  # the lowest score of a judgement so far, by the score's name
+        self.means = Means({"G": self.generator, "D": self.discriminator}, ranks)
 
     def decay(self, step: int) -> float:
         """What the learning rates are multiplied with."""
@@ -271,6 +273,7 @@ class Run:
             "step": self.step,
             "images": self.images,
             "best": self.best,
+            "losses": self.means.losses,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -281,6 +284,7 @@ class Run:
             getattr(self, f"{network}_scheduler").base_lrs = [lr]
             getattr(self, f"{network}_optimizer").param_groups[0]["lr"] = lr * self.decay(state["step"])
         self.step, self.images, self.best = state["step"], state["images"], state["best"]
+        self.means.losses = state["losses"].view(-1, 2)
         random = state["random"]
         if self.ranks.rank < len(random["ranks"]):
             torch.set_rng_state(random["ranks"][self.ranks.rank]["cpu"])
@@ -385,18 +389,30 @@ def update_average(run: Run) -> None:
 PLACES = ((0.52, 0.37), (0.73, 0.5), (0.15, 0.5), (0.06, 0.06))
 
 
+def image_paths(run: Run, out: Path) -> dict[str, Path]:
+    """What `draw` writes at this step."""
+    kinds = ("samples", "attention") if run.average.attention else ("samples",)
+    return {kind: out / f"{kind}-{run.step:06d}.png" for kind in kinds}
+
+
 @torch.no_grad()
 def draw(run: Run, out: Path) -> dict[str, Path]:
     """Write what the averaged generator makes of fixed latent vectors, and where its last attention looks."""
     fixed = torch.Generator().manual_seed(run.config.seed + 2)  # its own, so that drawing changes nothing
     z = torch.randn(64, run.config.z_dim, generator=fixed).to(run.device)  # (64, z_dim)
-    made = {"samples": out / f"samples-{run.step:06d}.png"}
+    made = image_paths(run, out)
     save_grid(made["samples"], torch.cat([run.average(part) for part in z.split(16)]), columns=8)
-    images, maps = run.average(z[:6], return_attention=True)  # (6, C, S, S), [(6, N, M), …]
-    if maps:
-        made["attention"] = out / f"attention-{run.step:06d}.png"
+    if "attention" in made:
+        images, maps = run.average(z[:6], return_attention=True)  # (6, C, S, S), [(6, N, M), …]
         save_attention(made["attention"], images, maps[-1], PLACES)
     return made
+
+
+def redraw(run: Run, out: Path) -> None:
+    """Write the images of the step at which a run is resumed, where it was killed before it had drawn them."""
+    due = run.step % run.config.sample_every == 0 or run.step >= run.config.steps
+    if due and not all(path.exists() for path in image_paths(run, out).values()):
+        draw(run, out)
 
 
 Judgement = Callable[[nn.Module, int], dict[str, float]]  # a generator and a seed -> scores; the first decides
@@ -446,32 +462,39 @@ def sigmas(run: Run) -> dict[str, dict[str, float]]:
     return {"sigma_G": spectral_norms(run.generator), "sigma_D": spectral_norms(run.discriminator)}
 
 
+@one_report()
 def train(run: Run, source: Images | Folder, out: Path, judge: Judgement | None = None) -> int:
     """Train until the last step or a signal. Returns that signal's number, or 0."""
     config, ranks = run.config, run.ranks
     with ranks.agreeing():
         log = RunLog(out, run.step, config.steps, config.batch_size, config.tensorboard) if ranks.first else None
-    means = Means({"G": run.generator, "D": run.discriminator}, ranks)
+    run.means.restart()
     with closing(log) if log else nullcontext(), postponed_signals(second_stops=ranks.world == 1) as signals:
         reals = images_on_device(run, iter(open_loader(source, config, run.images, run.device, ranks)))
         last = False
         while not last:
-            means.add(training_step(run, reals))
+            run.means.add(training_step(run, reals))
             if log:
                 log.advance()
             signal = ranks.largest(signals[0] if signals else 0)  # all processes stop at the same step
             last = run.step == config.steps or signal > 0
             logs, draws, saves = (run.step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
             judges = config.judge_every > 0 and run.step % config.judge_every == 0
-            if not (last or logs or draws or saves or judges):
+            reports = run.step == config.steps or logs or draws or saves or judges
+            if not (reports or last):
                 continue
             best = False
             with ranks.agreeing():
-                line = {"images": run.images} | means.read(run.step, config.batch_size) | run.numbers()
-                if log:
-                    if judges and judge:
-                        line["scores"], best = judged(run, judge)
-                    log.write(run.step, line)
+                if (
+                    not reports
+                ):  # stopped between two lines of the log: the checkpoint keeps the losses for the next one
+                    run.means.check(run.step)
+                else:
+                    line = {"images": run.images} | run.means.read(run.step, config.batch_size) | run.numbers()
+                    if log:
+                        if judges and judge:
+                            line["scores"], best = judged(run, judge)
+                        log.write(run.step, line)
             if last or saves or judges:
                 state = run.state_dict()
                 with ranks.agreeing():
@@ -484,7 +507,7 @@ def train(run: Run, source: Images | Folder, out: Path, judge: Judgement | None 
                     if log:
                         log.pictures(run.step, draw(run, out))
                         log.scalars(run.step, sigmas(run) if log.tensorboard else {})
-            means.restart()
+            run.means.restart()
     return signal if run.step < config.steps else 0
 
 
@@ -512,31 +535,39 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge = open_ju
             config = settle(Config, given, state and state["config"])
             config = replace(config, out=config.out or default_out(config.data))
             check(config, ranks)
-            if dry_run:
+            cache = Path(config.cache_dir or Path(config.out).parent / "cache") if config.cache else None
+            if dry_run:  # in a folder of its own, since its settings are not those of the run
                 config = replace(config, steps=first + 3, log_every=1, sample_every=2, save_every=2)
                 config = replace(config, judge_every=min(config.judge_every, 2), judge_samples=64)
+                config = replace(config, out=str(Path(config.out) / "dry-run"))
             if first >= config.steps and resume != "auto":
                 fail(f"--steps {config.steps}: the checkpoint is at step {first} already")
             device = pick_device(config.device, ranks)
-        if first >= config.steps:
-            print(f"complete  {config.out} is at step {first}")
-            return 0
+        out = Path(config.out)
+        same = state is not None and folder is not None and folder.resolve() == out.resolve()
         with ranks.agreeing(ValueError):
             run = Run(config, image_channels=1 if config.data == "digits" else 3, device=device, ranks=ranks)
             if state:
                 try:
                     run.load_state_dict(state)
-                except (RuntimeError, KeyError):
+                except KeyError as missing:
+                    fail(f"--resume {resume}: the checkpoint lacks {missing}")
+                except RuntimeError:
                     fail(f"--resume {resume}: its weights do not fit the networks for --data {config.data}")
-            out = Path(config.out)
-            cache = Path(config.cache_dir or out.parent / "cache") if config.cache else None
+                except (TypeError, ValueError, AttributeError, IndexError) as error:
+                    fail(f"--resume {resume}: the checkpoint was edited or damaged: {error}")
+            if same and ranks.first:
+                redraw(run, out)
+        if first >= config.steps:
+            print(f"complete  {config.out} is at step {first}")
+            return 0
+        with ranks.agreeing(ValueError):
             source = open_source(config.data, size=config.image_size, crop=config.crop, cache=cache)
         with ranks.agreeing():
             if ranks.first:
                 out.mkdir(parents=True, exist_ok=True)
-                same = state is not None and folder is not None and folder.resolve() == out.resolve()
                 if earlier := set_aside(out, after=first if same else None):
-                    print(f"kept      other checkpoints in {earlier}")
+                    print(f"kept      what an earlier run left in {earlier}")
                 announce(run, source, state)
         judge = None
         with ranks.agreeing(ValueError):
@@ -553,6 +584,8 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge = open_ju
         made |= {"checkpoint": out / f"checkpoint-{run.step:06d}.pt", "log": out / "log.jsonl"}
         if stopped:
             print(f"stopped at step {run.step}; go on with --resume {out}")
+        if dry_run:
+            print(f"dry run    all that it wrote is in {out}")
         for what, file in made.items():
             print(f"{what:11}{file}")
         return 128 + stopped if stopped else 0
@@ -564,7 +597,7 @@ def announce(run: Run, source: Images | Folder, state: dict[str, Any] | None) ->
     if isinstance(source, Folder):
         for path in source.others:
             print(f"not an image, left out: {path}", file=sys.stderr)
-    if state and (other := {name: v for name, v in state["versions"].items() if v != versions()[name]}):
+    if state and (other := {name: v for name, v in state["versions"].items() if v != versions().get(name)}):
         print(f"versions  the checkpoint was made with {', '.join(f'{name} {v}' for name, v in other.items())}")
     weights = {name: sum(p.numel() for p in getattr(run, name).parameters()) for name in ("generator", "discriminator")}
     speed = [config.precision, *(["compiled"] if config.compile else [])]
@@ -580,7 +613,4 @@ def announce(run: Run, source: Images | Folder, state: dict[str, Any] | None) ->
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    script(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import lines, resume, train
 
 from distributed import ALONE
-from run_log import Means
+from run_log import Means, one_report
 
 
 def events(out: Path) -> EventAccumulator:
@@ -21,11 +22,20 @@ def events(out: Path) -> EventAccumulator:
     return accumulator
 
 
-@pytest.mark.parametrize("cut", ['{"step": 4, "ima', '{"step": 4, "gamma": {"G": 0.1}', "", '{"step": 4}{"step": 5}'])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        b'{"step": 4, "ima',
+        b'{"step": 4, "gamma": {"G": 0.1}',
+        b"",
+        b'{"step": 4}{"step": 5}',
+        b"null\n[1]\n{}\n\xff\xfe\n" + b'{"step": 1%s}' % (b"0" * 400),
+    ],
+)
 def test_lines_that_the_checkpoint_does_not_know_are_logged_once(cut, tmp_path):
     train(tmp_path, "--steps", "2", "--log-every", "1")
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 3}\n' + cut)  # as if the run had gone on and been killed before it saved again
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(b'{"step": 3}\n' + cut)  # as if the run had gone on and been killed before it saved again
     resume(tmp_path, "--steps", "4")
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
@@ -56,6 +66,37 @@ def test_tensorboard_shows_what_the_log_and_the_pictures_do(tmp_path):
     assert all(0.5 < value < 2 for value in sigma.values())
 
 
+@pytest.mark.parametrize("at", [0, 20])  # while it opens the file, and in the second line of the log
+def test_a_disk_that_is_full_for_tensorboard_is_one_line(at, tmp_path, monkeypatch, capfd):
+    """The package writes in a thread, whose errors are printed with their traceback unless somebody catches them."""
+    written = []
+
+    def write(writer: object, data: bytes) -> None:
+        written.append(data)
+        if len(written) > at:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
+    with pytest.raises(SystemExit, match=r"^train_celeba\.py: \[Errno 28\] No space left on device$"):
+        train(tmp_path, "--tensorboard", "--log-every", "1", "--steps", "9")
+    assert len(written) == at + 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_errors_of_other_threads_are_still_reported(monkeypatch):
+    reported = []
+    monkeypatch.setattr(threading, "excepthook", lambda error: reported.append(str(error.exc_value)))
+
+    def fail() -> None:
+        raise OSError("full")
+
+    with one_report():
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    assert reported == ["full"]
+
+
 def test_without_the_package_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
     load = builtins.__import__
 
@@ -84,11 +125,16 @@ def test_means_are_those_since_the_last_reading():
     line = means.read(2, 4)
     assert (line["loss_d"], line["loss_g"]) == (2.0, 6.0)
     means.add(torch.tensor((9.0, 0.0)))
-    assert means.read(3, 4)["loss_d"] == 9.0
+    means.check(3)  # a checkpoint is made here, but no line
+    assert means.losses.tolist() == [[9.0, 0.0]]
+    means.add(torch.tensor((11.0, 2.0)))
+    line = means.read(3, 4)
+    assert (line["loss_d"], line["loss_g"]) == (10.0, 1.0)
+    assert means.losses.shape == (0, 2)
     with torch.no_grad():
         network.weight.fill_(float("inf"))
     means.add(torch.tensor((9.0, 0.0)))
-    with pytest.raises(SystemExit, match=r"step 4: .*1 of G's 2 weight tensors.* step 3, loss of D 9, of G 0"):
+    with pytest.raises(SystemExit, match=r"step 4: .*1 of G's 2 weight tensors.* step 3, loss of D 10, of G 1"):
         means.read(4, 4)
 
 

@@ -32,6 +32,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+KINDS = (("checkpoint", "pt"), ("samples", "png"), ("attention", "png"))
+
+
+def images(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("*.png")}
+
+
 def names(out: Path, pattern: str = "checkpoint-*.pt") -> list[str]:
     return sorted(path.name for path in out.glob(pattern))
 
@@ -130,7 +137,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, how, t
     out, err = capsys.readouterr()
     assert "checkpoint-000004.pt: it cannot be read as a checkpoint; trying the one before" in err
     assert "training  steps 3 to 5" in out
-    assert names(tmp_path, "earlier-1/*") == ["checkpoint-000004.pt"]
+    images = ["attention-000004.png", "samples-000004.png"]
+    assert names(tmp_path, "earlier-1/*") == [images[0], "checkpoint-000004.pt", images[1]]
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
     with pytest.raises(SystemExit, match=r"cannot be read as a checkpoint"):
         resume(tmp_path / "earlier-1" / "checkpoint-000004.pt")
@@ -149,7 +157,7 @@ def test_a_new_run_keeps_what_an_earlier_one_left(tmp_path, capsys):
     train(tmp_path, "--steps", "2", "--tensorboard")
     for steps in ("1", "3"):
         train(tmp_path, "--steps", steps)
-    assert f"kept      other checkpoints in {tmp_path / 'earlier-2'}" in capsys.readouterr().out
+    assert f"kept      what an earlier run left in {tmp_path / 'earlier-2'}" in capsys.readouterr().out
     assert checkpoint(tmp_path)["step"] == 3
     assert [checkpoint(tmp_path / f"earlier-{i}", f"checkpoint-00000{3 - i}.pt")["step"] for i in (1, 2)] == [2, 1]
     assert names(tmp_path, "earlier-1/*") == [
@@ -159,12 +167,106 @@ def test_a_new_run_keeps_what_an_earlier_one_left(tmp_path, capsys):
     assert [line["step"] for line in lines(tmp_path)] == [3]
 
 
-def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(tmp_path):
-    train(tmp_path, "--steps", "4", "--save-every", "1", "--log-every", "1", "--keep-last", "4")
-    resume(tmp_path / "checkpoint-000002.pt", "--steps", "3")
+@pytest.mark.parametrize("best", [2, 4])
+def test_going_on_from_an_older_checkpoint_sets_what_came_later_aside(best, tmp_path):
+    settings = [
+        "--save-every",
+        "1",
+        "--log-every",
+        "1",
+        "--sample-every",
+        "1",
+        "--keep-last",
+        "4",
+        "--judge-every",
+        "2",
+    ]
+    scores = iter([1.0, 2.0] if best == 2 else [2.0, 1.0])
+    train(tmp_path, "--steps", "4", *settings, open_judge=lambda *_: lambda *_: {"fid": next(scores)})
+    resume(tmp_path / "checkpoint-000002.pt", "--steps", "3", "--judge-every", "0")
     assert names(tmp_path) == [f"checkpoint-00000{step}.pt" for step in (1, 2, 3)]
-    assert names(tmp_path, "earlier-1/*") == ["checkpoint-000003.pt", "checkpoint-000004.pt"]
+    assert names(tmp_path, "samples-*") == [f"samples-00000{step}.png" for step in (1, 2, 3)]
+    later = [f"{name}-00000{step}.{kind}" for name, kind in KINDS for step in (3, 4)]
+    assert names(tmp_path, "earlier-1/*") == sorted(later + ["best.pt"] * (best == 4))
+    assert (tmp_path / "best.pt").exists() is (best == 2)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_images_that_no_checkpoint_knows_are_drawn_again(tmp_path):
+    train(tmp_path, "--steps", "2", "--sample-every", "1")
+    (tmp_path / "samples-000003.png").write_bytes(b"of a run that was killed")
+    resume(tmp_path, "--steps", "4", "--sample-every", "2")
+    assert names(tmp_path, "samples-*") == [f"samples-00000{step}.png" for step in (1, 2, 4)]
+    assert not list(tmp_path.glob("earlier-*"))
+
+
+def test_what_a_run_left_before_its_first_checkpoint_is_kept_apart(tmp_path):
+    (tmp_path / "tensorboard").mkdir(parents=True)
+    for name in ("log.jsonl", "samples-000002.png", "best.pt"):
+        (tmp_path / name).write_text('{"step": 2}\n')
+    train(tmp_path, "--resume", "auto", "--steps", "1")
+    assert names(tmp_path, "earlier-1/*") == ["best.pt", "log.jsonl", "samples-000002.png", "tensorboard"]
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    assert names(tmp_path, "samples-*") == ["samples-000001.png"]
+
+
+def test_files_of_others_are_not_touched(tmp_path):
+    others = [
+        "mine.new",
+        "weights.pt.new",
+        "samples-of-mine.png",
+        "samples-1.png.new",
+        "best.pt.bak",
+        "checkpoint-9.pt",
+    ]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    for name in ("folder.new", "checkpoint-000009.pt.new"):
+        (tmp_path / name).mkdir()
+    for name in ("samples-000003.png.new", "log.jsonl.new"):
+        (tmp_path / name).write_text("of a run that was killed")
+    for arguments in ([], [], ["--resume", "auto"]):
+        train(tmp_path, "--steps", "2", *arguments)
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+    assert names(tmp_path, "*.new") == [
+        "checkpoint-000009.pt.new", "folder.new", "mine.new", "samples-1.png.new", "weights.pt.new",
+    ]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("name", ["samples", "attention"])
+def test_an_image_is_never_half_written(name, tmp_path, monkeypatch):
+    save = Image.Image.save
+
+    def killed(image: Image.Image, file: object, **options: object) -> None:
+        save(image, file, **options)
+        if f"{name}-000002" in file.name:  # type: ignore[attr-defined]
+            file.truncate(100)  # type: ignore[attr-defined]
+            sys.exit("killed")
+
+    train(tmp_path / "whole", "--steps", "4", "--sample-every", "2", "--save-every", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", killed)
+        with pytest.raises(SystemExit, match=r"^killed$"):
+            train(tmp_path / "killed", "--steps", "4", "--sample-every", "2", "--save-every", "2")
+    assert not (tmp_path / "killed" / f"{name}-000002.png").exists()
+    assert names(tmp_path / "killed") == ["checkpoint-000002.pt"]
+    train(tmp_path / "killed", "--resume", "auto")  # with the settings of the checkpoint
+    assert images(tmp_path / "killed") == images(tmp_path / "whole")
+
+
+def test_a_complete_run_draws_what_is_missing(tmp_path, capsys):
+    train(tmp_path, "--steps", "2")
+    before = images(tmp_path)
+    assert len(before) == 2
+    for missing in (["samples-000002.png"], ["attention-000002.png"], list(before)):
+        for name in missing:
+            (tmp_path / name).unlink()
+        train(tmp_path, "--resume", "auto", "--steps", "2")
+        assert "complete" in capsys.readouterr().out
+        assert images(tmp_path) == before
 
 
 # ------------------------------------------------------------------------------------------------------- signals
@@ -186,8 +288,12 @@ def test_interrupted_between_two_halves_of_a_step(number, tmp_path, monkeypatch,
     assert signal.getsignal(number) is handler
     monkeypatch.undo()
     assert checkpoint(tmp_path / "a")["step"] == 3
+    assert lines(tmp_path / "a") == []  # the mean of fewer steps than those of a line is not logged
     resume(tmp_path / "a", "--steps", "5")
     train(tmp_path / "b", "--steps", "5")
+    logs = [[{**line, "images_per_second": 0} for line in lines(tmp_path / out)] for out in ("a", "b")]
+    assert len(logs[0]) == 1
+    assert logs[0] == logs[1]
     assert_same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"), apart_from=("/config/out",))
 
 

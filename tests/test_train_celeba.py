@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import train_celeba
+from command_line import script
 from sources import Folder, Shuffle, digits
 
 GOOD = 10
@@ -273,9 +275,42 @@ def test_digits_have_one_channel_and_are_not_mirrored(tmp_path, monkeypatch):
 
 def test_dry_run_writes_everything(tmp_path, capsys):
     assert train(tmp_path, "--dry-run") == 0
-    made = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-4:]]
+    made = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-5:]]
+    assert made[0] == str(tmp_path / "dry-run")
     assert all(Path(path).exists() for path in made)
-    assert checkpoint(tmp_path)["step"] == 3
+    assert checkpoint(tmp_path / "dry-run")["step"] == 3
+
+
+def test_a_dry_run_leaves_nothing_that_a_run_picks_up(tmp_path, capsys):
+    settings = ["--resume", "auto", "--save-every", "2"]
+    train(tmp_path, *settings, "--dry-run")
+    train(tmp_path, *settings, "--steps", "4")
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    capsys.readouterr()
+    train(tmp_path, *settings, "--dry-run")
+    assert "training  steps 4 to 7" in capsys.readouterr().out  # from the run's own checkpoint
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+    assert checkpoint(tmp_path / "dry-run")["step"] == 7
+    train(tmp_path, *settings, "--steps", "6")
+    state = checkpoint(tmp_path)
+    assert (state["step"], state["config"]["log_every"], state["config"]["judge_samples"]) == (6, 50, 2000)
+    assert state["config"]["out"] == str(tmp_path)
+
+
+def test_a_dry_run_uses_the_cache_of_the_run(folder, tmp_path):
+    train(tmp_path / "run", "--data", str(folder), "--dry-run")
+    assert list((tmp_path / "cache").glob("*.npy"))
+
+
+@pytest.mark.parametrize(
+    ("data", "out"),
+    [("faces", "faces"), ("~/celeba.zip", "celeba"), (".", "here"), ("..", "above"), ("/", "images"), ("a/..", "here")],
+)
+def test_the_folder_is_named_after_the_data(data, out, tmp_path, monkeypatch):
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    assert train_celeba.default_out(data) == f"runs/{out}"
 
 
 def test_without_attention(tmp_path, capsys):
@@ -430,6 +465,12 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(root / "run", "--steps", "1")
     state = checkpoint(root / "run")
     torch.save(state | {"config": state["config"] | {"colour": 1}}, root / "newer.pt")
+    for name, config in (("loss", {"loss": "foo"}), ("lr", {"lr_g": None}), ("steps", {"steps": 2.5})):
+        torch.save(state | {"config": state["config"] | config}, root / f"edited-{name}.pt")
+    for name in ("average", "losses", "generator_optimizer"):
+        torch.save({part: value for part, value in state.items() if part != name}, root / f"without-{name}.pt")
+    torch.save(state | {"random": {"ranks": None}}, root / "random.pt")
+    torch.save(state | {"step": "one"}, root / "step.pt")
     return root
 
 
@@ -472,6 +513,17 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--resume", "{tmp}/run", "--data", "faces", "--steps", "2"], r"do not fit the networks for --data faces"),
         (["--resume", "{tmp}/run", "--steps", "1"], r"--steps 1: the checkpoint is at step 1 already"),
         (["--resume", "{tmp}/newer.pt"], r"another version, with settings that this one does not know: colour"),
+        (["--resume", "{tmp}/edited-loss.pt"], r"--loss must be one of hinge, wgan-gp, got foo"),
+        (["--resume", "{tmp}/edited-lr.pt"], r"--lr-g must be of type float, got None"),
+        (["--resume", "{tmp}/edited-steps.pt"], r"--steps must be of type int, got 2\.5"),
+        (
+            ["--resume", "{tmp}/without-average.pt", "--steps", "2"],
+            r"without-average\.pt: the checkpoint lacks 'average'",
+        ),
+        (["--resume", "{tmp}/without-generator_optimizer.pt", "--steps", "2"], r"lacks 'generator_optimizer'"),
+        (["--resume", "{tmp}/without-losses.pt"], r"it is not a checkpoint of this trainer \(losses\)"),
+        (["--resume", "{tmp}/step.pt"], r"it is not a checkpoint of this trainer \(step\)"),
+        (["--resume", "{tmp}/random.pt", "--steps", "2"], r"random\.pt: the checkpoint was edited or damaged: "),
         (["--out", "{tmp}/file/run"], r"file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -506,6 +558,27 @@ def test_no_compiler_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(train_celeba, "discriminator_step", fails)
     with pytest.raises(SystemExit, match=r"--compile: No working C\+\+ compiler found$"):
         train(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", rb"\xe9\u5b57\udcff"), ("utf-8", "é字".encode() + rb"\udcff")]
+)
+def test_what_a_terminal_cannot_show_is_escaped(encoding, shown, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", terminal)
+    with pytest.raises(SystemExit) as end:
+        script(lambda: print("é字\udcff"))  # the last from a file name that is not UTF-8
+    assert end.value.code is None
+    terminal.flush()
+    assert terminal.buffer.getvalue() == shown + b"\n"
+
+
+def test_ctrl_c_has_its_own_status():
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match=r"^130$"):
+        script(interrupted)
 
 
 def test_help_tells_every_default(capsys):
