@@ -23,7 +23,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from command_line import Parser
+from command_line import Parser, script
 from judging import Judge, real_images
 from model_card import Card, open_generator, save
 from pictures import save_animation, save_attention, save_grid, save_images
@@ -122,10 +122,10 @@ def check(given: argparse.Namespace, generator: SAGANGenerator) -> None:
         fail(f"--crop must be at least 0, got {given.crop}")
     if not 0 <= given.seed < 2**62:
         fail(f"--seed must be from 0 to below 2^62, got {given.seed}")
-    for name in ("truncation", "fps"):
-        value = getattr(given, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            fail(f"--{name} must be above 0, got {value}")
+    if given.truncation is not None and not (given.truncation > 0 and math.isfinite(given.truncation)):
+        fail(f"--truncation must be above 0, got {given.truncation}")
+    if not 0.01 <= given.fps <= 100:  # a GIF counts hundredths of a second, at most 65535 of them for a frame
+        fail(f"--fps must be from 0.01 to 100, got {given.fps}")
     if given.labels and generator.num_classes is None:
         fail("--labels: this generator has no classes")
     for label in given.labels or []:
@@ -282,7 +282,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    script(main)

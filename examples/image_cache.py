@@ -40,6 +40,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def readable(size: int) -> str:
+    """A number of bytes in the largest unit of which there is at least one: 1536 is 1.5 KiB."""
+    power = max(0, size.bit_length() - 1) // 10
+    return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"
+
+
 def open_cache(folder: Folder, directory: Path) -> NDArray[np.uint8]:
     """All images of a folder, uint8 (N, 3, size, size), from its cache in `directory`, which is built if need be."""
     shape = (len(folder), 3, folder.size, folder.size)
@@ -95,7 +101,7 @@ def _build(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:
     need, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if need > free:
         raise OSError(
-            f"the decoded images need {need / 2**30:.2f} GiB in {path.parent}, {free / 2**30:.2f} GiB are free: "
+            f"the decoded images need {readable(need)} in {path.parent}, {readable(free)} are free: "
             "--cache-dir names another folder, --no-cache does without"
         )
     for other in folder.others:
@@ -112,7 +118,7 @@ def _build(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError, ValueError) as error:  # an error in a worker tells its traceback, then what it is
         reason = str(error).strip().splitlines()[-1]
-        raise OSError(f"cannot write {path} ({need / 2**30:.2f} GiB): {reason}") from None
+        raise OSError(f"cannot write {path} ({readable(need)}): {reason}") from None
     finally:
         part.unlink(missing_ok=True)
 

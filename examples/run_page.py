@@ -11,13 +11,12 @@ from __future__ import annotations
 import base64
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from command_line import Parser
+from command_line import Parser, script
 from safekeeping import write
 
 Item = TypeVar("Item")
@@ -28,6 +27,8 @@ COLOURS = ("#3b6fb6", "#c8553d", "#3f8f5b", "#8a5fb0", "#b98a1f", "#4aa3a8", "#b
 WIDTH, HEIGHT = 560, 240  # of a chart, pixels
 LEFT, RIGHT, ABOVE, BELOW = 58, 24, 10, 24  # what surrounds its curves
 MOST = 12  # pictures of a kind: first, last, and evenly many between
+MOST_STEPS = 2**53  # up to here a float is exact
+LARGEST = 1e300  # of the values that are drawn: sums and differences of such values are finite
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -46,14 +47,14 @@ img { width: 100%; image-rendering: pixelated; }
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, oldest first; one that was cut off when the run was killed is left out."""
+    """The lines of a log, oldest first. What is not a line of a log is left out, such as one that a kill cut off."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and abs(line["step"]) < MOST_STEPS:
             lines.append(line)
     return lines
 
@@ -66,7 +67,7 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
         for name, value in values.items():
             if isinstance(value, Mapping):
                 add(step, value, f"{prefix}{name}/")
-            elif isinstance(value, (int, float)) and math.isfinite(value):
+            elif isinstance(value, (int, float)) and abs(value) < LARGEST:  # nan is not
                 found.setdefault(prefix + name, []).append((step, value))
 
     for line in lines:
@@ -113,7 +114,8 @@ def chart(lines: Mapping[str, Points]) -> str:
     first, last = min(step for step, _ in points), max(step for step, _ in points)
     last = max(last, first + 1)  # a single step gets room
     low, high = min(value for _, value in points), max(value for _, value in points)
-    margin = 0.05 * (high - low) or max(abs(high) * 0.05, 1e-6)  # a flat curve too
+    flat = high - low <= 1e-9 * max(abs(low), abs(high), 1e-6)  # to the eye; then rounding would move its ticks
+    margin = 0.05 * max(abs(high), 2e-5) if flat else 0.05 * (high - low)
     low, high = low - margin, high + margin
 
     def x(step: float) -> float:
@@ -151,7 +153,7 @@ def picture(path: Path) -> str:
     """A PNG inside the page."""
     content = base64.b64encode(path.read_bytes()).decode()
     step = path.stem.rpartition("-")[2]
-    caption = f"step {int(step):,}" if step.isdigit() else path.stem
+    caption = f"step {int(step):,}" if step.isdecimal() else path.stem
     image = f'<img src="data:image/png;base64,{content}" alt="{escape(path.name)}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
@@ -195,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     out = given.out or given.folder / "summary.html"
     try:
-        content = page(given.folder).encode()
+        content = page(given.folder).encode(errors="backslashreplace")  # a name need not be UTF-8
     except (ValueError, OSError) as error:
         fail(error)
     write(out, lambda file: file.write(content))
@@ -204,4 +206,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script(main)

@@ -142,6 +142,30 @@ def test_a_video_goes_in_a_circle(kind, model, tmp_path):
         assert video.info["duration"] == 100
 
 
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+@pytest.mark.parametrize(("fps", "milliseconds"), [("0.01", 100_000), ("100", 10)])
+def test_the_slowest_and_the_fastest_video(fps, milliseconds, kind, model, tmp_path):
+    run(model, tmp_path, "--video", kind, "--stops", "2", "--frames", "1", "--fps", fps)
+    with Image.open(tmp_path / f"walk.{kind}") as video:
+        video.seek(1)
+        video.load()
+        assert video.info["duration"] == milliseconds
+
+
+def test_a_picture_that_cannot_be_finished_leaves_the_old_one(model, tmp_path, monkeypatch):
+    before = run(model, tmp_path, "--video", "webp", "--grid", "--images", "--count", "2", "--frames", "1")
+
+    def half(image: Image.Image, file: object, **_: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        sys.exit("killed")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    for flag in (["--video", "webp"], ["--grid"], ["--images"]):
+        with pytest.raises(SystemExit, match=r"^killed$"):
+            generate.main([str(model), "--out", str(tmp_path), *flag, "--seed", "1"])
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+
+
 def test_attention_figures_look_from_the_given_places(model, tmp_path):
     run(model, tmp_path, "--attention", "--look-from", "0.1,0.2", "--look-from", "0.9,0.9")
     assert size(tmp_path / "attention-8.png") == (3 * 130 + 2, 6 * 130 + 2)
@@ -304,6 +328,8 @@ def test_a_save_that_fails_leaves_the_old_files(failing, tmp_path, monkeypatch):
         (["{model}", "--crop", "-1"], r"--crop must be at least 0, got -1"),
         (["{model}", "--seed", str(2**63)], r"--seed must be from 0 .*got 9223372036854775808"),
         (["{model}", "--truncation", "nan"], r"--truncation must be above 0, got nan"),
+        (["{model}", "--video", "webp", "--fps", "1e-9"], r"--fps must be from 0\.01 to 100, got 1e-09"),
+        (["{model}", "--video", "gif", "--fps", "nan"], r"--fps must be from 0\.01 to 100, got nan"),
         (["{model}", "--labels", "1"], r"--labels: this generator has no classes"),
         (["{classes}", "--labels", "1,3"], r"--labels must be from 0 to 2, got 3"),
         (["{model}", "--labels", "one"], r"--labels.*'one'"),

@@ -303,11 +303,18 @@ def test_a_build_that_fails_leaves_nothing(error, folder, tmp_path, monkeypatch)
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
+def test_sizes_have_a_unit_in_which_they_are_not_zero():
+    sizes = [0, 1023, 1024, 1536, 2**20 - 1, 9 * 2**30 + 2**29, 2**50]
+    assert [image_cache.readable(size) for size in sizes] == [
+        "0 bytes", "1023 bytes", "1 KiB", "1.5 KiB", "1024 KiB", "9.5 GiB", "1 PiB",
+    ]  # fmt: skip
+
+
 def test_too_little_space_is_known_beforehand(folder, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, COUNT * 3 * 16 * 16 - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
     monkeypatch.setattr(image_cache, "_decoded", lambda folder: pytest.fail("decoding has begun"))
-    with pytest.raises(OSError, match=r"need 0\.00 GiB in .*cache, 0\.00 GiB are free: .*--no-cache"):
+    with pytest.raises(OSError, match=r"need 9 KiB in .*cache, 1000 bytes are free: .*--no-cache"):
         cached(folder, tmp_path / "cache")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
+import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -81,7 +83,9 @@ def test_the_page_holds_curves_and_pictures_and_needs_nothing_else(folder, capsy
     assert html.count("<svg") == 4  # losses, gammas, images per second, the one score
 
 
-def test_a_line_that_was_cut_off_is_left_out(folder):
+def test_what_is_not_a_line_of_the_log_is_left_out(folder):
+    with open(folder / "log.jsonl", "ab") as file:
+        file.write(b"\nnull\n[1]\n\xff\xfe\n" + line(10**20).encode())
     assert [entry["step"] for entry in read_log(folder / "log.jsonl")] == [10, 20, 30]
 
 
@@ -122,6 +126,23 @@ def test_a_chart_puts_points_where_they_belong():
 @pytest.mark.parametrize("points", [[(5, 1.0)], [(5, 0.0), (6, 0.0)], [(0, 1e9), (1, -1e-9)]])
 def test_charts_of_little(points):
     ElementTree.fromstring(chart({"a": points}))
+
+
+ABSURD = [math.nan, math.inf, 1e308, -1e308, 10**400, 9e299, -9e299, 5e-324, 1e-310, 1.0, 1 + 2**-52, 1e16, 1e16 + 2]
+
+
+@pytest.mark.parametrize("values", [*itertools.combinations(ABSURD, 1), *itertools.combinations(ABSURD, 2)])
+def test_absurd_numbers_are_drawn_or_left_out(values, tmp_path):
+    text = "".join(line(step, loss_d=value) for step, value in zip((2**53 - 1, 0), values, strict=False))
+    (tmp_path / "log.jsonl").write_text(text)
+    html = page(tmp_path)
+    assert read(html).open == []
+    (losses,) = (ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", html)[:1])
+    for curve in losses.iter("polyline"):
+        for point in curve.get("points").split():
+            x, y = map(float, point.split(","))
+            assert 0 <= x <= run_page.WIDTH
+            assert 0 <= y <= run_page.HEIGHT
 
 
 @pytest.mark.parametrize(
