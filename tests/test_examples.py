@@ -155,10 +155,10 @@ def test_the_figure_shows_the_map_of_each_point(tmp_path):
     assert picture.shape[:2] == sheet(3, 1)[::-1]
     assert first[90:98, 30:38].mean() > first[30:38, 90:98].mean() + 50
     assert second[30:38, 90:98].mean() > second[90:98, 30:38].mean() + 50
-    mine, other = image[12, 115], image[115, 12]  # two points in two colours, which come back in their maps
+    mine, other = image[12, 110], image[115, 17]  # on two rings in two colours, which come back around their maps
     assert np.abs(mine - other).max() > 100
-    assert np.array_equal(first[12, 115], mine)
-    assert np.array_equal(second[115, 12], other)
+    assert np.array_equal(first[12, 110], mine)
+    assert np.array_equal(second[115, 17], other)
 
 
 # --- attention in models that exist ----------------------------------------------------------------------------------

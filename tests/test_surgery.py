@@ -603,10 +603,21 @@ def test_sizes_of_queries_and_keys(height: int, width: int, pool: int) -> None:
     layer = SelfAttention2d(4, pool=pool)
     with record_attention(layer) as records:
         layer(torch.randn(1, 4, height, width))
-    ((attention, query_size, key_size),) = records[""]
-    assert query_size == (height, width)
-    assert key_size == (height // pool, width // pool)
-    assert attention.shape == (1, height * width, key_size[0] * key_size[1])
+    (record,) = records[""]
+    assert record.query_size == (height, width)
+    assert record.key_size == (height // pool, width // pool)
+    assert record.attention.shape == (1, height * width, record.key_size[0] * record.key_size[1])
+
+
+def test_the_gamma_is_that_of_the_call() -> None:
+    layer = SelfAttention2d(4)
+    with record_attention(layer) as records:
+        for gamma in (-0.5, 0.25):
+            nn.init.constant_(layer.gamma, gamma)
+            layer(torch.randn(1, 4, 3, 3))
+    gammas = [record.gamma for record in records[""]]
+    assert [gamma.tolist() for gamma in gammas] == [[-0.5], [0.25]]
+    assert not any(gamma.requires_grad for gamma in gammas)
 
 
 def test_recording_leaves_no_trace() -> None:

@@ -1,4 +1,4 @@
-"""``attention_overlay``: light where the map looks, and the query marked."""
+"""``attention_overlay``: colour on what the query attends to, and the query marked."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ from torch_sagan import (
     mark_queries,
     record_attention,
 )
+
+# The ramp of colours, from no attention to full level, written down a second time.
+VIOLET, ORANGE, YELLOW = torch.tensor([[0.45, 0.08, 0.43], [0.95, 0.45, 0.15], [0.99, 1.0, 0.75]])
+
+
+def colored(grey: Tensor, levels: Tensor, strength: float = 0.9) -> Tensor:
+    """A grey image (1, H, W) under levels (H, W): the ramp's colour at each level, as opaque as the level is high."""
+    low, high = (2 * levels).clamp(max=1), (2 * levels - 1).clamp(min=0)
+    ramp = VIOLET[:, None, None] + low * (ORANGE - VIOLET)[:, None, None] + high * (YELLOW - ORANGE)[:, None, None]
+    return grey + strength * levels * (ramp - grey)  # (3, H, W)
 
 
 def looks_at(batch: int, queries: int, keys: int, query: int, key: int) -> Tensor:
@@ -140,10 +150,48 @@ def test_image_shows_through() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_strength_zero_is_the_image(channels: int) -> None:
+def test_strength_zero_is_the_grey_image(channels: int) -> None:
     images = torch.rand(2, channels, 16, 16) * 2 - 1
     overlay = attention_overlay(images, torch.rand(2, 16, 16), (3, 9), strength=0.0, mark=False)
-    torch.testing.assert_close(overlay, ((images + 1) / 2).expand(2, 3, 16, 16))
+    red, green, blue = ((images + 1) / 2).expand(2, 3, 16, 16).unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    torch.testing.assert_close(overlay, (0.1 + 0.55 * luma).unsqueeze(1).expand(2, 3, 16, 16))
+
+
+def test_a_uniform_map_is_unremarkable() -> None:
+    """Every weight is 1 / M, a quarter of 4 / M: one pale colour everywhere."""
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    uniform = torch.full((2, 64, 64), 1 / 64)
+    grey = attention_overlay(images, uniform, (5, 5), strength=0.0, mark=False)
+    overlay = attention_overlay(images, uniform, (5, 5), mark=False)
+    for shown, under in zip(overlay, grey, strict=True):
+        torch.testing.assert_close(shown, colored(under[:1], torch.full((32, 32), 0.25)))
+    one_hot = attention_overlay(images, looks_at(2, 64, 64, 9, 0), (5, 5), mark=False)
+    assert (overlay - grey).abs().max() < 0.25 * (one_hot - grey).abs().max()
+
+
+def test_one_weight_of_one_is_one_bright_position() -> None:
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    attention = looks_at(1, 64, 64, 0, 27)  # row 3, column 3 of positions that are 8 pixels wide
+    grey = attention_overlay(images, attention, (0, 0), strength=0.0, mark=False)[0]
+    overlay = attention_overlay(images, attention, (0, 0), mark=False)[0]
+    # Bilinearly, a weight falls to 0 where the next positions have their middles, and is above one half inside its own.
+    center = overlay[:, 26:30, 26:30]
+    torch.testing.assert_close(center, colored(grey[:1, 26:30, 26:30], torch.ones(4, 4)))
+    far = torch.ones(64, 64, dtype=torch.bool)
+    far[20:36, 20:36] = False
+    assert torch.equal(overlay[:, far], grey[:, far])
+    assert not torch.isclose(overlay[:, 22:34, 27], grey[:, 22:34, 27]).all(0).any()
+
+
+def test_levels_are_proportional_up_to_half_of_the_largest_weight() -> None:
+    attention = torch.zeros(1, 1, 100)
+    attention[0, 0, :5] = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0])
+    overlay = attention_overlay(
+        -torch.ones(1, 1, 10, 10), attention, (0, 0), query_size=(1, 1), key_size=(10, 10), mark=False
+    )[0]  # one pixel for each key: nothing is interpolated
+    expected = colored(torch.full((1, 1, 5), 0.1), torch.tensor([[1.0, 1.0, 1.0, 0.5, 0.0]]))
+    torch.testing.assert_close(overlay[:, :1, :5], expected)
 
 
 def test_strength() -> None:
@@ -158,21 +206,27 @@ def test_strength() -> None:
     assert contrast[0] < contrast[1] < contrast[2]
 
 
-@pytest.mark.parametrize("query", [(0, 0), (40, 10), (63, 63), (5, 60)])
-def test_mark_is_at_the_query_and_nowhere_else(query: tuple[int, int]) -> None:
-    images = torch.rand(2, 3, 64, 64) * 2 - 1
+@pytest.mark.parametrize("query", [(0, 0), (80, 20), (127, 127), (10, 120)])
+def test_the_mark_is_a_ring_around_the_query_and_a_frame(query: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, 128, 128) * 2 - 1
     attention = torch.rand(2, 64, 64).softmax(2)
     marked = attention_overlay(images, attention, query)
     bare = attention_overlay(images, attention, query, mark=False)
     assert torch.equal(marked, attention_overlay(images, attention, query, mark=True))
-    rows, columns = (marked != bare).any(1).any(0).nonzero(as_tuple=True)
+    green = torch.tensor([0.1, 1.0, 0.2])
+    inside = slice(2, -2)
+    for border in (marked[:, :, :2], marked[:, :, -2:], marked[..., :2], marked[..., -2:]):
+        assert torch.equal(border, green[:, None, None].expand_as(border))
+    changed = (marked != bare).any(1).any(0)
+    changed[:2], changed[-2:], changed[:, :2], changed[:, -2:] = False, False, False, False
+    rows, columns = changed.nonzero(as_tuple=True)
     assert len(rows) > 0
-    assert (rows - query[0]).abs().max() <= 8
-    assert (columns - query[1]).abs().max() <= 8
-    centre = (rows.double().mean(), columns.double().mean())
-    assert abs(float(centre[0]) - query[0]) <= 4
-    assert abs(float(centre[1]) - query[1]) <= 4
-    assert (marked - bare).abs().max() > 0.2
+    distance = torch.hypot((rows - query[0]).float(), (columns - query[1]).float())
+    assert distance.max() < 8
+    assert distance.min() > 2  # the position itself stays visible
+    row, column = query
+    if row + 5 in range(*inside.indices(128)):  # 5 pixels from the query is the middle of the stroke
+        assert torch.equal(marked[:, :, row + 5, column], green.expand(2, 3))
 
 
 def test_each_image_has_its_own_map() -> None:
@@ -209,9 +263,11 @@ def test_several_queries_are_each_one_of_them(mark: bool) -> None:
     assert overlay.shape == (2, 3, 3, 48, 64)
     for i, query in enumerate(queries):
         alone = attention_overlay(images, attention, query, mark=mark)
-        differ = (overlay[:, i] != alone).any(1).any(0).nonzero()
-        assert len(differ) == 0 or (mark and i > 0)  # only the colour of the mark may differ
-        assert len(differ) == 0 or (differ - torch.tensor(query)).abs().max() <= 3
+        differ = (overlay[:, i] != alone).any(1).any(0)
+        assert not differ.any() or (mark and i > 0)  # only the colour of ring and frame may differ
+        near = torch.hypot(torch.arange(48.0)[:, None] - query[0], torch.arange(64.0) - query[1]) < 4
+        near[0], near[-1], near[:, 0], near[:, -1] = True, True, True, True
+        assert not (differ & ~near).any()
 
 
 def test_a_sequence_of_one_stays_a_sequence() -> None:
@@ -228,36 +284,52 @@ def test_queries_may_be_lists_and_tensors() -> None:
         assert torch.equal(attention_overlay(images, attention, queries), expected)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("size", [(64, 64), (32, 48), (16, 16), (7, 5)])
-def test_marks_have_colours_of_their_own(size: tuple[int, int]) -> None:
-    """Every point is at its place, in another colour than the rest; what is not near a point stays the image."""
+@pytest.mark.parametrize("size", [(128, 128), (64, 96), (32, 48)])
+def test_marks_have_colors_of_their_own(size: tuple[int, int]) -> None:
+    """Every ring is around its query, in another colour than the rest; what is not near a query stays the image."""
     height, width = size
     images = torch.rand(2, 3, height, width) * 2 - 1
+    unit = max(1.0, min(size) / 64)
+    radius = round(2.6 * unit)
     queries = [(0, 0), (height - 1, 0), (0, width - 1), (height - 1, width - 1), (height // 2, width // 2)]
     marked = mark_queries(images, queries)
     assert marked.shape == images.shape
     assert marked.min() >= 0
     assert marked.max() <= 1
-    colours = torch.stack([marked[0, :, row, column] for row, column in queries])  # (5, 3)
-    assert torch.cdist(colours, colours)[~torch.eye(5, dtype=torch.bool)].min() > 0.3
+    beside = [(row, column + (radius if column == 0 else -radius)) for row, column in queries]
+    colors = torch.stack([marked[0, :, row, column] for row, column in beside])  # (5, 3)
+    assert torch.cdist(colors, colors)[~torch.eye(5, dtype=torch.bool)].min() > 0.3
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     far = torch.ones(height, width, dtype=torch.bool)
     for row, column in queries:
-        far &= torch.maximum((rows - row).abs(), (columns - column).abs()) > max(1, min(size) // 32)
+        far &= torch.hypot((rows - row).float(), (columns - column).float()) > radius + unit + 0.5  # half a pixel fades
     torch.testing.assert_close(marked[:, :, far], ((images + 1) / 2)[:, :, far])
+    assert torch.equal(marked[..., height // 2, width // 2], ((images + 1) / 2)[..., height // 2, width // 2])
 
 
-def test_marks_and_overlays_use_the_same_colours() -> None:
-    images, attention = torch.rand(1, 1, 64, 64) * 2 - 1, torch.rand(1, 64, 64)
-    queries = [(8, 8), (8, 40), (40, 8), (40, 40), (60, 60), (20, 50)]
+@pytest.mark.parametrize("size", [(16, 16), (7, 5), (1, 1)])
+def test_marks_of_tiny_images(size: tuple[int, int]) -> None:
+    images = -torch.ones(1, 1, *size)
+    overlay = attention_overlay(images, torch.ones(1, 1, 1), (0, 0), query_size=(1, 1), key_size=(1, 1))
+    for drawn in (mark_queries(images, [(0, 0), (size[0] - 1, size[1] - 1)]), overlay):
+        assert drawn.isfinite().all()
+        assert drawn.min() >= 0
+        assert drawn.max() <= 1
+    assert torch.equal(overlay[0, :, -1, -1], torch.tensor([0.1, 1.0, 0.2]))  # the frame
+
+
+def test_marks_and_overlays_use_the_same_colors() -> None:
+    images, attention = torch.rand(1, 1, 128, 128) * 2 - 1, torch.rand(1, 64, 64)
+    queries = [(16, 16), (16, 80), (80, 16), (80, 80), (110, 110), (40, 100)]
     marked, overlays = mark_queries(images, queries), attention_overlay(images, attention, queries)
-    assert marked.shape == (1, 3, 64, 64)
+    assert marked.shape == (1, 3, 128, 128)
     for i, (row, column) in enumerate(queries):
-        assert torch.equal(overlays[:, i, :, row, column], marked[:, :, row, column])
-        others = [place for place in queries if place != (row, column)]
+        assert torch.equal(overlays[:, i, :, row, column + 5], marked[:, :, row, column + 5])
+        assert torch.equal(overlays[:, i, :, 0, 0], marked[:, :, row, column + 5])
         bare = attention_overlay(images, attention, (row, column), mark=False)
-        for y, x in others:  # each overlay has its own mark alone
-            assert torch.equal(overlays[:, i, :, y, x], bare[:, :, y, x])
+        for y, x in queries:  # each overlay has its own mark alone
+            if (y, x) != (row, column):
+                assert torch.equal(overlays[:, i, :, y, x + 5], bare[:, :, y, x + 5])
     assert torch.equal(mark_queries(images, (8, 8)), mark_queries(images, [(8, 8)]))
 
 
@@ -319,20 +391,17 @@ def test_pooled_keys_lie_where_they_were_pooled(queries: tuple[int, int], pool: 
         -torch.ones(2, 3, *image), attention, (row, column), mark=False, query_size=queries, key_size=keys
     )
     for sample in range(2):
-        expected = torch.tensor(stretched(attention[sample, position].view(keys).tolist(), queries, pool, image))
-        expected = expected / expected.max()
-        # On a black image the first half of the ramp, black to violet, and on to yellow, brightens with the weight,
-        # so an overlay's pixels have the order of the weights, and equal ones where the weights are equal.
-        shown = attention_overlay(-torch.ones(1, 3, *image), expected.reshape(1, 1, -1), (0, 0), mark=False,
-                                  query_size=(1, 1), key_size=image)  # fmt: skip
-        torch.testing.assert_close(overlay[sample], shown[0], rtol=0, atol=1e-4)
+        weights = torch.tensor(stretched(attention[sample, position].view(keys).tolist(), queries, pool, image))
+        scale = max(float(attention[sample, position].max()) / 2, 4 / (keys[0] * keys[1]))
+        expected = colored(torch.full((1, *image), 0.1), (weights / scale).clamp(max=1))
+        torch.testing.assert_close(overlay[sample], expected, rtol=0, atol=1e-4)  # interpolation in float32
 
 
 def test_nothing_is_seen_beyond_the_last_pooled_key() -> None:
     attention = looks_at(1, 49, 9, 0, 8)  # the last of 3×3 keys, which ends one cell before the border
     overlay = attention_overlay(-torch.ones(1, 3, 28, 28), attention, (0, 0), mark=False)
-    assert overlay[..., 24:, :].max() < 0.02
-    assert overlay[..., :, 24:].max() < 0.02
+    assert torch.equal(overlay[..., 24:, :], torch.full((1, 3, 4, 28), 0.1))  # the grey of black
+    assert torch.equal(overlay[..., :, 24:], torch.full((1, 3, 28, 4), 0.1))
     assert overlay[..., 22, 22].max() > 0.5
 
 

@@ -26,6 +26,7 @@ class SelfAttention2d(nn.Module):
     where j is the position that looks and i the positions that it looks at; f, g and h are the 1×1 convolutions
     ``key``, ``query`` and ``value``, :math:`W_v` is ``out`` (the identity when there is none), and ``gamma`` is one
     learned number that starts at zero: a new layer returns its input to the bit, so it can be put into a trained model.
+    A negative gamma is as good as a positive one: the value projection can take up the sign.
     There is no :math:`1/\sqrt{d}`, as in the paper.
 
     Args:
@@ -174,11 +175,13 @@ class AttentionRecord(NamedTuple):
         attention: the map (B, N, M), detached; each row sums to 1.
         query_size: (height, width) of the queries, N of them.
         key_size: (height, width) of the keys, M of them.
+        gamma: the layer's ``gamma`` during the call, of shape (1,), detached; None where it is not known.
     """
 
     attention: torch.Tensor
     query_size: tuple[int, int]
     key_size: tuple[int, int]
+    gamma: torch.Tensor | None = None
 
 
 def _conv1x1(in_channels: int, out_channels: int) -> nn.Module:

@@ -155,7 +155,8 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionRecor
         y, attention = output
         height, width = y.shape[2:]
         key_size = (height // layer.pool, width // layer.pool)
-        records[path].append(AttentionRecord(attention.detach(), (height, width), key_size))
+        gamma = layer.gamma.detach().clone()  # which training goes on to change
+        records[path].append(AttentionRecord(attention.detach(), (height, width), key_size, gamma))
         return output if asked[path] else y
 
     handles = []

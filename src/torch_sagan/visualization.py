@@ -13,10 +13,12 @@ from torch_sagan.attention import AttentionRecord
 
 __all__ = ["attention_overlay", "mark_queries"]
 
-# A dark-to-bright ramp (black, violet, orange, pale yellow) that reads the same without colour.
-RAMP = ((0.0, 0.0, 0.02), (0.45, 0.08, 0.43), (0.95, 0.45, 0.15), (0.99, 1.0, 0.75))
+# Violet, orange, pale yellow: over a grey image, what has a colour is attended to.
+RAMP = ((0.45, 0.08, 0.43), (0.95, 0.45, 0.15), (0.99, 1.0, 0.75))
 # Green, magenta, blue, white, teal, sky: none lies on the ramp, and to the red-green blind the first five differ too.
 MARKS = ((0.1, 1.0, 0.2), (1.0, 0.1, 0.85), (0.1, 0.2, 1.0), (1.0, 1.0, 1.0), (0.1, 0.65, 0.55), (0.3, 0.8, 1.0))
+
+LUMA = (0.299, 0.587, 0.114)
 
 Query = tuple[int, int]
 
@@ -29,31 +31,38 @@ def attention_overlay(
     *,
     query_size: tuple[int, int] | None = None,
     key_size: tuple[int, int] | None = None,
-    strength: float = 0.7,
+    strength: float = 0.9,
     mark: bool = True,
 ) -> Tensor:
-    """Where one position looks, or several, drawn over the images, with that position marked.
+    r"""What one query position attends to, or several, in colour over the image in grey.
 
-    The weights of the query's row are stretched over the image (bilinearly) and scaled so that the largest is
-    brightest; each pixel is then mixed towards a colour ramp by ``strength`` times its weight, while what gets no
-    attention darkens. Rows and columns of the feature map that pooling left without a key get none.
+    .. math::
+        \text{level}_i = \min\Bigl(1,\ \frac{\beta_{ji}}{\max(\max_k \beta_{jk} / 2,\ 4 / M)}\Bigr)
+
+    The query's row of the attention map is stretched over the image (bilinearly), and each level is both a place on a
+    colour ramp and, times ``strength``, the opacity of that colour: what gets no attention keeps its grey. Weights from
+    half of the largest on are all at full level, so that a peak covers its whole position; the 4 / M keeps a uniform
+    map, whose weights are 1 / M, pale. Rows and columns of the feature map that pooling left without a key stay grey.
+
+    Small images are better enlarged first, to 192 pixels or more: a mark of a few pixels can hardly be seen.
 
     Args:
         images: (B, 3, H, W) or (B, 1, H, W), in [-1, 1].
         attention: (B, N, M), as ``return_attention=True`` gives it, or what :func:`record_attention` recorded, which
             knows its sizes.
-        query: (row, column) of the position that looks, in pixels of the image, or a sequence of Q of them.
+        query: (row, column) of the query position, in pixels of the image, or a sequence of Q of them.
         query_size: (height, width) of the feature map behind N. Default: the one shaped like the image.
         key_size: (height, width) behind M. Default: as for N.
-        strength: how much of the picture the map takes, from 0 (the image alone) to 1.
-        mark: whether the query is marked, as :func:`mark_queries` marks it.
+        strength: opacity of the full level, from 0 (the grey image alone) to 1.
+        mark: whether the query is marked, as :func:`mark_queries` marks it, with a frame of the same colour around the
+            image.
 
     Returns:
         (B, 3, H, W) in [0, 1]; for a sequence of queries (B, Q, 3, H, W), each with its own mark alone.
 
     Raises:
-        ValueError: for images or maps of other shapes, images of integers, a query that is no pixel of the image, a
-            strength outside of [0, 1], sizes that do not multiply to N and M, or sizes beside a record.
+        ValueError: for images or maps of other shapes, images of integers, a query outside of the image, a strength
+            outside of [0, 1], sizes that do not multiply to N and M, or sizes beside a record.
 
     >>> images = torch.rand(2, 3, 64, 64) * 2 - 1
     >>> attention = torch.rand(2, 256, 64).softmax(2)
@@ -62,43 +71,46 @@ def attention_overlay(
     >>> attention_overlay(images, attention, [(20, 40), (3, 3), (60, 32)]).shape
     torch.Size([2, 3, 3, 64, 64])
     """
-    pictures = _pictures(images)  # (B, 3, H, W)
+    rgb = _rgb(images)  # (B, 3, H, W)
     if isinstance(attention, AttentionRecord):
         if query_size is not None or key_size is not None:
             raise ValueError("a record knows its sizes: give neither query_size nor key_size")
-        attention, query_size, key_size = attention
+        attention, query_size, key_size = attention.attention, attention.query_size, attention.key_size
     shape = tuple(getattr(attention, "shape", ()))
     if len(shape) != 3 or shape[0] != len(images):
-        came = shape or f"a {type(attention).__name__}"
-        raise ValueError(f"expected an attention map (B, N, M) with B = {len(images)}, got {came}")
+        received = shape or f"a {type(attention).__name__}"
+        raise ValueError(f"expected an attention map (B, N, M) with B = {len(images)}, got {received}")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be between 0 and 1, got {strength}")
     height, width = images.shape[2:]
     queries, several = _queries(query, (height, width))
-    query_size = _map_size(attention.shape[1], query_size, (height, width), "query_size")
-    key_size = _map_size(attention.shape[2], key_size, (height, width), "key_size")
+    query_size = map_size(attention.shape[1], query_size, (height, width), "query_size")
+    key_size = map_size(attention.shape[2], key_size, (height, width), "key_size")
 
     cells = [(row * query_size[0] // height, column * query_size[1] // width) for row, column in queries]
     positions = [row * query_size[1] + column for row, column in cells]
-    weights = attention[:, positions].float().unflatten(2, key_size)  # (B, Q, h, w)
-    rows, columns = _covered(query_size, key_size, (height, width))
-    weights = F.interpolate(weights, size=(rows, columns), mode="bilinear")
-    weights = F.pad(weights, (0, width - columns, 0, height - rows)).unsqueeze(2)  # (B, Q, 1, H, W)
-    peak = weights.amax(dim=(3, 4), keepdim=True)  # (B, Q, 1, 1, 1)
-    weights = weights / torch.where(peak > 0, peak, 1.0)  # (B, Q, 1, H, W), the largest is 1
+    weights = attention[:, positions].float()  # (B, Q, M)
+    scale = (weights.amax(2, keepdim=True) / 2).clamp(min=4 / weights.shape[2])  # (B, Q, 1)
+    levels = (weights / scale).unflatten(2, key_size)  # (B, Q, h, w)
+    extent = keys_extent(query_size, key_size)
+    rows, columns = (round(pixels * e / n) for pixels, e, n in zip((height, width), extent, query_size, strict=True))
+    levels = F.interpolate(levels, size=(rows, columns), mode="bilinear").clamp(max=1)
+    levels = F.pad(levels, (0, width - columns, 0, height - rows)).unsqueeze(2)  # (B, Q, 1, H, W)
 
-    overlay = torch.lerp(pictures.unsqueeze(1), _colours(weights), strength * (0.4 + 0.6 * weights))  # (B, Q, 3, H, W)
-    for i, place in enumerate(queries if mark else []):
-        _draw_mark(overlay[:, i], place, i)
+    grey = 0.1 + 0.55 * (rgb * rgb.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)  # (B, 1, H, W)
+    overlay = torch.lerp(grey.unsqueeze(1), _colors(levels), strength * levels)  # (B, Q, 3, H, W)
+    for i, position in enumerate(queries if mark else []):
+        _draw_ring(overlay[:, i], position, i)
+        _draw_frame(overlay[:, i], i)
     return overlay if several else overlay.squeeze(1)
 
 
 @torch.no_grad()
 def mark_queries(images: Tensor, queries: Query | Sequence[Query]) -> Tensor:
-    """The images with query points on them, each in the colour that :func:`attention_overlay` gives it.
+    """The images with query positions on them, each in the colour that :func:`attention_overlay` gives it.
 
-    A point is a square, at least 3 pixels wide, in proportion to the image; from 64 pixels on it has a black edge. The
-    colours repeat after the sixth.
+    A mark is a ring, in proportion to the image, so that the position itself stays visible; from 64 pixels on it has
+    black edges. The colours repeat after the sixth.
 
     Args:
         images: (B, 3, H, W) or (B, 1, H, W), in [-1, 1].
@@ -108,26 +120,51 @@ def mark_queries(images: Tensor, queries: Query | Sequence[Query]) -> Tensor:
         (B, 3, H, W) in [0, 1].
 
     Raises:
-        ValueError: for images of another shape or of integers, or a query that is no pixel of the image.
+        ValueError: for images of another shape or of integers, or a query outside of the image.
     """
-    pictures = _pictures(images)  # (B, 3, H, W)
-    places, _ = _queries(queries, (images.shape[2], images.shape[3]))
-    for i, place in enumerate(places):
-        _draw_mark(pictures, place, i)
-    return pictures
+    rgb = _rgb(images)  # (B, 3, H, W)
+    positions, _ = _queries(queries, (images.shape[2], images.shape[3]))
+    for i, position in enumerate(positions):
+        _draw_ring(rgb, position, i)
+    return rgb
 
 
-def _pictures(images: Tensor) -> Tensor:
-    """In colour and in [0, 1], as a tensor of its own."""
+def check_images(images: Tensor) -> None:
+    """Raise unless these are images (B, 1 or 3, H, W) of floating point."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"expected images (B, 3, H, W) or (B, 1, H, W), got {tuple(images.shape)}")
     if not torch.is_floating_point(images):
         raise ValueError(f"expected images of floating point in [-1, 1], got {images.dtype}")
+
+
+def map_size(
+    n_positions: int, given: tuple[int, int] | None, image_size: tuple[int, int], name: str
+) -> tuple[int, int]:
+    """(height, width) of a feature map of that many positions: the given one, or the one shaped like the image."""
+    if given is None:
+        height = round(math.sqrt(n_positions * image_size[0] / image_size[1]))
+        given = (height, n_positions // max(height, 1))
+    if given[0] * given[1] != n_positions:
+        raise ValueError(f"{n_positions} positions are not a map of {given[0]}×{given[1]}: give {name}=(height, width)")
+    return given
+
+
+def keys_extent(query_size: tuple[int, int], key_size: tuple[int, int]) -> tuple[int, int]:
+    """How many rows and columns of the queries' map the keys lie on: without those that pooling dropped."""
+    pool = min(query // key for query, key in zip(query_size, key_size, strict=True))
+    if pool == 0 or key_size != tuple(query // pool for query in query_size):
+        return query_size  # the keys are not what pooling makes of the queries' map
+    return key_size[0] * pool, key_size[1] * pool
+
+
+def _rgb(images: Tensor) -> Tensor:
+    """(B, 1 or 3, H, W) in [-1, 1] -> (B, 3, H, W) in [0, 1], in memory of its own."""
+    check_images(images)
     return ((images.float() + 1) / 2).clamp(0, 1).repeat(1, 3 // images.shape[1], 1, 1)
 
 
 def _queries(query: Query | Sequence[Query], image_size: tuple[int, int]) -> tuple[list[Query], bool]:
-    """The queries as a list, and whether they came as one."""
+    """The queries as a list, and whether they were given as one."""
     try:
         given = torch.as_tensor(query, device="cpu")
     except (TypeError, ValueError):
@@ -142,43 +179,31 @@ def _queries(query: Query | Sequence[Query], image_size: tuple[int, int]) -> tup
     return queries, given.ndim == 2
 
 
-def _map_size(
-    n_positions: int, given: tuple[int, int] | None, image_size: tuple[int, int], name: str
-) -> tuple[int, int]:
-    if given is None:
-        height = round(math.sqrt(n_positions * image_size[0] / image_size[1]))
-        given = (height, n_positions // max(height, 1))
-    if given[0] * given[1] != n_positions:
-        raise ValueError(f"{n_positions} positions are not a map of {given[0]}×{given[1]}: give {name}=(height, width)")
-    return given
-
-
-def _covered(query_size: tuple[int, int], key_size: tuple[int, int], image_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width, in pixels, of the part of the image that the keys lie on."""
-    pool = min(query // key for query, key in zip(query_size, key_size, strict=True))
-    if pool == 0 or key_size != tuple(query // pool for query in query_size):
-        return image_size  # the keys are not what pooling makes of the queries' map
-    rows, columns = (
-        round(size * key * pool / query) for size, query, key in zip(image_size, query_size, key_size, strict=True)
-    )
-    return rows, columns
-
-
-def _colours(weights: Tensor) -> Tensor:
+def _colors(levels: Tensor) -> Tensor:
     """(…, 1, H, W) in [0, 1] -> (…, 3, H, W), linear between the ramp's stops."""
-    ramp = weights.new_tensor(RAMP)  # (stops, 3)
-    at = weights.squeeze(-3) * (len(ramp) - 1)  # (…, H, W)
+    ramp = levels.new_tensor(RAMP)  # (stops, 3)
+    at = levels.squeeze(-3) * (len(ramp) - 1)  # (…, H, W)
     below = at.long().clamp(max=len(ramp) - 2)
     return torch.lerp(ramp[below], ramp[below + 1], (at - below).unsqueeze(-1)).movedim(-1, -3)
 
 
-def _draw_mark(pictures: Tensor, query: Query, number: int) -> None:
-    """A square on (B, 3, H, W) in the colour of that number, with a black edge where it is large enough; in place."""
-    height, width = pictures.shape[2:]
-    reach = max(1, min(height, width) // 32)
-    rows = torch.arange(height, device=pictures.device)[:, None] - query[0]  # (H, 1)
-    columns = torch.arange(width, device=pictures.device)[None, :] - query[1]  # (1, W)
-    distance = torch.maximum(rows.abs(), columns.abs())  # (H, W)
-    pictures[:, :, distance <= reach] = 0.0
-    inside = distance <= reach - (reach + 2) // 4 if reach > 1 else distance <= reach
-    pictures[:, :, inside] = pictures.new_tensor(MARKS[number % len(MARKS)])[:, None]
+def _draw_ring(rgb: Tensor, query: Query, number: int) -> None:
+    """A ring on (B, 3, H, W) around the query, in the colour of that number, with smooth edges; in place."""
+    height, width = rgb.shape[2:]
+    unit = max(1.0, min(height, width) / 64)
+    rows = torch.arange(height, device=rgb.device)[:, None] - query[0]  # (H, 1)
+    columns = torch.arange(width, device=rgb.device)[None, :] - query[1]  # (1, W)
+    distance = (torch.hypot(rows.float(), columns.float()) - round(2.6 * unit)).abs()  # (H, W), from the stroke
+    edge = rgb.new_zeros(3, 1, 1)
+    color = rgb.new_tensor(MARKS[number % len(MARKS)])[:, None, None]
+    for ink, stroke in ((edge, 1.8 * unit), (color, unit)) if min(height, width) >= 64 else ((color, unit),):
+        rgb.copy_(torch.lerp(rgb, ink, (stroke / 2 + 0.5 - distance).clamp(0, 1)))
+
+
+def _draw_frame(rgb: Tensor, number: int) -> None:
+    """A frame on the border of (B, 3, H, W) in the colour of that number; in place."""
+    height, width = rgb.shape[2:]
+    stroke = max(1, min(height, width) // 64)
+    border = torch.ones(height, width, dtype=torch.bool, device=rgb.device)
+    border[stroke:-stroke, stroke:-stroke] = False
+    rgb[:, :, border] = rgb.new_tensor(MARKS[number % len(MARKS)])[:, None]
