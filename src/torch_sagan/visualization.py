@@ -75,7 +75,7 @@ def attention_overlay(
     if isinstance(attention, AttentionRecord):
         if query_size is not None or key_size is not None:
             raise ValueError("a record knows its sizes: give neither query_size nor key_size")
-        attention, query_size, key_size = attention.attention, attention.query_size, attention.key_size
+        query_size, key_size, attention = attention.query_size, attention.key_size, attention.attention
     shape = tuple(getattr(attention, "shape", ()))
     if len(shape) != 3 or shape[0] != len(images):
         received = shape or f"a {type(attention).__name__}"
