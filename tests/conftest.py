@@ -1,9 +1,10 @@
-"""What every test shares: a fixed seed, Hypothesis' settings, and the stored arrays of other implementations."""
+"""What every test shares: a seed, a limit of memory, Hypothesis' settings, the arrays of other implementations."""
 
 from __future__ import annotations
 
+import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
@@ -22,6 +23,21 @@ hypothesis.settings.load_profile("sagan")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _at_most_two_gibibytes() -> Iterator[None]:
+    """The test that raises the peak of the process by more fails. Processes that it starts are not counted."""
+    before = peak_memory()
+    yield
+    used = peak_memory() - before
+    assert used <= 2 * 2**30, f"the test took {used / 2**30:.1f} GiB, expected at most 2"
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
 @pytest.fixture(scope="session")
