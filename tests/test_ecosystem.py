@@ -82,7 +82,7 @@ NORMALIZED = LAYERS + NETWORKS
 subjects = pytest.mark.parametrize("subject", SUBJECTS)
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 # Parts of torch that its compiler, exporters and forward mode use themselves, and that it has deprecated.
-jit_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+jit_is_deprecated = pytest.mark.filterwarnings("ignore:`torch.jit")
 functions_are_deprecated = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 leaves_are_deprecated = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 

@@ -67,7 +67,7 @@ def test_where_a_disk_has_no_links_the_folder_names_the_newest(tmp_path, monkeyp
     def no_links(*_: object) -> None:
         raise OSError("Operation not permitted")
 
-    monkeypatch.setattr(os, "symlink", no_links)
+    monkeypatch.setattr(Path, "symlink_to", no_links)
     train(tmp_path, "--steps", "2", "--save-every", "1")
     assert not (tmp_path / "checkpoint.pt").exists()
     assert safekeeping.load(tmp_path)["step"] == 2
