@@ -25,7 +25,7 @@ FLOORS = [
     {"functional"},
     {"attention", "spectral", "losses"},
     {"conditional", "visualization"},
-    {"blocks"},
+    {"blocks", "explorer"},
     {"generator", "discriminator", "surgery"},
     {"checkpoints"},
     {"__init__"},
@@ -137,7 +137,7 @@ def test_names_that_are_promised() -> None:
         "hinge_generator_loss", "wasserstein_discriminator_loss", "wasserstein_generator_loss", "gradient_penalty",
         "ConditionalBatchNorm2d", "ProjectionHead", "attention_overlay", "load_reference_state_dict", "functional",
         "insert_self_attention", "remove_self_attention", "record_attention", "mark_queries", "AttentionRecord",
-        "convert_legacy_spectral_norm",
+        "convert_legacy_spectral_norm", "explore_attention",
     }  # fmt: skip
     assert promised <= set(torch_sagan.__all__)
 

@@ -5,6 +5,7 @@ from torch_sagan.attention import AttentionRecord, SelfAttention2d
 from torch_sagan.checkpoints import convert_legacy_spectral_norm, load_reference_state_dict
 from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
 from torch_sagan.discriminator import SAGANDiscriminator
+from torch_sagan.explorer import AttentionExplorer, explore_attention
 from torch_sagan.generator import SAGANGenerator
 from torch_sagan.losses import (
     gradient_penalty,
@@ -27,6 +28,7 @@ from torch_sagan.visualization import attention_overlay, mark_queries
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionExplorer",
     "AttentionRecord",
     "ConditionalBatchNorm2d",
     "ProjectionHead",
@@ -37,6 +39,7 @@ __all__ = [
     "apply_spectral_norm",
     "attention_overlay",
     "convert_legacy_spectral_norm",
+    "explore_attention",
     "functional",
     "gradient_penalty",
     "hinge_discriminator_loss",
