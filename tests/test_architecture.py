@@ -24,7 +24,7 @@ FLOORS = [
     {"arguments", "memory_efficient"},
     {"functional"},
     {"attention", "spectral", "losses"},
-    {"conditional", "visualization"},
+    {"conditional", "recalibration", "visualization"},
     {"blocks", "explorer"},
     {"generator", "discriminator", "surgery"},
     {"checkpoints"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,8 +27,10 @@ from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
 from torch_sagan import (
     SAGANDiscriminator,
+    SelfAttention2d,
     SpectralNorm,
     apply_spectral_norm,
+    insert_self_attention,
     remove_spectral_norm,
     reset_power_iteration,
     spectral_norm,
@@ -843,6 +846,37 @@ class OwnConvolution(nn.Conv2d):
         return nn.functional.conv2d(x, self.weight.flip(3), self.bias)
 
 
+def test_an_inserted_layer_is_not_below_the_module_it_follows() -> None:
+    """But beside it: the name of the container around both takes both."""
+
+    def inserted() -> nn.Sequential:
+        network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)))
+        return insert_self_attention(network, after=["0", "2.0"])
+
+    def path(network: nn.Module, number: int) -> str:
+        return [name for name, part in network.named_modules() if isinstance(part, SelfAttention2d)][number]
+
+    def projections(layer: str) -> set[str]:
+        return {f"{layer}.{name}.weight" for name in ("query", "key", "value")}
+
+    network = inserted()
+    first, second = path(network, 0), path(network, 1)
+    own, all_projections = {"0.weight", "2.0.weight", "2.1.weight"}, projections(first) | projections(second)
+    for arguments, expected in [
+        ({"include": "0"}, {"0.weight"}),
+        ({"include": "?"}, own | projections(second)),
+        ({"include": "2"}, {"2.0.weight", "2.1.weight"} | projections(second)),
+        ({"include": "2.0"}, {"2.0.weight"}),
+        ({"include": ["0", first]}, {"0.weight"} | projections(first)),
+        ({"include": f"{second}.query"}, {f"{second}.query.weight"}),
+        ({"include": "*"}, own | all_projections),
+        ({}, own | all_projections),
+        ({"exclude": "0"}, own - {"0.weight"} | all_projections),
+        ({"exclude": [first, second]}, own),
+    ]:
+        assert set(spectral_norms(apply_spectral_norm(inserted(), **arguments))) == expected, arguments
+
+
 def test_subclasses_of_layers() -> None:
     plain = OwnConvolution(3, 4, 2)
     layer = apply_spectral_norm(nn.Sequential(copy.deepcopy(plain))).eval()[0]
@@ -1172,6 +1206,18 @@ def test_spectral_norms_of_a_complex_weight() -> None:
     layer = spectral_norm(nn.Linear(3, 4, dtype=torch.complex64)).eval()
     expected = torch.linalg.svdvals(layer.weight.to(torch.complex128))[0].item()
     assert spectral_norms(layer)["weight"] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@normalisers
+def test_spectral_norms_of_a_weight_that_is_not_finite(normaliser: str, value: float) -> None:
+    """It is named among the others, whose norms are as ever, so that a diverged layer can be found."""
+    network = nn.Sequential(*(NORMALISERS[normaliser](nn.Linear(3, 3)) for _ in range(2)))
+    with torch.no_grad():
+        next(p for p in network[1].parameters() if p.ndim == 2)[0, 0] = value
+    norms = spectral_norms(network.eval())
+    assert 0 < norms["0.weight"] < math.inf
+    assert math.isnan(norms["1.weight"])
 
 
 def test_spectral_norms_of_a_model_without_any() -> None:

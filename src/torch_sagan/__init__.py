@@ -14,6 +14,7 @@ from torch_sagan.losses import (
     wasserstein_discriminator_loss,
     wasserstein_generator_loss,
 )
+from torch_sagan.recalibration import recalibrate
 from torch_sagan.spectral import (
     SpectralNorm,
     apply_spectral_norm,
@@ -47,6 +48,7 @@ __all__ = [
     "insert_self_attention",
     "load_reference_state_dict",
     "mark_queries",
+    "recalibrate",
     "record_attention",
     "remove_self_attention",
     "remove_spectral_norm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +23,7 @@ from torch_sagan.arguments import at_least_one, one_of
 
 __all__ = [
     "SpectralNorm",
+    "align_power_iteration",
     "apply_spectral_norm",
     "remove_spectral_norm",
     "reset_power_iteration",
@@ -35,6 +37,7 @@ M = TypeVar("M", bound=nn.Module)
 WARM_UP_ITERATIONS = 15
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+INSERTED = "inserted_attention"  # as insert_self_attention calls the child of the module that the layer follows
 NORMALIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear, nn.Embedding)
 
 Layers: TypeAlias = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -240,6 +243,7 @@ def apply_spectral_norm(
         include: the layers to normalise. Default: all. Either dotted names, in which ``*``, ``?`` and ``[...]`` are
             wildcards (``*`` runs over dots too) and the name of a container takes everything below it; or a function
             of the dotted name and the layer. A layer that is reached by several names is taken by any of them.
+            Attention that was inserted after a module is beside it, not below it.
         exclude: the layers to leave out of these, in the same way.
         n_power_iterations: as in :func:`spectral_norm`.
         eps: as in :func:`spectral_norm`.
@@ -308,7 +312,8 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
     Values near 1 say that the power iteration keeps up with training. u and v are not touched.
 
     Returns:
-        A dictionary from the weight's dotted name to its spectral norm, whichever implementation it has.
+        A dictionary from the weight's dotted name to its spectral norm, whichever implementation it has; NaN for a
+        weight that holds infinities or NaN.
     """
     values = {}
     for path, module, name, norm in _normalized(model):
@@ -319,8 +324,38 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
                 weight = getattr(module, name)
         matrix = _matrix(weight, norm.dim) if weight.ndim > 1 else weight[:, None]  # (h, w)
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float64))  # complex weights stay complex
-        values[path] = torch.linalg.matrix_norm(matrix, ord=2).item()
+        # The decomposition of what is not finite does not converge, and its error would not name the weight.
+        values[path] = torch.linalg.matrix_norm(matrix, ord=2).item() if matrix.isfinite().all() else math.nan
     return values
+
+
+@torch.no_grad()
+def align_power_iteration(model: nn.Module) -> None:
+    """Turn u and v of every normalised weight of a model to its first singular vectors, whatever they were before.
+
+    They come from an eigendecomposition in float64. An iteration might need hundreds of steps where the first two
+    singular values are close, and would never leave a u that is orthogonal to the first singular vector.
+
+    Raises:
+        ValueError: for a weight that holds infinities or NaN. Nothing is changed then.
+    """
+    found = []
+    for path, module, name, norm in _normalized(model):
+        weight = _raw_weight(module, name, norm)
+        if not weight.isfinite().all():
+            raise ValueError(f"{path!r} holds infinities or NaN, which have no singular vectors")
+        if weight.ndim > 1:
+            found.append((weight, norm, *_vectors(module, name, norm)))
+    for weight, norm, u, v in found:
+        matrix = _matrix(weight, norm.dim).cpu()  # (h, w); some devices have no float64, and some no decomposition
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float64))  # complex weights stay complex
+        wide = matrix.shape[0] <= matrix.shape[1]
+        (near, far), matrix = ((u, v), matrix) if wide else ((v, u), matrix.mH)  # near has the smaller dimension
+        first = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]  # eigenvalues ascend
+        # One step gives the other vector, or leaves it where the weight is zero.
+        new_near, new_far, _ = functional.power_iteration(matrix, first, far.to(matrix), eps=norm.eps)
+        near.copy_(new_near)
+        far.copy_(new_far)
 
 
 def _matrix(weight: Tensor, dim: int) -> Tensor:
@@ -452,8 +487,9 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _upwards(path: str) -> list[str]:
-    """``a.b.c`` -> ``a``, ``a.b``, ``a.b.c``."""
-    return list(accumulate(path.split("."), "{}.{}".format))
+    """``a.b.c`` -> ``a``, ``a.b``, ``a.b.c``; without ``b`` where c is attention inserted after it."""
+    above = accumulate(path.split("."), "{}.{}".format)
+    return [name for name in above if not f"{path}.".startswith(f"{name}.{INSERTED}.")]
 
 
 def _check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:

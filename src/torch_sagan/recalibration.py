@@ -1,0 +1,89 @@
+"""What training keeps beside the weights, computed anew from the weights as they are now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torch_sagan.spectral import align_power_iteration
+
+__all__ = ["recalibrate"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@torch.no_grad()
+def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None) -> M:
+    """Fit the buffers of an averaged or edited model to its weights, in place.
+
+    Averaged weights come with the u and v of other weights, and with the batch statistics of another network. Here u
+    and v of every spectral norm, of each implementation, become the first singular vectors of its weight, so that its
+    sigma is exact. Then every batch norm gets the mean and variance of the inputs: of each batch, with equal weight, as
+    by :func:`torch.optim.swa_utils.update_bn`, all else being in evaluation mode.
+
+    The result depends on weights and inputs alone, not on the buffers that were there. No random number is drawn, and
+    each module keeps its mode.
+
+    Args:
+        model: any module, an ``AveragedModel`` for example.
+        inputs: batches on the model's device, for a model with batch norm: a tensor each, or a tuple of the model's
+            arguments, such as ``(z, labels)``. About a thousand samples do. It is read once.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: for batch norm without inputs, or inputs without batch norm; when there is no batch, a batch norm is
+            not reached, or a weight that is spectrally normalised holds infinities or NaN. After this or any error of
+            a pass the model is as it was.
+        TypeError: when ``inputs`` is one tensor.
+
+    >>> from torch_sagan import SAGANGenerator
+    >>> generator = SAGANGenerator(16)  # with averaged weights
+    >>> generator = recalibrate(generator, [torch.randn(64, 128) for _ in range(16)])
+    """
+    norms = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    kind = type(model).__name__
+    if isinstance(inputs, Tensor):
+        raise TypeError("inputs takes batches, such as a list of tensors, got one tensor")
+    if norms and inputs is None:
+        raise ValueError(f"{kind} has batch norm, whose statistics need inputs")
+    if inputs is not None and not norms:
+        raise ValueError(f"{kind} has no batch norm with running statistics: leave inputs out")
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(norm, norm.momentum) for norm in norms.values()]
+    try:
+        align_power_iteration(model)
+        model.eval()
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over batches, instead of a moving average
+            norm.train()
+        batches = 0
+        for batch in inputs or ():
+            model(batch) if isinstance(batch, Tensor) else model(*batch)
+            batches += 1
+        if norms and not batches:
+            raise ValueError("inputs holds no batch")
+        for path, norm in norms.items():
+            if norm.num_batches_tracked == 0:
+                raise ValueError(f"{path!r} is not reached: no batch of inputs passes through it")
+    except BaseException:
+        for buffer, content in before:
+            buffer.copy_(content)
+        raise
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
+    return model
