@@ -137,6 +137,16 @@ def filled(shapes: Shapes) -> dict[str, Tensor]:
     return {name: fill(name, shape) for name, shape in shapes.items()}
 
 
+def filled_with_settled_vectors(shapes: Shapes, prefix: str) -> dict[str, Tensor]:
+    """Weights filled from prefix + name, each weight_u and weight_v after thirty power iterations on weight_orig."""
+    weights = {name: fill(f"{prefix}{name}", shape) for name, shape in shapes.items()}
+    for name in shapes:
+        if name.endswith("weight_u"):
+            v_name, matrix = f"{name[:-1]}v", as_matrix(weights[f"{name[:-1]}orig"])
+            weights[name], weights[v_name] = power_iteration_by_numpy(matrix, weights[name], weights[v_name], 30)
+    return weights
+
+
 def attention_shapes(channels: int, prefix: str = "") -> dict[str, tuple[int, ...]]:
     inner = channels // 8
     return {

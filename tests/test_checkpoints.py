@@ -197,6 +197,14 @@ def test_a_lost_buffer_is_named() -> None:
         load_reference_state_dict(layer, state)
 
 
+def test_a_lost_buffer_of_a_plain_projection_is_named() -> None:
+    """Without its u0 the weight cannot be divided by the sigma that the file's network had."""
+    state, _ = biggan_block()
+    del state["g.u0"]
+    with pytest.raises(ValueError, match=r"1 key differs, unexpected: g\.sv0$"):
+        load_reference_state_dict(SelfAttention2d.official(64).double(), state)
+
+
 def test_saved_from_data_parallel(
     arrays: Arrays, generator_weights: dict[str, Tensor], discriminator_weights: dict[str, Tensor]
 ) -> None:

@@ -3,87 +3,197 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
+from itertools import groupby
+from operator import itemgetter
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from torch_sagan.arguments import one_of
 from torch_sagan.attention import SelfAttention2d
+from torch_sagan.blocks import FirstResidualDownBlock, LatentBlock
 from torch_sagan.discriminator import SAGANDiscriminator
 from torch_sagan.generator import SAGANGenerator
 
 __all__ = ["convert_legacy_spectral_norm", "load_reference_state_dict"]
 
-# Theirs -> ours, within a normalised layer, a weight under PyTorch's hook, an attention layer and a batch norm.
-NORMALIZED = {
-    "bias": "bias",
-    "weight_bar": "parametrizations.weight.original",
-    "weight_u": "parametrizations.weight.0._u",
-    "weight_v": "parametrizations.weight.0._v",
-}
+# PyTorch's older hook -> its parametrization, within the name of a weight.
 LEGACY = {"_orig": "original", "_u": "0._u", "_v": "0._v"}
-ATTENTION = {"query_conv": "query", "key_conv": "key", "value_conv": "value"}
-OFFICIAL_ATTENTION = {"theta": "query", "phi": "key", "g": "value", "o": "out"}
-BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
-# BigGAN-PyTorch's own spectral norm keeps a row vector u for each weight and the last sigma, and iterates on v = W u.
-BIGGAN_BUFFERS = (".u0", ".sv0")
-DERIVED = "v, derived from u0"
+# Our names -> theirs: parts of a name, replaced one after the other.
+REFERENCE = {
+    "to_image.": "last.0.",
+    "to_logit.conv.": "last.0.",
+    ".conv.": ".0.module.",
+    ".norm.": ".1.",
+    "query.": "query_conv.",
+    "key.": "key_conv.",
+    "value.": "value_conv.",
+    "parametrizations.weight.original": "weight_bar",
+    "parametrizations.weight.0._": "weight_",
+}
+BIGGAN = {
+    "query.": "theta.",
+    "key.": "phi.",
+    "value.": "g.",
+    "out.": "o.",
+    "parametrizations.weight.original": "weight",
+    "parametrizations.weight.0._u": "u0",
+    "parametrizations.weight.0._v": "u0",  # which v follows from
+}
+MMGENERATION = {
+    "noise2feat.linear.": "noise2feat.",
+    "norm1.gamma": "norm_1.weight_embedding.weight",
+    "norm1.beta": "norm_1.bias_embedding.weight",
+    "norm2.gamma": "norm_2.weight_embedding.weight",
+    "norm2.beta": "norm_2.bias_embedding.weight",
+    "norm1.": "norm_1.",
+    "norm2.": "norm_2.",
+    "conv1.": "conv_1.conv.",
+    "conv2.": "conv_2.conv.",
+    "shortcut.": "shortcut.conv.",
+    "query.": "theta.conv.",
+    "key.": "phi.conv.",
+    "value.": "g.conv.",
+    "out.": "o.conv.",
+    "to_image.0.": "to_rgb.bn.",
+    "to_image.2.": "to_rgb.conv.",
+    "parametrizations.weight.original": "weight_orig",
+    "parametrizations.weight.0._": "weight_",
+}
+
+# What a file of other weights resembles: a pattern that one of its keys matches. The first to match counts.
+KINDS = {
+    "state_dict$": "a whole checkpoint: give its entry 'state_dict'",
+    "generator$|discriminator$": "a checkpoint of torch-sagan's trainer: its 'generator' and 'discriminator' are state "
+    "dicts for load_state_dict",
+    r"(generator(_ema)?\.)?noise2feat\.": "mmgeneration's generator, for SAGANGenerator(..., architecture='resnet')",
+    r"(discriminator\.)?from_rgb\.": "mmgeneration's discriminator, for SAGANDiscriminator(..., architecture='resnet')",
+    r"l1\.1\.": "the PyTorch reference's generator, for SAGANGenerator(64)",
+    r"l1\.0\.": "the PyTorch reference's discriminator, for SAGANDiscriminator(64)",
+    r"query_conv\.": "the PyTorch reference's attention, for SelfAttention2d(C)",
+    r"theta\.": "BigGAN-PyTorch's attention, for SelfAttention2d.official(C)",
+    r".*\.(u|sv)0$": "a whole network of BigGAN-PyTorch, whose attention alone can be loaded",
+    r"blocks\.\d+\.(conv|linear)|query\.": "weights of torch-sagan itself, for load_state_dict",
+    ".*_orig$": "a model under PyTorch's older spectral norm, for convert_legacy_spectral_norm",
+}
+SHOWN = 5
 
 
-def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+def load_reference_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], *, channel_order: Literal["bgr", "rgb"] | None = None
+) -> None:
     """Load weights of other implementations into ours, with the same outputs in evaluation.
 
-    =====================================  ==============================================================
-    model                                  state dict
-    =====================================  ==============================================================
-    ``SAGANGenerator(64, ...)``            the PyTorch reference's generator (heykeetae/Self-Attention-GAN)
-    ``SAGANDiscriminator(64, ...)``        the PyTorch reference's discriminator
-    ``SelfAttention2d(C)``                 the PyTorch reference's ``Self_Attn``
-    ``SelfAttention2d.official(C)``        BigGAN-PyTorch's ``Attention``: ``theta, phi, g, o, gamma``
-    =====================================  ==============================================================
+    ========================================================  =========================================================
+    model                                                     state dict
+    ========================================================  =========================================================
+    ``SAGANGenerator(128, ..., architecture="resnet")``       mmgeneration's ``SNGANGenerator``
+    ``SAGANDiscriminator(128, ..., architecture="resnet")``   mmgeneration's ``ProjDiscriminator``
+    ``SAGANGenerator(64, ...)``                               the PyTorch reference's generator
+                                                              (heykeetae/Self-Attention-GAN)
+    ``SAGANDiscriminator(64, ...)``                           the PyTorch reference's discriminator
+    ``SelfAttention2d(C)``                                    the PyTorch reference's ``Self_Attn``
+    ``SelfAttention2d.official(C)``                           BigGAN-PyTorch's ``Attention``:
+                                                              ``theta, phi, g, o, gamma``
+    ========================================================  =========================================================
 
-    The reference normalises every weight along dimension 0, transposed convolutions too. Build the networks with
-    ``spectral_norm=functools.partial(spectral_norm, dim=0)``. A ``module.`` before every key (DataParallel) is dropped.
+    **mmgeneration** has its attention at 64 pixels, so build both networks with ``attention_resolutions=(64,)``. The
+    ``state_dict`` of a published file has three networks: the generator is taken from ``generator_ema.``, its moving
+    average, or else from ``generator.``, and the discriminator from ``discriminator.``; names without these prefixes
+    will do as well. Attention layers count among the blocks, here with one behind the fourth block of the generator and
+    one behind the first of the discriminator:
 
-    BigGAN-PyTorch's block may come with the buffers of its spectral norm (``theta.u0``, ``theta.sv0``, ...). Where our
-    projections are spectrally normalised too (:func:`apply_spectral_norm`), u is taken from them and v follows from it;
-    where they are not, the weights are divided by the sigma that u gives, so that the output is the same.
+    ====================================  ================================================
+    here                                  mmgeneration
+    ====================================  ================================================
+    ``blocks.0.linear``                   ``noise2feat``
+    ``blocks.1`` ... ``blocks.4``         ``conv_blocks.0`` ... ``conv_blocks.3``
+    ``blocks.5``                          ``conv_blocks.5``
+    ``to_image.0``, ``to_image.2``        ``to_rgb.bn``, ``to_rgb.conv``
+    ``attention.64``                      ``conv_blocks.4``; discriminator ``conv_blocks.0``
+    ``query, key, value, out``            ``theta.conv, phi.conv, g.conv, o.conv``
+    ``conv1, conv2, shortcut``            ``conv_1.conv, conv_2.conv, shortcut.conv``
+    ``norm1.gamma``                       1 + ``norm_1.weight_embedding.weight``
+    ``norm1.beta``                        ``norm_1.bias_embedding.weight``
+    discriminator's ``blocks.0``          ``from_rgb``
+    ``blocks.1`` ... ``blocks.4``         ``conv_blocks.1`` ... ``conv_blocks.4``
+    ``to_logit.conv1, conv2``             ``conv_blocks.5.conv_1.conv, conv_2.conv``
+    ``to_logit.projection.linear``        ``decision``
+    ``to_logit.projection.embedding``     ``proj_y``
+    ====================================  ================================================
+
+    **The PyTorch reference** normalises every weight along dimension 0, transposed convolutions too. Build its networks
+    with ``spectral_norm=functools.partial(spectral_norm, dim=0)``.
+
+    **BigGAN-PyTorch's** block may come with the buffers of its spectral norm (``theta.u0``, ``theta.sv0``, ...). Where
+    our projections are spectrally normalised too (:func:`apply_spectral_norm`), u is taken from them and v follows from
+    it; where they are not, the weights are divided by the sigma that u gives, so that the output is the same.
+
+    A ``module.`` before every key (DataParallel) is dropped.
 
     Args:
         model: one of the models above. Nothing is loaded unless everything fits.
         state_dict: the other implementation's weights.
+        channel_order: the order of the channels in the images of mmgeneration's networks. Its published files have
+            ``"bgr"`` (blue, green, red), the default, which is turned into red, green, blue; ``"rgb"`` stays as it is.
 
     Raises:
-        TypeError: for a model of another kind.
-        ValueError: when keys are missing, unexpected or of another shape; the message names them.
+        TypeError: for a model of another kind, or when ``state_dict`` is not a mapping.
+        ValueError: when the state dict does not fit: what it resembles, how many keys are missing, unexpected or of
+            another shape, and the first five; for a ``channel_order`` with weights of another implementation.
 
     >>> import torch
     >>> attention = SelfAttention2d(64)
-    >>> load_reference_state_dict(attention, torch.load("attention.pt"))  # doctest: +SKIP
+    >>> load_reference_state_dict(attention, torch.load("attention.pt", weights_only=True))  # doctest: +SKIP
     """
-    if state_dict and all(key.startswith("module.") for key in state_dict):
-        state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    if isinstance(model, SelfAttention2d) and any(key.endswith(BIGGAN_BUFFERS) for key in state_dict):
-        state_dict = _with_biggan_buffers_resolved(model, state_dict)
-    targets, names = model.state_dict(keep_vars=True), _names(model)
-    problems = {
-        "missing": [key for key in names if key not in state_dict and not key.endswith(DERIVED)],
-        "unexpected": [key for key in state_dict if key not in names],
-        "without a place in this model": [key for key, name in names.items() if name not in targets],
-        "of another shape": [
-            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(targets[name].shape)}"
-            for key, name in names.items()
-            if key in state_dict and name in targets and not _same_shape(state_dict[key], targets[name])
-        ],
-        "in this model without a source": sorted(set(targets) - set(names.values())),
-    }
-    found = [f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys]
-    if found:
-        raise ValueError(f"the state dict does not fit {type(model).__name__}: {'; '.join(found)}")
-    with torch.no_grad():
-        for key, name in names.items():
-            targets[name].copy_(state_dict[key].view_as(targets[name]))
+    if not isinstance(model, SAGANGenerator | SAGANDiscriminator | SelfAttention2d):
+        name = type(model).__name__
+        raise TypeError(f"expected a SAGANGenerator, a SAGANDiscriminator or a SelfAttention2d, got {name}")
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"expected a state dict, got {type(state_dict).__name__}")
+    if channel_order is not None:
+        one_of(("bgr", "rgb"), channel_order=channel_order)
+        if not _is_residual(model):
+            raise ValueError("channel_order is for mmgeneration's networks, architecture='resnet'; leave it out here")
+    kind = _kind(state_dict)
+    if not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise ValueError(f"expected a state dict of names and tensors; this resembles {kind}")
+
+    state = dict(state_dict)
+    if all(key.startswith("module.") for key in state):
+        state = _below("module.", state)
+    if _is_residual(model):
+        state = _one_network(model, state)
+        _check_attention_resolutions(model, state)
+    names, targets = _names(model), model.state_dict()
+    converted = {ours: state[theirs] for ours, theirs in names.items() if theirs in state}
+    if isinstance(model, SelfAttention2d) and not isinstance(model.out, nn.Identity):
+        _resolve_biggan_buffers(model, state, converted)
+
+    expected = dict.fromkeys(names.values())
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    shapes: dict[str, str] = {}
+    for ours, value in converted.items():
+        if value.shape != targets[ours].shape and not value.numel() == targets[ours].numel() == 1:  # gamma
+            shapes.setdefault(
+                names[ours], f"{names[ours]} {tuple(value.shape)} instead of {tuple(targets[ours].shape)}"
+            )
+    if missing or unexpected or shapes:
+        differences = {"missing": missing, "unexpected": unexpected, "of another shape": list(shapes.values())}
+        raise ValueError(
+            f"the state dict does not fit {type(model).__name__}: it resembles {kind}; {_summary(differences)}"
+        )
+
+    if _is_residual(model):
+        _add_one_to_scales(converted)
+        if channel_order != "rgb":
+            _reverse_channels(model, converted)
+    model.load_state_dict({ours: value.view_as(targets[ours]) for ours, value in converted.items()})
 
 
 def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,67 +245,139 @@ def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Ten
     return converted
 
 
-def _same_shape(source: Tensor, target: Tensor) -> bool:
-    """Whether the shapes agree; a scalar and a tensor of one element do (gamma)."""
-    return source.shape == target.shape or source.numel() == target.numel() == 1
+def _is_residual(model: nn.Module) -> TypeGuard[SAGANGenerator | SAGANDiscriminator]:
+    networks, first_blocks = (SAGANGenerator, SAGANDiscriminator), (LatentBlock, FirstResidualDownBlock)
+    return isinstance(model, networks) and isinstance(model.blocks[0], first_blocks)
 
 
-def _names(model: nn.Module) -> dict[str, str]:
-    """The other implementation's key -> our key."""
-    if isinstance(model, SAGANGenerator):
-        return _network_names(model, "to_image")
-    if isinstance(model, SAGANDiscriminator):
-        return _network_names(model, "to_logit.conv")
+def _kind(state_dict: Mapping[str, object]) -> str:
+    keys = [key.removeprefix("module.") for key in state_dict]
+    kinds = (kind for pattern, kind in KINDS.items() if any(re.match(pattern, key) for key in keys))
+    return next(kinds, "no weights that this function knows")
+
+
+def _summary(differences: Mapping[str, list[str]]) -> str:
+    """How many keys differ, and the first of them."""
+    count = sum(map(len, differences.values()))
+    first = [(what, key) for what, keys in differences.items() for key in keys][:SHOWN]
+    shown = [f"{what}: {', '.join(key for _, key in group)}" for what, group in groupby(first, itemgetter(0))]
+    more = f" and {count - SHOWN} more" if count > SHOWN else ""
+    return f"{count} {'key differs' if count == 1 else 'keys differ'}, {'; '.join(shown)}{more}"
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries with this prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+# Names.
+
+
+def _names(model: SAGANGenerator | SAGANDiscriminator | SelfAttention2d) -> dict[str, str]:
+    """Our key -> the other implementation's."""
+    prefixes: dict[str, str] = {}
     if isinstance(model, SelfAttention2d):
-        return _attention_names(model)
-    raise TypeError(f"expected a SAGANGenerator, a SAGANDiscriminator or a SelfAttention2d, got {type(model).__name__}")
-
-
-def _network_names(model: SAGANGenerator | SAGANDiscriminator, last: str) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for i, block in enumerate(model.blocks):
-        names |= {f"l{i + 1}.0.module.{theirs}": f"blocks.{i}.conv.{ours}" for theirs, ours in NORMALIZED.items()}
-        if hasattr(block, "norm"):
-            names |= {f"l{i + 1}.1.{key}": f"blocks.{i}.norm.{key}" for key in BATCH_NORM}
-    for i, (size, layer) in enumerate(model.attention.items()):
-        names |= {
-            f"attn{i + 1}.{theirs}": f"attention.{size}.{ours}" for theirs, ours in _attention_names(layer).items()
-        }
-    return names | {f"last.0.{key}": f"{last}.{key}" for key in ("weight", "bias")}
-
-
-def _attention_names(layer: nn.Module) -> dict[str, str]:
-    if isinstance(layer.out, nn.Identity):
-        names = {f"{theirs}.{key}": f"{ours}.{key}" for theirs, ours in ATTENTION.items() for key in ("weight", "bias")}
-        return names | {"gamma": "gamma"}
-    names = {"gamma": "gamma"}
-    for theirs, ours in OFFICIAL_ATTENTION.items():
-        if hasattr(layer.get_submodule(ours), "parametrizations"):
-            names[f"{theirs}.weight"] = f"{ours}.{NORMALIZED['weight_bar']}"
-            names[f"{theirs}.u0"], names[f"{theirs}.{DERIVED}"] = (
-                f"{ours}.{NORMALIZED[key]}" for key in ("weight_u", "weight_v")
-            )
-        else:
-            names[f"{theirs}.weight"] = f"{ours}.weight"
+        parts = REFERENCE if isinstance(model.out, nn.Identity) else BIGGAN
+    elif _is_residual(model):
+        parts, prefixes = MMGENERATION, _mmgeneration_prefixes(model)
+    else:
+        parts = REFERENCE
+        prefixes = {f"blocks.{i}.": f"l{i + 1}." for i in range(len(model.blocks))}
+        prefixes |= {f"attention.{size}.": f"attn{i + 1}." for i, size in enumerate(model.attention)}
+    names = {}
+    for ours in model.state_dict():
+        prefix = next((prefix for prefix in prefixes if ours.startswith(prefix)), "")
+        theirs = prefixes.get(prefix, "") + ours.removeprefix(prefix)
+        for part, replacement in parts.items():
+            theirs = theirs.replace(part, replacement)
+        names[ours] = theirs
     return names
 
 
-def _with_biggan_buffers_resolved(layer: SelfAttention2d, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``theta.weight, theta.u0, theta.sv0`` into what :func:`_attention_names` asks for.
+def _mmgeneration_prefixes(model: SAGANGenerator | SAGANDiscriminator) -> dict[str, str]:
+    """Its ``conv_blocks`` count our blocks but the first, the attention behind any of them, and the head's block."""
+    stack = []
+    for i, size in enumerate(model.sizes):
+        stack.append(f"blocks.{i}.")
+        if str(size) in model.attention:
+            stack.append(f"attention.{size}.")
+    return {
+        "to_logit.projection.linear.": "decision.",
+        "to_logit.projection.embedding.": "proj_y.",
+        stack[0]: _first_block(model),
+        **{ours: f"conv_blocks.{i}." for i, ours in enumerate([*stack[1:], "to_logit."])},
+    }
 
-    BigGAN-PyTorch's u0 is (1, h). Its evaluation computes v = uW / |uW| and sigma = v Wᵀ u' with u' = vWᵀ / |vWᵀ|.
+
+def _first_block(model: SAGANGenerator | SAGANDiscriminator) -> str:
+    return "noise2feat." if isinstance(model, SAGANGenerator) else "from_rgb."
+
+
+# mmgeneration's values.
+
+
+def _one_network(model: SAGANGenerator | SAGANDiscriminator, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The one network of a published file's three that the model stands for."""
+    prefixes = ("generator_ema.", "generator.") if isinstance(model, SAGANGenerator) else ("discriminator.",)
+    return next((below for prefix in prefixes if (below := _below(prefix, state))), state)
+
+
+def _check_attention_resolutions(model: SAGANGenerator | SAGANDiscriminator, state: Mapping[str, Tensor]) -> None:
+    """Attention elsewhere shifts the numbers of all later blocks, so it is reported before any key."""
+    positions = sorted(int(match[1]) for key in state if (match := re.fullmatch(r"conv_blocks\.(\d+)\.gamma", key)))
+    # Before attention at ``sizes[i]`` come i blocks, and the attention at earlier sizes.
+    indices = [position - i for i, position in enumerate(positions)]
+    same_kind = any(key.startswith(_first_block(model)) for key in state)
+    if not same_kind or not indices or max(indices) >= len(model.sizes):
+        return  # then the keys themselves are reported
+    theirs, ours = [model.sizes[i] for i in indices], [int(size) for size in model.attention]
+    if theirs != ours:
+        raise ValueError(
+            f"the state dict has attention at {theirs} pixels, this {type(model).__name__} at {ours}: build it with "
+            f"attention_resolutions={tuple(theirs)}"
+        )
+
+
+def _add_one_to_scales(converted: dict[str, Tensor]) -> None:
+    for key, value in converted.items():
+        if key.endswith(("norm1.gamma", "norm2.gamma")):
+            converted[key] = 1 + value
+
+
+def _reverse_channels(model: SAGANGenerator | SAGANDiscriminator, converted: dict[str, Tensor]) -> None:
+    """Blue, green, red into red, green, blue, where images leave the generator and enter the discriminator."""
+    if isinstance(model, SAGANGenerator):
+        rows = ("bias", "parametrizations.weight.original", "parametrizations.weight.0._u")
+        converted |= {key: converted[key].flip(0) for key in (f"to_image.2.{row}" for row in rows)}
+        return
+    for layer in ("blocks.0.conv1", "blocks.0.shortcut"):
+        weight, v = f"{layer}.parametrizations.weight.original", f"{layer}.parametrizations.weight.0._v"
+        channels = converted[weight].shape[1]
+        converted[weight] = converted[weight].flip(1)  # (out, channels, k, k)
+        converted[v] = converted[v].unflatten(0, (channels, -1)).flip(0).flatten()  # (channels · k · k,)
+
+
+# BigGAN-PyTorch's values.
+
+
+def _resolve_biggan_buffers(layer: SelfAttention2d, state: dict[str, Tensor], converted: dict[str, Tensor]) -> None:
+    """``theta.u0`` into u and v, or into the weight. What has no key of ours is taken out of ``state``.
+
+    Its u0 is (1, h). Its evaluation computes v = uW / |uW| and sigma = v Wᵀ u' with u' = vWᵀ / |vWᵀ|.
     """
-    resolved = {key: value for key, value in state_dict.items() if not key.endswith(BIGGAN_BUFFERS)}
-    for theirs, ours in OFFICIAL_ATTENTION.items():
-        weight, u = state_dict.get(f"{theirs}.weight"), state_dict.get(f"{theirs}.u0")
-        if weight is None or u is None or u.numel() != len(weight):
-            resolved |= {} if u is None else {f"{theirs}.u0": u}
+    for ours, theirs in (("query", "theta"), ("key", "phi"), ("value", "g"), ("out", "o")):
+        normalized = hasattr(getattr(layer, ours), "parametrizations")
+        u, weight = state.get(f"{theirs}.u0"), state.get(f"{theirs}.weight")
+        if normalized or u is not None:
+            state.pop(f"{theirs}.sv0", None)  # the last sigma, which follows from u0
+        if u is None or weight is None or weight.ndim != 4 or u.numel() != len(weight):
             continue  # what is missing, or of another shape, is reported by its own name
         matrix = weight.flatten(1)  # (h, w)
         v = nn.functional.normalize(matrix.mT @ u.flatten(), dim=0)  # (w,)
         image = matrix @ v  # (h,)
-        if hasattr(layer.get_submodule(ours), "parametrizations"):
-            resolved[f"{theirs}.u0"], resolved[f"{theirs}.{DERIVED}"] = nn.functional.normalize(image, dim=0), v
+        if normalized:
+            converted[f"{ours}.parametrizations.weight.0._u"] = nn.functional.normalize(image, dim=0)
+            converted[f"{ours}.parametrizations.weight.0._v"] = v
         else:
-            resolved[f"{theirs}.weight"] = weight / torch.linalg.vector_norm(image)
-    return resolved
+            converted[f"{ours}.weight"] = weight / torch.linalg.vector_norm(image)
+            del state[f"{theirs}.u0"]
