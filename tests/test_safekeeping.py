@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -349,53 +350,54 @@ def wait_for_a_line(out: Path, process: subprocess.Popen[str], more_than: int = 
         time.sleep(0.05)
 
 
-@pytest.mark.slow  # starts a process
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group_leaves_a_checkpoint(number, pictures, tmp_path):
-    with start(tmp_path, pictures, "--no-cache", "--log-every", "1") as process:
-        wait_for_a_line(tmp_path, process)
-        os.killpg(process.pid, number)  # as a terminal, torchrun and schedulers do it: to the workers too
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert "Traceback" not in err
-    assert "stopped at step" in out
-    assert checkpoint(tmp_path)["step"] >= 1
+SETUPS = {
+    "cache": ["--judge-every", "20", "--judge-samples", "16"],
+    "workers": ["--no-cache", "--workers", "2"],
+    "wgan-gp": ["--loss", "wgan-gp", "--accumulate", "2", "--d-steps", "2"],
+}
 
 
-@pytest.mark.slow  # starts a process for each kill; SAGAN_KILLS=30 for a long try
-def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(pictures, tmp_path):
-    kills = int(os.environ.get("SAGAN_KILLS", "2"))
+@pytest.mark.slow  # starts a process for each interruption
+@pytest.mark.parametrize("setup", SETUPS)
+def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(setup, pictures, tmp_path):
+    """Two kills of one setup, Ctrl-C and SIGTERM; with SAGAN_KILLS in the environment that many kills of each setup."""
+    if setup != "cache" and "SAGAN_KILLS" not in os.environ:
+        pytest.skip("only with SAGAN_KILLS")
     chance = random.Random(int(os.environ.get("SAGAN_KILLS_SEED", "0")))
-    steps = 30 * (kills + 1)
-    settings = ["--resume", "auto", "--steps", str(steps), "--save-every", "2", "--log-every", "1"]
-    settings += ["--sample-every", "20", "--keep-last", "2"]
-    resumed = 0
-    for _ in range(kills):
-        with start(tmp_path / "killed", pictures, *settings) as process:
-            log = tmp_path / "killed" / "log.jsonl"
-            size = log.stat().st_size if log.exists() else 0
-            if chance.random() < 0.8:  # while it trains; else while it starts
-                for _ in range(3):  # the third comes after a checkpoint, however slow the machine is
-                    wait_for_a_line(tmp_path / "killed", process, more_than=size)
-                    size = log.stat().st_size
-                time.sleep(chance.uniform(0, 0.5))
-            else:
-                end = time.monotonic() + chance.uniform(0, 8)
-                while time.monotonic() < end and not (log.exists() and log.stat().st_size > size):
-                    time.sleep(0.05)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate(timeout=60)
-        if names(tmp_path / "killed"):
-            state = safekeeping.newest(tmp_path / "killed")
-            assert state is not None
-            resumed += state["step"] > 0
-            print(f"killed at line {len((tmp_path / 'killed' / 'log.jsonl').read_text().splitlines())}, "
-                  f"checkpoint at {state['step']}")  # fmt: skip
-    assert resumed
-    assert train(tmp_path / "killed", "--data", str(pictures), "--workers", "1", *settings) == 0
-    settings[:2] = []
-    assert train(tmp_path / "whole", "--data", str(pictures), "--workers", "1", *settings) == 0
-    assert_same(checkpoint(tmp_path / "killed"), checkpoint(tmp_path / "whole"), apart_from=("/config/out",))
-    logs = [[{**line, "images_per_second": 0} for line in lines(tmp_path / out)] for out in ("killed", "whole")]
+    kills = int(os.environ.get("SAGAN_KILLS", "2"))
+    interruptions = [signal.SIGKILL] * kills + [signal.SIGINT, signal.SIGTERM]
+    chance.shuffle(interruptions)
+    settings = ["--workers", "1", *SETUPS[setup], "--steps", str(60 * (len(interruptions) + 1)), "--keep-last", "2"]
+    settings += ["--save-every", "6", "--log-every", "4", "--sample-every", "10"]
+    out, log = tmp_path / "interrupted", tmp_path / "interrupted" / "log.jsonl"
+    stopped = []
+    for number in interruptions:
+        with start(out, pictures, "--resume", "auto", *settings) as process:
+            if number != signal.SIGKILL or chance.random() < 0.8:  # while it trains
+                for _ in range(4):  # RunLog writes the log anew; then come three lines, and with them a checkpoint
+                    wait_for_a_line(out, process, more_than=log.stat().st_size if log.exists() else 0)
+                time.sleep(chance.uniform(0, 0.4))
+            else:  # while it starts
+                time.sleep(chance.uniform(0, 8))
+            os.killpg(process.pid, number)  # as a terminal, torchrun and schedulers do it: to the workers too
+            printed, err = process.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert process.returncode == -number, err
+        else:
+            assert process.returncode == 128 + number, err
+            assert "Traceback" not in err
+            (step,) = re.findall(r"stopped at step (\d+);", printed)
+            stopped.append(int(step))
+            assert checkpoint(out)["step"] == int(step)
+        print(f"{number.name}, {len(names(out))} checkpoints, {names(out)[-1:]}")
+    train(out, "--data", str(pictures), "--resume", "auto", *settings)
+    train(tmp_path / "whole", "--data", str(pictures), *settings)
+    for name in ["checkpoint.pt", "best.pt"] if setup == "cache" else ["checkpoint.pt"]:
+        assert_same(checkpoint(out, name), checkpoint(tmp_path / "whole", name), apart_from=("/config/out",))
+    logs = [[{**line, "images_per_second": 0} for line in lines(folder)] for folder in (out, tmp_path / "whole")]
     assert logs[0] == logs[1]
-    assert not list((tmp_path / "killed").glob("*.new"))
+    extra = {f"{kind}-{step:06d}.png" for kind in ("samples", "attention") for step in stopped}
+    drawn, expected = images(out), images(tmp_path / "whole")
+    assert {name: drawn[name] for name in expected} == expected
+    assert set(drawn) - set(expected) <= extra
+    assert not list(out.glob("*.new"))
