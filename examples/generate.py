@@ -27,13 +27,12 @@ from command_line import Parser, script
 from judging import Judge, real_images
 from model_card import Card, open_generator, save
 from pictures import save_animation, save_attention, save_grid, save_images
-from sources import open_source
+from sources import Folder, crop_setting, open_source
 from torch_sagan import SAGANGenerator
 
 BATCH = 16  # fixed, because another batch size may round differently
 EXPLAINED = 6  # images in an attention figure
 LISTED = 8  # paths to print at most; of more, the first and the last
-CROP = 160  # of a folder's images, as the trainer's default
 
 # Where attention figures look from, (row, column) as fractions: an eye, the mouth, the hair, the background of a face.
 PLACES = [(0.52, 0.37), (0.73, 0.5), (0.15, 0.5), (0.06, 0.06)]
@@ -91,7 +90,9 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--score", metavar="DATA", help="score the generator against faces, digits or a folder, as the trainer's --data"
     )
     score.add_argument("--samples", type=int, default=2048, help="images of each kind (default: 2048)")
-    score.add_argument("--crop", type=int, default=CROP, help="centre crop of a folder's images (default: 160)")
+    score.add_argument(
+        "--crop", default="auto", help="centre crop of a folder's images, as the trainer's (default: auto)"
+    )
     score.add_argument(
         "--inception-weights", type=Path, metavar="PATH", help="for FID and KID (default: where torch.hub keeps them)"
     )
@@ -118,10 +119,9 @@ def check(given: argparse.Namespace, generator: SAGANGenerator) -> None:
         least = 2 if name in ("stops", "samples") else 1
         if value is not None and value < least:
             fail(f"--{name} must be at least {least}, got {value}")
-    if given.crop < 0:
-        fail(f"--crop must be at least 0, got {given.crop}")
     if not 0 <= given.seed < 2**62:
         fail(f"--seed must be from 0 to below 2^62, got {given.seed}")
+    crop_setting(given.crop)
     if given.truncation is not None and not (given.truncation > 0 and math.isfinite(given.truncation)):
         fail(f"--truncation must be above 0, got {given.truncation}")
     if not 0.01 <= given.fps <= 100:  # a GIF counts hundredths of a second, at most 65535 of them for a frame
@@ -237,11 +237,14 @@ def draw(given: argparse.Namespace, generator: SAGANGenerator, device: torch.dev
 def score(given: argparse.Namespace, generator: SAGANGenerator, image_size: int, device: torch.device) -> Card:
     """Score the generator against `--score DATA`."""
     try:
-        source = open_source(given.score, size=image_size, crop=given.crop)
+        source = open_source(given.score, size=image_size, crop=crop_setting(given.crop))
     except ValueError as error:
         fail(str(error).replace("--data", "--score", 1))
     real = real_images(source, given.samples, flip=given.score != "digits")
     judge = Judge(real, samples=given.samples, device=device, inception=given.inception_weights)
+    if isinstance(source, Folder):
+        for path, reason in (source.others | source.unreadable).items():
+            print(f"{reason}, left out: {path}", file=sys.stderr)
     if judge.note:
         print(judge.note, file=sys.stderr)
 

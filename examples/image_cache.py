@@ -1,19 +1,22 @@
 """Images decoded once, into an array on the disk: from then on, an epoch costs no decoding.
 
-A cache is one `.npy` file, uint8 (N, 3, size, size), that runs map into memory. Row i is what the folder itself would
-give for image i, so training from the cache and training without it are the same to the bit. The name holds crop, size
-and a fingerprint of the files. A cache is written under another name, by one process at a time, and takes its own only
-when it is whole and on the disk: whichever file has the name that a run looks for is complete and up to date.
+A cache is one `.npy` file, uint8 (N, 3, size, size), that runs map into memory, with a checksum after the array. Row i
+is what the folder itself would give for image i, so training from the cache and training without it are bitwise the
+same. The name holds crop, size and a fingerprint of the files. A cache is written under another name, by one process at
+a time, and takes its own only when it is whole and on the disk: whichever file has the name that a run looks for is
+up to date. The checksum shows whether it is still as it was written; if not, it is built again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import shutil
 import sys
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +35,9 @@ from safekeeping import survive_signals
 if TYPE_CHECKING:
     from sources import Folder
 
-DECODER = f"1, Pillow {PIL.__version__}"  # raise the number when `Folder` makes other pixels of the same file
+DECODER = f"2, Pillow {PIL.__version__}"  # raise the number when `Folder` makes other pixels of the same file
+CHECKSUM = 4  # bytes at the end of a cache: the CRC-32 of all before them
+CHUNK = 2**20  # bytes that are read at a time
 
 
 def usable_cores() -> int:
@@ -66,10 +71,13 @@ def open_cache(folder: Folder, directory: Path) -> NDArray[np.uint8]:
         if images is None:
             for file in directory.iterdir():  # out of date, or what a builder left that was killed
                 if file.name.startswith(f"{stem}-") and file.suffix in (".npy", ".part"):
+                    if file == path:
+                        print(f"damaged, decoded again: {path}", file=sys.stderr, flush=True)
                     file.unlink()
             _build(folder, path, shape)
             images = _map(path, shape)
-            assert images is not None
+            if images is None:
+                raise OSError(f"{path} is not what has just been written: --cache-dir names another folder")
     finally:
         lock.release()
     return images
@@ -78,41 +86,62 @@ def open_cache(folder: Folder, directory: Path) -> NDArray[np.uint8]:
 def _stem(folder: Folder) -> str:
     """What the caches of the same folder, crop and size have in common, whatever the folder held at the time."""
     where = hashlib.sha256(os.fsencode(folder.root)).hexdigest()[:8]
-    return f"{folder.root.stem[:64]}-{folder.size}px-crop{folder.crop}-{where}"
+    crop = "auto" if folder.crop is None else folder.crop
+    return f"{folder.root.stem[:64]}-{folder.size}px-crop{crop}-{where}"
 
 
 def _fingerprint(folder: Folder) -> str:
     digest = hashlib.sha256(DECODER.encode())
-    for stamp in folder.stamps():
+    for stamp in folder.stamps:
         digest.update(os.fsencode(stamp) + b"\0")
     return digest.hexdigest()[:16]
 
 
+def _header(shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
 def _map(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
-    """The cache if there is one. A file that was cut off, when it was copied perhaps, is none."""
+    """The cache, or None where there is none, or where it is no longer as it was written."""
+    header = _header(shape)
+    end = len(header) + math.prod(shape)
     try:
-        images: NDArray[np.uint8] = np.load(path, mmap_mode="r")
-    except (FileNotFoundError, EOFError, ValueError):
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size != end + CHECKSUM:
+                return None
+            # Read, not mapped: at a bad sector, a read raises an error, where looking into a mapping ends the process.
+            checksum = 0
+            for start in range(0, end, CHUNK):
+                checksum = zlib.crc32(file.read(min(CHUNK, end - start)), checksum)
+            if file.read() != checksum.to_bytes(CHECKSUM, "little"):
+                return None
+            return np.memmap(file, np.uint8, "r", offset=len(header), shape=shape)
+    except OSError:
         return None
-    return images if images.shape == shape and images.dtype == np.uint8 else None
 
 
 def _build(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:
-    need, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    header = _header(shape)
+    need, free = len(header) + math.prod(shape) + CHECKSUM, shutil.disk_usage(path.parent).free
     if need > free:
         raise OSError(
-            f"the decoded images need {readable(need)} in {path.parent}, {readable(free)} are free: "
-            "--cache-dir names another folder, --no-cache does without"
+            f"the decoded images need {readable(need)} in {path.parent}, {readable(need - free)} more than are "
+            "free: --cache-dir names another folder, --no-cache does without"
         )
-    for other in folder.others:
-        print(f"not an image, left out: {other}", file=sys.stderr)
+    for other, reason in folder.others.items():
+        print(f"{reason}, left out: {other}", file=sys.stderr)
     part = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}.part")
     try:
         with open(part, "xb") as file:
             # Written, not mapped: on a full disk a write raises an error, where storing to a mapping ends the process.
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            file.write(header)
+            checksum = zlib.crc32(header)
             for images in _decoded(folder):
                 file.write(images.numpy().data)
+                checksum = zlib.crc32(images.numpy().data, checksum)
+            file.write(checksum.to_bytes(CHECKSUM, "little"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -136,14 +165,14 @@ def _decoded(folder: Folder) -> Iterator[Tensor]:
         generator=torch.Generator(),  # or the loader would draw from the generator that the training uses
         worker_init_fn=survive_signals,
     )
-    named: set[str] = set()
+    named: dict[str, str] = {}
     interval = 0.1 if sys.stderr.isatty() else 10
     with tqdm(
         total=len(folder), desc=f"decoding {folder.root.name}", unit="img", dynamic_ncols=True, mininterval=interval
     ) as bar:
         for images, unreadable in loader:
-            for path in sorted(set(unreadable) - named):
-                tqdm.write(f"unreadable, left out: {path}", file=sys.stderr)
+            for path in sorted(unreadable.keys() - named):
+                tqdm.write(f"{unreadable[path]}, left out: {path}", file=sys.stderr)
             named.update(unreadable)
             bar.update(len(images))
             yield images

@@ -27,7 +27,7 @@ CONTENTS = {
 # another name is somebody else's and is not touched.
 CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.pt")
 IMAGE = re.compile(r"(?:samples|attention)-(\d{6,})\.png")
-FILES = re.compile(rf"{CHECKPOINT.pattern}|{IMAGE.pattern}|checkpoint\.pt|best\.pt|log\.jsonl")
+FILES = re.compile(rf"{CHECKPOINT.pattern}|{IMAGE.pattern}|checkpoint\.pt|best\.pt|log\.jsonl|reals\.png")
 
 
 # Writing.

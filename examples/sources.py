@@ -1,17 +1,22 @@
 """Where training images come from: a folder or zip of pictures, the embedded faces, scikit-learn's digits.
 
 A source is a map-style data set that is indexed by a whole batch at once, a list of (index, flip) pairs, and returns
-the images as uint8 (B, C, size, size) with the paths that could not be read. All chance lies in `Shuffle`, which draws
-those pairs: workers draw nothing, so order and flips depend on the seed alone, not on how many processes decode.
+the images as uint8 (B, C, size, size) with the paths that could not be read, and why. All chance lies in `Shuffle`,
+which draws those pairs: workers draw nothing, so order and flips depend on the seed alone, not on how many processes
+decode.
 """
 
 from __future__ import annotations
 
+import heapq
 import io
 import mmap
 import os
+import stat
+import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
@@ -19,15 +24,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 import faces
-from image_cache import open_cache
+from image_cache import open_cache, readable
 
 Batch = list[tuple[int, bool]]
+Found = tuple[str, str, str]  # a file's path, what changes when the file does, and why it is left out, or ""
 EMBEDDED_FACES = 4096
+CELEBA, CELEBA_CROP = (178, 218), 160  # the size of CelebA's aligned images, and what is usually cropped from them
+LARGEST_FILE = 2**29  # bytes; a member of an archive is read into memory as a whole
+SAMPLE = 64  # images whose sizes are looked at
 
 
 class Shuffle(Sampler[Batch]):
@@ -61,91 +70,154 @@ class Shuffle(Sampler[Batch]):
         return list(zip(order, flips.tolist(), strict=True))
 
 
-class Images(Dataset[tuple[Tensor, list[str]]]):
-    """Images that are in memory, or mapped into it: uint8 (N, C, size, size)."""
+class Images(Dataset[tuple[Tensor, dict[str, str]]]):
+    """Images that are in memory, or mapped into it: uint8 (N, C, size, size). `folder` is where they were decoded."""
 
-    def __init__(self, images: NDArray[np.uint8]) -> None:
-        self.images = images
+    def __init__(self, images: NDArray[np.uint8], folder: Folder | None = None) -> None:
+        self.images, self.folder = images, folder
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, batch: Batch) -> tuple[Tensor, list[str]]:
+    def __getitem__(self, batch: Batch) -> tuple[Tensor, dict[str, str]]:
         # In numpy, which takes a tenth of the time that torch's indexing and selection take for bytes.
         index, flip = (np.array(column) for column in zip(*batch, strict=True))
         images = np.asarray(self.images)[index]  # (B, C, size, size), a copy
         images[flip] = images[flip, :, :, ::-1]
-        return torch.from_numpy(images), []
+        return torch.from_numpy(images), {}
 
 
-class Folder(Dataset[tuple[Tensor, list[str]]]):
-    """The images below a folder, at any depth, cropped and resized. `others` are the files not named like an image.
+class Folder(Dataset[tuple[Tensor, dict[str, str]]]):
+    """The images below a folder, at any depth, cropped and resized. `others` are the files left out, each with why.
 
-    A file that turns out unreadable is replaced by the next one that can be read, so that a batch always has its size.
+    An image that turns out unreadable is replaced by the next one that can be read, so that a batch always has its
+    size. `crop` is the side of the centre square that is kept, in pixels, 0 for the largest; None takes 160 pixels of
+    images of CelebA's size and the largest square of all others.
     """
 
-    def __init__(self, root: Path, size: int, crop: int) -> None:
+    def __init__(self, root: Path, size: int, crop: int | None = None) -> None:
         self.root, self.size, self.crop = root.resolve(), size, crop
         suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
         self.paths: list[str] = []
-        self.others: list[str] = []
-        for path in sorted(self._find()):
+        self.stamps: list[str] = []  # for each image, what changes when its file does, found without reading it
+        self.others: dict[str, str] = {}
+        for path, stamp, problem in sorted(self._find()):
             # A name that starts with a dot is some program's own, such as macOS's ._000001.jpg.
             image = os.path.splitext(path)[1].lower() in suffixes and not os.path.basename(path).startswith(".")
-            (self.paths if image else self.others).append(path)
-        self._instead: dict[int, int] = {}  # for each index found unreadable, that of the image in its place
+            if image and not problem:
+                self.paths.append(path)
+                self.stamps.append(stamp)
+            else:
+                self.others[path] = problem or "not an image"
+        self.unreadable: dict[str, str] = {}  # the images found unreadable so far, in this process, each with why
+        self._instead: dict[int, int] = {}  # for the index of each of them, that of the image in its place
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, batch: Batch) -> tuple[Tensor, list[str]]:
-        images, unreadable = [], []
+    def __getitem__(self, batch: Batch) -> tuple[Tensor, dict[str, str]]:
+        images, unreadable = [], {}
         for index, flip in batch:
-            image, broken = self.read(index)
+            image, problem = self.read(index)
             images.append(image.flip(-1) if flip else image)
-            unreadable += broken
+            unreadable.update(problem)
         return torch.stack(images), unreadable  # (B, 3, size, size)
 
-    def read(self, index: int) -> tuple[Tensor, list[str]]:
-        """The first readable image from `index` on, uint8 (3, size, size), and the paths newly found not to be."""
-        unreadable: list[int] = []
-        while len(unreadable) < len(self.paths):
-            index = self._instead.get(index, index)
+    def read(self, index: int) -> tuple[Tensor, dict[str, str]]:
+        """Image `index`, uint8 (3, size, size); if it cannot be read, the next one that can, and its path with why."""
+        failed: list[int] = []
+        at = index
+        while len(failed) < len(self.paths):
+            at = self._instead.get(at, at)
             try:
-                image = self._decode(self.paths[index])
-            except Exception:  # a damaged file can raise anything, each format has its own way
-                unreadable.append(index)
-                index = (index + 1) % len(self.paths)
+                image = self._decode(self.paths[at])
+            except Exception as error:  # a damaged file can raise anything, each format has its own way
+                self.unreadable[self.paths[at]] = _reason(error)
+                failed.append(at)
+                at = (at + 1) % len(self.paths)
             else:
-                self._instead.update(dict.fromkeys(unreadable, index))
-                return image, [self.paths[broken] for broken in unreadable]
-        raise ValueError(f"none of the {len(unreadable)} images can be read")
+                self._instead.update(dict.fromkeys(failed, at))
+                path = self.paths[index]
+                return image, {path: self.unreadable[path]} if path in self.unreadable else {}
+        path, reason = next(iter(self.unreadable.items()))
+        raise ValueError(f"none of the {len(failed)} images can be read, for example {path}: {reason}")
 
-    def stamps(self) -> Iterator[str]:
-        """For each image, what changes when its file does, found without reading it."""
-        for path in self.paths:
-            name = path[len(str(self.root)) :]
+    def crops(self) -> str:
+        """What is cropped from what, according to the headers of all images, or of a sample of a large folder's."""
+        sample = self.paths[:: -(-len(self.paths) // SAMPLE)]
+        crops: Counter[str] = Counter()
+        for path in sample:
             try:
-                status = os.stat(path)
-                yield f"{name} {status.st_size} {status.st_mtime_ns}"
-            except OSError:  # a link that leads nowhere
-                yield name
+                width, height = self._upright_size(path)
+            except Exception:  # as in `read`, which names it
+                continue
+            side = self._side(width, height)
+            crops[f"{side}x{side} of {width}x{height}"] += 1
+        if len(crops) == 1:
+            (text,) = crops
+        else:
+            text = ", ".join(f"{what} ({count})" for what, count in crops.most_common(3))
+            if others := crops.total() - sum(count for _, count in crops.most_common(3)):
+                text += f", other sizes ({others})"
+        return text if len(sample) == len(self.paths) else f"{text}, in a sample of {len(sample)}"
 
-    def _find(self) -> Iterable[str]:
-        return (os.path.join(at, name) for at, _, names in os.walk(self.root) for name in names)
+    def _find(self) -> Iterator[Found]:
+        """All files. Each folder is read once, and those that are links last, so that no link leads in a circle."""
+        folders, links = [str(self.root)], list[str]()
+        read = set()
+        while folders or links:
+            folder = folders.pop() if folders else heapq.heappop(links)
+            try:
+                status = os.stat(folder)
+                entries = list(os.scandir(folder))
+            except OSError as error:
+                yield folder, "", _reason(error)
+                continue
+            if (status.st_dev, status.st_ino) in read:
+                yield folder, "", "a link to a folder that is read already"
+                continue
+            read.add((status.st_dev, status.st_ino))
+            for entry in entries:
+                try:
+                    status = entry.stat()
+                except OSError as error:  # a link that leads nowhere
+                    yield entry.path, "", _reason(error)
+                    continue
+                if not stat.S_ISDIR(status.st_mode):
+                    regular = stat.S_ISREG(status.st_mode)  # to open a pipe would wait for whoever writes to it
+                    problem = _too_large(status.st_size) if regular else "not a regular file"
+                    name = entry.path[len(str(self.root)) :]
+                    yield entry.path, f"{name} {status.st_size} {status.st_mtime_ns}", problem
+                elif entry.is_symlink():
+                    heapq.heappush(links, entry.path)
+                else:
+                    folders.append(entry.path)
 
-    def _open(self, path: str) -> str | io.BytesIO:
-        return path
+    def _open(self, path: str) -> ImageFile.ImageFile:
+        return _open_image(path)
 
     def _decode(self, path: str) -> Tensor:
-        with Image.open(self._open(path)) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
+        with self._open(path) as file:
+            picture = upright_rgb(file)
         width, height = picture.size
-        side = min(width, height, self.crop or width)
+        side = self._side(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         box = (left, top, left + side, top + side)
         picture = picture.crop(box).resize((self.size, self.size), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (3, size, size)
+
+    def _side(self, width: int, height: int) -> int:
+        """Width and height of the square that is cropped from an image."""
+        crop = (CELEBA_CROP if (width, height) == CELEBA else 0) if self.crop is None else self.crop
+        return min(width, height, crop or width)
+
+    def _upright_size(self, path: str) -> tuple[int, int]:
+        """Width and height that the decoded image will have, from its header."""
+        with self._open(path) as file:
+            width, height = file.size
+            # The size of a TIFF is that of the upright image already.
+            lies = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (height, width) if lies else (width, height)
 
 
 class _Mapped(mmap.mmap):
@@ -158,7 +230,7 @@ class _Mapped(mmap.mmap):
 class ZippedFolder(Folder):
     """A folder in a zip archive, read where it is. Paths are those in the archive."""
 
-    def __init__(self, root: Path, size: int, crop: int) -> None:
+    def __init__(self, root: Path, size: int, crop: int | None = None) -> None:
         with open(root, "rb") as file:
             mapped = _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._archive = zipfile.ZipFile(cast("IO[bytes]", mapped))
@@ -167,16 +239,68 @@ class ZippedFolder(Folder):
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.root, self.size, self.crop)  # for workers that do not share memory: open it again
 
-    def stamps(self) -> Iterator[str]:
-        for path in self.paths:
-            member = self._archive.getinfo(path)
-            yield f"{path} {member.file_size} {member.CRC}"
+    def _find(self) -> Iterator[Found]:
+        for member in self._archive.infolist():
+            if not member.is_dir():
+                problem = "encrypted" if member.flag_bits & 1 else _too_large(member.file_size)
+                yield member.filename, f"{member.filename} {member.file_size} {member.CRC}", problem
 
-    def _find(self) -> Iterable[str]:
-        return (member.filename for member in self._archive.infolist() if not member.is_dir())
+    def _open(self, path: str) -> ImageFile.ImageFile:
+        return _open_image(io.BytesIO(self._archive.read(path)))  # read whole, so that its checksum is looked at
 
-    def _open(self, path: str) -> io.BytesIO:
-        return io.BytesIO(self._archive.read(path))  # read whole, so that its checksum is looked at
+
+def _too_large(size: int) -> str:
+    return f"{readable(size)}, at most {readable(LARGEST_FILE)} are read" if size > LARGEST_FILE else ""
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, without its path: that stands beside the reason."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not in a format that can be read"
+    text = getattr(error, "strerror", None) or str(error)
+    return (text.splitlines() or [type(error).__name__])[0]
+
+
+def _open_image(source: str | io.BytesIO) -> ImageFile.ImageFile:
+    with warnings.catch_warnings():
+        # Pillow warns of images half as large as those that it refuses.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(source)
+
+
+def upright_rgb(file: ImageFile.ImageFile) -> Image.Image:
+    """The pixels of an open file as RGB, turned as its EXIF data say, over white where they are transparent."""
+    if file.mode == "F" or file.mode.startswith("I"):
+        return _grey_bytes(file).convert("RGB")
+    if file.format == "PNG" and "transparency" in file.info and file.tile[0][3] in ("L;2", "L;4", "RGB;16B"):
+        # Pillow turns the pixels into bytes, but compares them with the colour as the file has it.
+        raise ValueError("a transparent colour of 2, 4 or 16 bits, which Pillow does not find in the image")
+    picture = ImageOps.exif_transpose(file)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def _grey_bytes(file: ImageFile.ImageFile) -> Image.Image:
+    """Grey values of more than 8 bits, which Pillow's own conversion would cut off at 255."""
+    tags = getattr(file, "tag_v2", {})
+    if file.mode == "F":
+        white = 1
+    elif file.format in ("PNG", "PPM", "JPEG2000"):
+        white = 65535
+    elif file.format == "TIFF" and file.mode != "I":  # mode I: numbers with a sign, or of 32 bits
+        white = 2 ** tags[ExifTags.Base.BitsPerSample][0] - 1
+    else:
+        raise ValueError(f"grey values of {file.format} mode {file.mode}, of which none is known to be white")
+    values = np.asarray(ImageOps.exif_transpose(file), np.float32)  # (H, W)
+    if not (values.min() >= 0 and values.max() <= white):  # nor is nan
+        raise ValueError(f"grey values from {values.min():g} to {values.max():g}, expected 0 to {white}")
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white
+        values = white - values
+    if "transparency" in file.info:
+        values = np.where(values == file.info["transparency"], white, values)
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
 
 
 def embedded_faces(size: int) -> Images:
@@ -195,7 +319,14 @@ def digits(size: int) -> Images:
     return Images((127.5 * (1 + 1.6 * images)).round().clamp(0, 255).byte().numpy())
 
 
-def open_source(data: str, *, size: int, crop: int, cache: Path | None = None) -> Images | Folder:
+def crop_setting(text: str) -> int | None:
+    """What `--crop` says: a number of pixels, or None for auto."""
+    if text != "auto" and not text.isdecimal():
+        raise ValueError(f"--crop {text}: expected auto, or a number of pixels, 0 for the largest centre square")
+    return None if text == "auto" else int(text)
+
+
+def open_source(data: str, *, size: int, crop: int | None = None, cache: Path | None = None) -> Images | Folder:
     """What `--data` names. A folder of images is decoded into the folder `cache`, or without one, again and again.
 
     Errors are ValueError or OSError with one line that says what is wrong.
@@ -207,7 +338,7 @@ def open_source(data: str, *, size: int, crop: int, cache: Path | None = None) -
     root = Path(data)
     if not root.exists():
         raise ValueError(f"--data {data}: no such folder or zip archive (and neither 'faces' nor 'digits')")
-    if not root.is_dir() and not zipfile.is_zipfile(root):
+    if not root.is_dir() and not (root.is_file() and zipfile.is_zipfile(root)):
         raise ValueError(
             f"--data {data}: a folder of images is needed, or a zip archive; this is neither, or its end is missing"
         )
@@ -216,6 +347,10 @@ def open_source(data: str, *, size: int, crop: int, cache: Path | None = None) -
     except (zipfile.BadZipFile, ValueError) as error:  # the second where an offset points out of the file
         raise ValueError(f"--data {data}: a damaged zip archive: {error}") from None
     if not folder.paths:
-        raise ValueError(f"--data {data}: no images in this {'folder or below it' if root.is_dir() else 'archive'}")
+        message = f"--data {data}: no images in this {'folder or below it' if root.is_dir() else 'archive'}"
+        if folder.others:
+            path, reason = next(iter(folder.others.items()))
+            message += f"; {len(folder.others)} files are left out, for example {path}: {reason}"
+        raise ValueError(message)
     folder.read(0)  # at least one can be decoded; otherwise this says so before the training starts
-    return folder if cache is None else Images(open_cache(folder, cache))
+    return folder if cache is None else Images(open_cache(folder, cache), folder)

@@ -45,7 +45,7 @@ from pictures import save_attention, save_grid
 from run_log import Means, RunLog, one_report
 from safekeeping import load, newest, postponed_signals, save, save_and_rotate, set_aside, survive_signals, versions
 from sliced_wasserstein import COARSEST
-from sources import Folder, Images, Shuffle, open_source
+from sources import Folder, Images, Shuffle, crop_setting, open_source
 from torch_sagan import (
     SAGANDiscriminator,
     SAGANGenerator,
@@ -74,7 +74,7 @@ class Config:
 
     data: str = option("faces", "data", "faces (procedural), digits (scikit-learn's), a folder or a zip of images")
     image_size: int = option(64, "data", "width and height, pixels: 4 to 7 doubled some times", fixed=True)
-    crop: int = option(160, "data", "centre crop of a folder's images, pixels (0 for all of an image)", least=0)
+    crop: str = option("auto", "data", "centre crop, pixels, or 0: the largest square; auto: 0, or CelebA's usual 160")
     cache: bool = option(True, "data", "decode a folder's images once, into a file, instead of at every epoch")
     cache_dir: str = option("", "data", "folder for decoded images (default: cache/ beside the folder --out)")
     workers: int = option(4, "data", "processes that decode with --no-cache, at most one per core", least=0)
@@ -114,6 +114,9 @@ class Config:
     judge_samples: int = option(2000, "judging", "images of each kind (published FIDs take 50000)", least=2)
     inception: str = option("", "judging", "Inception's weights, for FID and KID (default: where torch.hub has them)")
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "crop", str(self.crop))  # a number in checkpoints from before there was auto
+
 
 def check(config: Config, ranks: Ranks) -> None:
     """What concerns one setting alone is checked beside it."""
@@ -121,6 +124,7 @@ def check(config: Config, ranks: Ranks) -> None:
         fail("--data is empty: expected faces, digits, a folder or a zip archive")
     if Path(config.out).exists() and not Path(config.out).is_dir():
         fail(f"--out {config.out}: there is a file of this name, a folder is needed")
+    crop_setting(config.crop)
     if config.seed >= 2**62:
         fail(f"--seed must be below 2^62, got {config.seed}")
     if config.ema_decay > 1:
@@ -162,6 +166,13 @@ def open_loader(
         generator=torch.Generator(),  # or the loader would draw from the generator whose state a checkpoint keeps
         worker_init_fn=survive_signals,
     )
+
+
+def save_reals(source: Images | Folder, config: Config, path: Path) -> None:
+    """A grid of the run's first images as the discriminator is shown them: cropped, resized, mirrored."""
+    order = Shuffle(len(source), min(64, len(source)), seed=config.seed, flip=config.data != "digits")
+    images, _ = source[next(iter(order))]  # (64, C, S, S); what cannot be read is named when the training draws it
+    save_grid(path, images / 127.5 - 1, columns=8)
 
 
 # ------------------------------------------------------------------------------------------------------ networks
@@ -434,12 +445,12 @@ def open_judge(config: Config, source: Images | Folder, device: torch.device) ->
 # ---------------------------------------------------------------------------------------------------------- main
 
 
-def images_on_device(run: Run, batches: Iterator[tuple[Tensor, list[str]]]) -> Iterator[Tensor]:
+def images_on_device(run: Run, batches: Iterator[tuple[Tensor, dict[str, str]]]) -> Iterator[Tensor]:
     """The images on the device, while what cannot be read is named once."""
-    named: set[str] = set()
+    named: dict[str, str] = {}
     for images, unreadable in batches:
-        for path in sorted(set(unreadable) - named):
-            tqdm.write(f"unreadable, left out: {path}", file=sys.stderr)
+        for path in sorted(unreadable.keys() - named):
+            tqdm.write(f"{unreadable[path]}, left out: {path}", file=sys.stderr)
         named.update(unreadable)
         yield run.to_device(images)  # (B, C, S, S)
 
@@ -562,13 +573,14 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge = open_ju
             print(f"complete  {config.out} is at step {first}")
             return 0
         with ranks.agreeing(ValueError):
-            source = open_source(config.data, size=config.image_size, crop=config.crop, cache=cache)
-        with ranks.agreeing():
+            source = open_source(config.data, size=config.image_size, crop=crop_setting(config.crop), cache=cache)
+        with ranks.agreeing(ValueError):
             if ranks.first:
                 out.mkdir(parents=True, exist_ok=True)
                 if earlier := set_aside(out, after=first if same else None):
                     print(f"kept      what an earlier run left in {earlier}")
-                announce(run, source, state)
+                save_reals(source, config, out / "reals.png")
+                announce(run, source, out / "reals.png", state)
         judge = None
         with ranks.agreeing(ValueError):
             if ranks.first and 0 < config.judge_every <= config.steps:
@@ -591,19 +603,21 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge = open_ju
         return 128 + stopped if stopped else 0
 
 
-def announce(run: Run, source: Images | Folder, state: dict[str, Any] | None) -> None:
+def announce(run: Run, source: Images | Folder, reals: Path, state: dict[str, Any] | None) -> None:
     """Say what is going to happen."""
     config = run.config
     if isinstance(source, Folder):
-        for path in source.others:
-            print(f"not an image, left out: {path}", file=sys.stderr)
+        for path, reason in source.others.items():
+            print(f"{reason}, left out: {path}", file=sys.stderr)
     if state and (other := {name: v for name, v in state["versions"].items() if v != versions().get(name)}):
         print(f"versions  the checkpoint was made with {', '.join(f'{name} {v}' for name, v in other.items())}")
     weights = {name: sum(p.numel() for p in getattr(run, name).parameters()) for name in ("generator", "discriminator")}
     speed = [config.precision, *(["compiled"] if config.compile else [])]
     if config.compile and config.loss == "wgan-gp":
         speed[-1] = "G compiled, D not (a compiled graph has no double backward)"
-    print(f"data      {config.data}: {len(source)} images at {config.image_size} px")
+    print(f"data      {config.data}: {len(source)} images at {config.image_size} px; the first are in {reals}")
+    if folder := source if isinstance(source, Folder) else source.folder:
+        print(f"crop      {folder.crops()}")
     print(f"networks  G {weights['generator']:,} and D {weights['discriminator']:,} weights, on {run.device}")
     print(f"loss      {config.loss}" + (", D without spectral norm" if config.loss == "wgan-gp" else ""))
     print(f"training  steps {run.step} to {config.steps}, batches of {config.batch_size}, {', '.join(speed)}")

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections import namedtuple
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,6 +206,49 @@ def test_a_file_that_was_cut_off_is_not_used(left, folder, tmp_path):
     np.testing.assert_array_equal(cached(folder, tmp_path / "cache").images, expected)
 
 
+def flip(path: Path, offset: int) -> None:
+    """Change one bit, counted from the end if `offset` is negative."""
+    with open(path, "r+b") as file:
+        file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+
+
+@pytest.mark.parametrize("offset", [0, 20, 90, 128, 5000, -5, -1])
+def test_a_file_of_which_a_bit_has_changed_is_built_again(offset, folder, tmp_path, capsys):
+    expected = cached(folder, tmp_path / "cache").images.copy()
+    (path,) = caches(tmp_path / "cache")
+    flip(path, offset)
+    capsys.readouterr()
+    np.testing.assert_array_equal(cached(folder, tmp_path / "cache").images, expected)
+    assert capsys.readouterr().err.count(f"damaged, decoded again: {path}\n") == 1
+    np.testing.assert_array_equal(np.load(path), expected)
+
+
+def test_a_disk_that_cannot_read_the_file_is_no_reason_to_stop(folder, tmp_path, monkeypatch):
+    expected = cached(folder, tmp_path / "cache").images.copy()
+    errors = [OSError(5, "Input/output error")] * 2  # when it is opened, and once more when nobody else can build it
+
+    def crc32(data: bytes, value: int = 0) -> int:  # fails for the read before it
+        if errors:
+            raise errors.pop()
+        return zlib.crc32(data, value)
+
+    monkeypatch.setattr(image_cache, "zlib", SimpleNamespace(crc32=crc32))
+    np.testing.assert_array_equal(cached(folder, tmp_path / "cache").images, expected)
+
+
+def test_a_disk_that_does_not_keep_what_is_written_is_an_error(folder, tmp_path, monkeypatch):
+    def replace(part: Path, path: Path) -> None:
+        flip(part, 1000)
+        os.rename(part, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match=r"photographs-.*\.npy is not what has just been written: --cache-dir names"):
+        cached(folder, tmp_path / "cache")
+
+
 def test_the_random_state_does_not_know_of_it(folder, tmp_path):
     before = torch.get_rng_state()
     cached(folder, tmp_path / "cache")
@@ -277,6 +322,22 @@ def test_a_builder_that_is_killed_leaves_neither_a_lock_nor_half_a_cache(folder,
     assert_equal(batches(source, 4), batches(Folder(folder, 16, 160), 4))
 
 
+@pytest.mark.slow  # starts two processes, which import torch
+def test_a_damaged_header_is_replaced_once_while_another_process_waits(folder, tmp_path):
+    expected = cached(folder, tmp_path / "cache").images.sum(dtype=int)
+    (path,) = caches(tmp_path / "cache")
+    with open(path, "r+b") as file:
+        file.write(b"\x93NUMPY\1\0\xff\xff")  # a header that claims to be 64 KiB long
+    with Builder(folder, tmp_path / "cache", 0.1) as one, Builder(folder, tmp_path / "cache", 0.1) as other:
+        one.go()
+        other.go()
+        (said, errors) = zip(*(process.communicate(timeout=120) for process in (one, other)), strict=True)
+    assert one.returncode == other.returncode == 0, errors
+    assert said == (f"{expected}\n", f"{expected}\n")
+    assert sorted("damaged, decoded again" in text for text in errors) == [False, True]
+    assert sorted("waiting for another process" in text for text in errors) == [False, True]
+
+
 def test_the_file_is_on_the_disk_before_it_takes_the_name(folder, tmp_path, monkeypatch):
     calls = []
     fsync, replace = os.fsync, os.replace
@@ -312,9 +373,10 @@ def test_sizes_have_a_unit_in_which_they_are_not_zero():
 
 def test_too_little_space_is_known_beforehand(folder, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    need = 128 + COUNT * 3 * 16 * 16 + image_cache.CHECKSUM  # the header of an .npy file, the array, the checksum
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need - 1))
     monkeypatch.setattr(image_cache, "_decoded", lambda folder: pytest.fail("decoding has begun"))
-    with pytest.raises(OSError, match=r"need 9 KiB in .*cache, 1000 bytes are free: .*--no-cache"):
+    with pytest.raises(OSError, match=r"need 9\.129 KiB in .*cache, 1 bytes more than are free: .*--no-cache"):
         cached(folder, tmp_path / "cache")
 
 
@@ -335,7 +397,8 @@ def test_a_member_whose_checksum_is_wrong_is_named(archive):
     data[begin + 4000] ^= 1
     archive.write_bytes(data)
     (_, unreadable) = ZippedFolder(archive, 16, 160).read(3)
-    assert unreadable == ["03.jpg"]
+    assert list(unreadable) == ["03.jpg"]
+    assert "Bad CRC-32" in unreadable["03.jpg"]
 
 
 def test_an_archive_can_go_to_a_process_that_shares_no_memory(archive):
@@ -385,6 +448,17 @@ def test_training_with_and_without_it_is_the_same_to_the_bit(folder, tmp_path):
     apart_from = ("/config/out", "/config/cache", "/config/workers")
     assert_same(checkpoint(with_it), checkpoint(without), apart_from=apart_from)
     assert_same(checkpoint(with_it), checkpoint(both), apart_from=apart_from)
+
+
+def test_a_run_is_resumed_as_if_no_bit_had_changed(folder, tmp_path):
+    settings = ["--data", str(folder), "--steps", "4", "--save-every", "2"]
+    train(tmp_path / "whole", *settings)
+    train(tmp_path / "resumed", *settings)
+    (tmp_path / "resumed" / "checkpoint-000004.pt").unlink()
+    (path,) = caches(tmp_path / "cache")
+    flip(path, 3000)
+    resume(tmp_path / "resumed")
+    assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "resumed"), apart_from=("/config/out",))
 
 
 def test_the_cache_can_lie_elsewhere(folder, tmp_path):

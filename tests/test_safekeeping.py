@@ -162,7 +162,7 @@ def test_a_new_run_keeps_what_an_earlier_one_left(tmp_path, capsys):
     assert checkpoint(tmp_path)["step"] == 3
     assert [checkpoint(tmp_path / f"earlier-{i}", f"checkpoint-00000{3 - i}.pt")["step"] for i in (1, 2)] == [2, 1]
     assert names(tmp_path, "earlier-1/*") == [
-        "attention-000002.png", "checkpoint-000002.pt", "checkpoint.pt", "log.jsonl", "samples-000002.png",
+        "attention-000002.png", "checkpoint-000002.pt", "checkpoint.pt", "log.jsonl", "reals.png", "samples-000002.png",
         "tensorboard",
     ]  # fmt: skip
     assert [line["step"] for line in lines(tmp_path)] == [3]
@@ -203,10 +203,10 @@ def test_images_that_no_checkpoint_knows_are_drawn_again(tmp_path):
 
 def test_what_a_run_left_before_its_first_checkpoint_is_kept_apart(tmp_path):
     (tmp_path / "tensorboard").mkdir(parents=True)
-    for name in ("log.jsonl", "samples-000002.png", "best.pt"):
+    for name in ("log.jsonl", "reals.png", "samples-000002.png", "best.pt"):
         (tmp_path / name).write_text('{"step": 2}\n')
     train(tmp_path, "--resume", "auto", "--steps", "1")
-    assert names(tmp_path, "earlier-1/*") == ["best.pt", "log.jsonl", "samples-000002.png", "tensorboard"]
+    assert names(tmp_path, "earlier-1/*") == ["best.pt", "log.jsonl", "reals.png", "samples-000002.png", "tensorboard"]
     assert [line["step"] for line in lines(tmp_path)] == [1]
     assert names(tmp_path, "samples-*") == ["samples-000001.png"]
 
@@ -261,8 +261,9 @@ def test_an_image_is_never_half_written(name, tmp_path, monkeypatch):
 def test_a_complete_run_draws_what_is_missing(tmp_path, capsys):
     train(tmp_path, "--steps", "2")
     before = images(tmp_path)
-    assert len(before) == 2
-    for missing in (["samples-000002.png"], ["attention-000002.png"], list(before)):
+    drawn = ["samples-000002.png", "attention-000002.png"]
+    assert sorted(before) == sorted([*drawn, "reals.png"])
+    for missing in ([drawn[0]], [drawn[1]], drawn):
         for name in missing:
             (tmp_path / name).unlink()
         train(tmp_path, "--resume", "auto", "--steps", "2")
