@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -83,6 +85,71 @@ def test_keeps_the_dtype(dtype: torch.dtype) -> None:
     ]:
         assert actual.dtype == dtype
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(params=["plain", "tiled", "autocast", "transformed", "compiled", "meta"])
+def attention_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
+    """Attention on each of the paths that an input can take on the CPU, and on the meta device."""
+    monkeypatch.setattr(functional, "SMALL_MAP", 0 if request.param in ("tiled", "compiled") else 2**40)
+    if request.param == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            yield functional.attention
+    elif request.param == "transformed":
+        yield lambda *tensors: torch.func.vjp(functional.attention, *tensors)[0]
+    elif request.param == "meta":
+        yield lambda *tensors: functional.attention(*(tensor.to("meta") for tensor in tensors))
+    else:
+        compiled = torch.compile(functional.attention, backend="eager")
+        yield compiled if request.param == "compiled" else functional.attention
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own modules
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(2, 3, 4), (2, 3, 5), (2, 6, 7)],  # a value longer than the key
+        [(2, 3, 4), (2, 3, 7), (2, 6, 5)],
+        [(1, 3, 4), (2, 3, 5), (2, 6, 5)],
+        [(2, 3, 4), (1, 3, 5), (2, 6, 5)],
+        [(2, 3, 4), (2, 3, 5), (1, 6, 5)],
+        [(2, 3, 4), (2, 1, 5), (2, 6, 5)],
+        [(3, 4), (3, 5), (6, 5)],
+        [(1, 2, 3, 4), (1, 2, 3, 5), (1, 2, 6, 5)],
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit(attention_path: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> None:
+    message = (
+        f"expected query (B, D, N), key (B, D, M) and value (B, E, M), got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as raised:
+        attention_path(*(torch.randn(shape) for shape in shapes))
+    assert raised.type is ValueError
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.int64, torch.int64, torch.int64),
+        (torch.float32, torch.float32, torch.int64),
+        (torch.float32, torch.float32, torch.float64),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+def test_dtypes_that_do_not_fit(
+    attention_path: Callable[..., Tensor], dtypes: tuple[torch.dtype, ...], request: pytest.FixtureRequest
+) -> None:
+    tensors = [torch.ones(shape, dtype=dtype) for shape, dtype in zip([(2, 3, 4)] * 3, dtypes, strict=True)]
+    if "autocast" in request.node.name and not {torch.int64, torch.float64} & set(dtypes):
+        assert attention_path(*tensors).dtype == torch.bfloat16  # which it casts to
+        return
+    if "transformed" in request.node.name and torch.int64 in dtypes:
+        pytest.skip("torch refuses to differentiate integers")
+    message = f"expected query, key and value in one floating-point dtype, got {dtypes[0]}, {dtypes[1]} and {dtypes[2]}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        attention_path(*tensors)
 
 
 @pytest.mark.parametrize("values", [3, 2], ids=["value sizes differ", "one size for all"])

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from torch_sagan import functional, gradient_penalty, memory_efficient
 from torch_sagan.attention import SelfAttention2d
@@ -149,6 +150,52 @@ def test_rows_of_very_different_logits_keep_their_precision() -> None:
     )
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("offset", [2.0**21, -(2.0**21), 2.0**23])
+def test_logits_with_a_huge_offset_in_common(offset: float) -> None:
+    """float32 holds each logit exactly: multiples of 1/4 near 2**21, integers near 2**23. They differ by little, so that
+    the softmax is not a choice of one key."""
+    step = 0.5 if abs(offset) < 2**22 else 1.0
+    query, key, value = (t.detach() for t in inputs(2, 3, 4, 2 * TILE + 3, 3 * TILE - 1, dtype=torch.float32))
+    query, key = (step * (t / step).round().clamp(-4, 4) for t in (query, key))
+    query[:, 0], key[:, 0] = 1.0, offset
+    gradient = torch.randn(2, 4, 2 * TILE + 3)
+    results = []
+    for attention, dtype in (memory_efficient_attention, torch.float32), (plain, torch.float64):
+        tensors = [t.to(dtype).requires_grad_() for t in (query, key, value)]
+        y = attention(*tensors)
+        results.append([y, *torch.autograd.grad(y, tensors, gradient.to(dtype))])
+    # float32's rounding (6e-8) of sums of some dozens; the gradient of the query is a sum over keys as large as these.
+    scales = [1.0, abs(offset), 1.0, 1.0]
+    for mine, exact, scale in zip(*results, scales, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5 * scale)
+    torch.testing.assert_close(results[0][1][:, 1:].double(), results[1][1][:, 1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("largest", [2e6, 1e7, 1e9, 1e12])
+@pytest.mark.parametrize("channels", [4, 385])  # matrix products sum 384 at a time
+def test_a_choice_of_one_key_at_huge_logits(channels: int, largest: float) -> None:
+    query, key, value = (t.detach() for t in inputs(2, channels, 6, 600, 530, dtype=torch.float32))
+    query *= largest / (query.mT @ key).abs().max()
+    # Rows whose two largest logits are nearer than float32 rounds logits have no answer in float32.
+    first, second = (query.mT.double() @ key.double()).topk(2, dim=2).values.unbind(2)
+    decided = (first - second > 1e-6 * largest + 30).unsqueeze(1)  # (B, 1, N)
+    assert decided.float().mean() > 0.9
+    gradient = torch.randn(2, 6, 600) * decided
+    results = []
+    for attention, dtype in (memory_efficient_attention, torch.float32), (plain, torch.float64):
+        tensors = [t.to(dtype).requires_grad_() for t in (query, key, value)]
+        y = attention(*tensors)
+        results.append([y * decided, *torch.autograd.grad(y, tensors, gradient.to(dtype))])
+    (y, d_query, d_key, d_value), (y_exact, _, _, d_value_exact) = results
+    # One weight is 1, others are 0: values are copied, and gradients of values are sums of some dozens.
+    torch.testing.assert_close(y.double(), y_exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(d_value.double(), d_value_exact, rtol=1e-5, atol=1e-5)
+    # The gradients of query and key vanish, but for float32's rounding (6e-8) of sums of some dozens.
+    assert d_query.abs().max() < 1e-5 * key.abs().max()
+    assert d_key.abs().max() < 1e-5 * query.abs().max()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.usefixtures("small_tiles")
 def test_precision_of_each_dtype(dtype: torch.dtype, tolerance: float) -> None:
@@ -259,10 +306,45 @@ def test_operators_keep_pytorchs_contract() -> None:
     """Schema, shapes without data, and autograd registration, as PyTorch itself checks them."""
     tensors = inputs(1, 2, 3, 9, 7, dtype=torch.float32)
     torch.library.opcheck(memory_efficient._tiled, tuple(tensors))
-    y, lse = memory_efficient._tiled(*(t.detach() for t in tensors))
+    y, *sums = memory_efficient._tiled(*(t.detach() for t in tensors))
     torch.library.opcheck(
-        memory_efficient._tiled_backward, (torch.randn_like(y), *(t.detach() for t in tensors), y, lse)
+        memory_efficient._tiled_backward, (torch.randn_like(y), *(t.detach() for t in tensors), y, *sums)
     )
+
+
+def test_flops_of_tiled_attention() -> None:
+    """Two for each multiplication with its addition, in the matrix products: two forward, five backward."""
+    b, d, e, n, m = 2, 3, 5, 40, 23
+    tensors = inputs(b, d, e, n, m)
+    with FlopCounterMode(display=False) as forward:
+        y = memory_efficient_attention(*tensors)
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(y.sum(), tensors)
+    assert forward.get_total_flops() == 2 * b * n * m * (d + e)
+    assert backward.get_total_flops() == 2 * b * n * m * (3 * d + 2 * e)
+
+
+def test_flops_of_a_network_are_proportional_to_the_batch() -> None:
+    """The attention matrix of one sample is materialised, those of a batch are not."""
+    side = 20
+    assert side**4 < functional.SMALL_MAP < 8 * side**4
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), SelfAttention2d.official(8), SelfAttention2d(8))
+    counts = []
+    for batch in (1, 8, 16):
+        with FlopCounterMode(display=False) as counter:
+            network(torch.randn(batch, 3, side, side))
+        counts.append(counter.get_total_flops() / batch)
+    assert counts[0] > 0
+    assert counts == [counts[0]] * 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # parts of torch that its profiler uses
+def test_the_profiler_names_the_operators() -> None:
+    tensors = inputs()
+    with torch.profiler.profile() as profile:
+        memory_efficient_attention(*tensors).sum().backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["torch_sagan::tiled_attention"] == calls["torch_sagan::tiled_attention_backward"] == 1
 
 
 @pytest.mark.usefixtures("small_tiles")

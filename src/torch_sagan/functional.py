@@ -54,8 +54,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (B, E, N).
 
+    Raises:
+        ValueError: for shapes that do not fit together.
+        TypeError: for integers, and outside of autocast for dtypes that differ.
+
     Source: Zhang et al., arXiv:1805.08318, equation 2 without the output projection.
     """
+    _check(query, key, value)
     plain = _only_plain_operations(query, key, value)
     if not (plain or _map_is_held(query, key)):
         return memory_efficient_attention(query, key, value)  # (B, E, N)
@@ -172,6 +177,26 @@ class _DivideBySigma(torch.autograd.Function):
         product = torch.vdot(weight.reshape(-1), gradient.reshape(-1))
         along = torch.where(nonzero, product, 0.0) / divisor
         return torch.addcmul(gradient, -along * u, v.conj()).div_(divisor), None, None, None, None
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
+    if not (
+        all(len(shape) == 3 for shape in shapes)
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[1] == key.shape[1]
+        and key.shape[2] == value.shape[2]
+    ):
+        raise ValueError(
+            f"expected query (B, D, N), key (B, D, M) and value (B, E, M), got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+        )
+    dtypes = [tensor.dtype for tensor in (query, key, value)]
+    # Autocast makes them alike, but for float64, which it leaves alone.
+    alike = len(set(dtypes)) == 1 or (_is_autocast(query.device.type) and torch.float64 not in dtypes)
+    if not (alike and all(dtype.is_floating_point for dtype in dtypes)):
+        raise TypeError(
+            f"expected query, key and value in one floating-point dtype, got {dtypes[0]}, {dtypes[1]} and {dtypes[2]}"
+        )
 
 
 def _map_is_held(query: Tensor, key: Tensor) -> bool:

@@ -5,9 +5,11 @@ walked in tiles of queries × keys that stay in the processor's cache, and walke
 FlashAttention, in tensor operations). A tile costs one exponential and some matrix products; the rest is folded in:
 
 * Powers of two replace powers of e, whose exponential takes twice as long; ``log2(e)`` goes into the query.
-* The forward keeps the log-sum-exp of each row. With ``-lse`` as one more channel of the query, against a one in the
+* The forward keeps the sum of each row. With ``-log2`` of it as one more channel of the query, against a one in the
   key, the backward's matrix product and exponential give weights that are normalised already.
 * A row needs its maximum subtracted only where a power of two could overflow, and a bound on the norms tells that.
+  The maximum may be so large that rounding would lose what is added to it, or multiplied into the logits, so it is
+  subtracted first and kept apart from the sum.
 * Tiles of as many samples as there are threads are multiplied at once: each core works on a sample of its own and
   finds its tile in its own cache.
 
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 __all__ = ["attention_backward", "memory_efficient_attention"]
 
@@ -58,7 +61,7 @@ def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor) -> Ten
             return _fused(query, key, value)  # (B, E, N)
         attended: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
         return attended  # (B, E, N)
-    tiled: tuple[Tensor, Tensor] = _tiled(query, key, value)
+    tiled: tuple[Tensor, Tensor, Tensor] = _tiled(query, key, value)
     return tiled[0]  # (B, E, N)
 
 
@@ -66,59 +69,83 @@ def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor) -> Ten
 
 
 @torch.library.custom_op("torch_sagan::tiled_attention", mutates_args=())
-def _tiled(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The result (B, E, N), and the base-2 log-sum-exp of each query's logits (B, 1, N), for the backward alone."""
+def _tiled(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The result (B, E, N). For the backward alone: what is subtracted from each query's logits (B, 1, N), and the sum
+    of its weights after that (B, 1, N)."""
     with torch.autocast("cpu", enabled=False):
         return _walk_forward(query, key, value)
 
 
 @torch.library.custom_op("torch_sagan::tiled_attention_backward", mutates_args=())
 def _tiled_backward(
-    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, lse: Tensor
+    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, shift: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, each in its own dtype."""
     with torch.autocast("cpu", enabled=False):
-        return _walk_backward(d_attended, query, key, value, attended, lse)
+        return _walk_backward(d_attended, query, key, value, attended, shift, total)
 
 
-def _walk_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _walk_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype, batch = value.dtype, len(query)
     query, key, value = _working_precision(query, key, value)
     splits = _row_splits(query)
-    query, key, value = _split(query * LOG2_E, splits), _repeat(key, splits), _repeat(value, splits)
+    may_overflow = _may_overflow(query, key)
+    query = _split(query if may_overflow else query * LOG2_E, splits)  # (B, D, N)
+    key, value = _repeat(key, splits), _repeat(value, splits)  # (B, D, M), (B, E, M)
     attended = value.new_empty(len(value), value.shape[1], query.shape[2])  # (B, E, N)
-    shift = _shift(query, key)  # (B, 1, N)
-    lse = torch.empty_like(shift)  # (B, 1, N)
-    query, key = _with_channel(query, -shift), _with_channel(key)  # (B, D + 1, N), (B, D + 1, M)
+    shift, total = (query.new_zeros(len(query), 1, query.shape[2]) for _ in range(2))  # (B, 1, N)
     for b, n, m, (weights,) in _tiles(query, key, buffers=1):
-        torch.bmm(query[b, :, n].mT, key[b, :, m], out=weights).exp2_()  # (b, n, m)
+        torch.bmm(query[b, :, n].mT, key[b, :, m], out=weights)  # (b, n, m)
         if m.start == 0:
-            total = weights.new_zeros(*weights.shape[:2], 1)  # (b, n, 1)
+            summed = weights.new_zeros(*weights.shape[:2], 1)  # (b, n, 1)
             weighted = weights.new_zeros(*weights.shape[:2], value.shape[1])  # (b, n, E)
-        total += weights.sum(dim=2, keepdim=True)
+            largest = torch.full_like(summed, -math.inf)  # (b, n, 1)
+        if may_overflow:
+            before, largest = largest, torch.maximum(largest, weights.amax(dim=2, keepdim=True))
+            weights.sub_(largest).mul_(LOG2_E).exp2_()
+            for sums in (summed, weighted):
+                sums *= (before - largest).mul_(LOG2_E).exp2_()
+        else:
+            weights.exp2_()
+        summed += weights.sum(dim=2, keepdim=True)
         weighted.baddbmm_(weights, value[b, :, m].mT)
         if m.stop == key.shape[2]:
-            attended[b, :, n] = (weighted / total).mT
-            lse[b, :, n] = total.log2_().mT + shift[b, :, n]
-    return _join(attended, batch).to(dtype), _join(lse, batch)
+            attended[b, :, n] = (weighted / summed).mT
+            total[b, :, n] = summed.mT
+            if may_overflow:
+                shift[b, :, n] = largest.mT
+    return _join(attended, batch).to(dtype), _join(shift, batch), _join(total, batch)
 
 
 def _walk_backward(
-    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, lse: Tensor
+    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, shift: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtypes, batch = (query.dtype, key.dtype, value.dtype), len(query)
     d_attended, query, key, value, attended = _working_precision(d_attended, query, key, value, attended)
-    delta = (d_attended * attended).sum(dim=1, keepdim=True)  # (B, 1, N)
-    scaled = _with_channel(query * LOG2_E, -lse)  # (B, D + 1, N)
     splits = _row_splits(query)
-    query, scaled, delta, d_attended = (_split(tensor, splits) for tensor in (query, scaled, delta, d_attended))
-    key, value = _repeat(_with_channel(key), splits), _repeat(value, splits)  # (B, D + 1, M), (B, E, M)
+    shifted = bool(shift.any())
+    if shifted:
+        d_attended = d_attended / total  # instead of the weights, which then are at most 1 each
+        logit_query, logit_key = query, key  # (B, D, N), (B, D, M)
+    else:
+        logit_query = _with_channel(query * LOG2_E, -total.log2())  # (B, D + 1, N)
+        logit_key = _with_channel(key)  # (B, D + 1, M)
+    delta = (d_attended * attended).sum(dim=1, keepdim=True)  # (B, 1, N)
+    query, logit_query, shift, delta, d_attended = (
+        _split(tensor, splits) for tensor in (query, logit_query, shift, delta, d_attended)
+    )
+    key, logit_key, value = (_repeat(tensor, splits) for tensor in (key, logit_key, value))
     d_query = query.new_empty(query.shape)  # (B, D, N)
-    d_key = key.new_zeros(len(key), key.shape[1] - 1, key.shape[2])  # (B, D, M)
+    d_key = key.new_zeros(key.shape)  # (B, D, M)
     d_value = value.new_zeros(value.shape)  # (B, E, M)
     for b, n, m, (weights, d_logits) in _tiles(query, key, buffers=2):
-        queries, keys, d_output = query[b, :, n], key[b, :-1, m], d_attended[b, :, n]
-        torch.bmm(scaled[b, :, n].mT, key[b, :, m], out=weights).exp2_()  # (b, n, m), rows sum to 1
+        queries, keys, d_output = query[b, :, n], key[b, :, m], d_attended[b, :, n]
+        torch.bmm(logit_query[b, :, n].mT, logit_key[b, :, m], out=weights)  # (b, n, m)
+        if shifted:
+            # Not above the largest, also where this product is rounded in another way than that of the forward.
+            weights.sub_(shift[b, :, n].mT).mul_(LOG2_E).clamp_(max=0).exp2_()
+        else:
+            weights.exp2_()  # rows sum to 1
         torch.bmm(d_output.mT, value[b, :, m], out=d_logits).sub_(delta[b, :, n].mT).mul_(weights)  # (b, n, m)
         # Sums go through small contiguous tensors: PyTorch multiplies into slices one sample at a time.
         if m.start == 0:
@@ -134,15 +161,16 @@ def _walk_backward(
 
 
 @_tiled.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (query_in_working_precision,) = _working_precision(query)
     attended = value.new_empty(value.shape[0], value.shape[1], query.shape[2])
-    return attended, query_in_working_precision.new_empty(query.shape[0], 1, query.shape[2])
+    shift, total = (query_in_working_precision.new_empty(query.shape[0], 1, query.shape[2]) for _ in range(2))
+    return attended, shift, total
 
 
 @_tiled_backward.register_fake
 def _(
-    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, lse: Tensor
+    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, shift: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
@@ -151,15 +179,30 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tenso
     ctx.save_for_backward(*inputs, *output)
 
 
-def _backward(ctx: Any, d_attended: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, attended, lse = ctx.saved_tensors
+def _backward(ctx: Any, d_attended: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, *of_forward = ctx.saved_tensors
     if torch.is_grad_enabled():
         return attention_backward(d_attended, query, key, value)
-    gradients: tuple[Tensor, Tensor, Tensor] = _tiled_backward(d_attended, query, key, value, attended, lse)
+    gradients: tuple[Tensor, Tensor, Tensor] = _tiled_backward(d_attended, query, key, value, *of_forward)
     return gradients
 
 
 _tiled.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+# What is inside of an operator cannot be seen, so each tells how many operations its matrix products take.
+
+
+@register_flop_formula(torch.ops.torch_sagan.tiled_attention)
+def _tiled_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * query[0] * query[2] * key[2] * (query[1] + value[1])
+
+
+@register_flop_formula(torch.ops.torch_sagan.tiled_attention_backward)
+def _tiled_backward_flops(
+    d_attended: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return 2 * query[0] * query[2] * key[2] * (3 * query[1] + 2 * value[1])
 
 
 def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -175,17 +218,10 @@ def _with_channel(tensor: Tensor, channel: Tensor | None = None) -> Tensor:
     return torch.cat([tensor, channel], dim=1)
 
 
-def _shift(query: Tensor, key: Tensor) -> Tensor:
-    """What is subtracted from each query's logits (B, 1, N): zero where no power of two can overflow, else the largest
-    logit. The query is scaled to powers of two."""
-    bound = query.square().sum(dim=1).amax() * key.square().sum(dim=1).amax()  # of the squared logits
-    if bound <= SAFE_EXPONENT**2:
-        return query.new_zeros(len(query), 1, query.shape[2])
-    largest = query.new_full((len(query), 1, query.shape[2]), -math.inf)
-    for b, n, m, (logits,) in _tiles(query, key, buffers=1):
-        torch.bmm(query[b, :, n].mT, key[b, :, m], out=logits)  # (b, n, m)
-        largest[b, :, n] = torch.maximum(largest[b, :, n], logits.amax(dim=2, keepdim=True).mT)
-    return largest
+def _may_overflow(query: Tensor, key: Tensor) -> bool:
+    """Whether two to the power of a logit could leave the range in which sums and quotients are safe."""
+    bound = LOG2_E * query.square().sum(dim=1).amax().sqrt() * key.square().sum(dim=1).amax().sqrt()
+    return not bound <= SAFE_EXPONENT  # also where it is not a number
 
 
 def _tiles(query: Tensor, key: Tensor, *, buffers: int) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
