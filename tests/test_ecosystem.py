@@ -267,6 +267,39 @@ def test_trace(subject: str) -> None:
         assert_close(traced(*x), module(*x))
 
 
+class SaganLeaves(torch.fx.Tracer):
+    """The tracer of the page."""
+
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        return isinstance(module, (SAGANGenerator, SAGANDiscriminator)) or super().is_leaf_module(module, path)
+
+
+class Holder(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        y: Tensor = self.module(x) if labels is None else self.module(x, labels)
+        return 2 * y
+
+
+@subjects
+def test_symbolic_trace(subject: str) -> None:
+    """Layers are traced; networks, which look at labels and sizes, are leaves."""
+    module = build(subject).eval()
+    if subject in NETWORKS:
+        with pytest.raises(torch.fx.proxy.TraceError, match="control flow"):
+            torch.fx.symbolic_trace(module)
+        module = Holder(module)
+        traced = torch.fx.GraphModule(module, SaganLeaves().trace(module))
+    else:
+        traced = torch.fx.symbolic_trace(module)
+    for size in (1, 5):
+        x = inputs(subject, size)
+        assert torch.equal(traced(*x), module(*x))
+
+
 # --- precision and memory ------------------------------------------------------------------------------------------
 
 # Relative to the largest output, after up to a dozen layers: some roundings of 2**-8 and of 2**-11.

@@ -153,8 +153,8 @@ def test_rows_of_very_different_logits_keep_their_precision() -> None:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("offset", [2.0**21, -(2.0**21), 2.0**23])
 def test_logits_with_a_huge_offset_in_common(offset: float) -> None:
-    """float32 holds each logit exactly: multiples of 1/4 near 2**21, integers near 2**23. They differ by little, so that
-    the softmax is not a choice of one key."""
+    """float32 holds each logit exactly: a multiple of 1/4 near 2**21, or an integer near 2**23. Their differences are
+    small, so that the softmax is not a choice of one key."""
     step = 0.5 if abs(offset) < 2**22 else 1.0
     query, key, value = (t.detach() for t in inputs(2, 3, 4, 2 * TILE + 3, 3 * TILE - 1, dtype=torch.float32))
     query, key = (step * (t / step).round().clamp(-4, 4) for t in (query, key))

@@ -431,6 +431,8 @@ def test_errors_leave_the_model_as_it_was(after: str | list[str], example: dict[
         ({"after": ["model.0", 1]}, "after takes dotted paths, got int"),
         ({"after": "model.0", "attention": SelfAttention2d(8)}, "attention takes channels .* got SelfAttention2d"),
         ({"after": "model.0", "attention": "official"}, "attention takes channels .* got str"),
+        ({"after": "model.2", "example_input": [torch.zeros(1, 3, 4, 4)]}, "example_input takes a tensor, .* got list"),
+        ({"after": "model.0", "example_input": "x"}, "example_input takes a tensor, .* got str"),
     ],
 )
 def test_arguments_of_another_type(arguments: dict[str, Any], message: str) -> None:
@@ -582,6 +584,238 @@ def test_it_compiles_in_one_graph_and_exports() -> None:
     with record_attention(compiled) as records:
         torch.testing.assert_close(compiled(x), expected)
     assert [len(calls) for calls in records.values()] == [1, 1, 1]
+
+
+# --- conversions after the insertion -------------------------------------------------------------------------------
+
+
+class Quantized(nn.Module):
+    """What a conversion sees: a convolution, its norm and an activation, beside a block that contains another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.act(self.bn(self.conv(x))))
+
+
+HOSTS = ["conv", "bn", "act", "block", "block.1"]
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 9 * 9).sin().view(2, 3, 9, 9)
+quantization_is_deprecated = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+def attentive(after: str | list[str]) -> nn.Module:
+    """With statistics and a gamma that make every layer count."""
+    model = Quantized()
+    model(2 * torch.randn(8, 3, 9, 9) + 1)
+    return wake(insert_self_attention(model, after, example_input=IMAGES))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("after", HOSTS)
+def test_synchronised_batch_norm_keeps_the_layer(after: str, training: bool) -> None:
+    model = attentive(after).train(training)
+    twin, keys = copy.deepcopy(model), list(model.state_dict())
+    without = remove_self_attention(copy.deepcopy(model))(IMAGES)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert isinstance(converted.bn, nn.SyncBatchNorm)
+    assert isinstance(converted.block[1], nn.SyncBatchNorm)
+    assert list(converted.state_dict()) == keys
+    with record_attention(converted) as records:
+        converted(IMAGES)
+    assert [len(calls) for calls in records.values()] == [1]
+    twin(IMAGES)
+    expected = twin(IMAGES)
+    assert torch.equal(converted(IMAGES), expected)
+    assert not torch.allclose(expected, without, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_can_be_converted_and_converted_models_copied(how: Callable[[nn.Module], nn.Module]) -> None:
+    model = attentive(HOSTS[:4]).eval()
+    expected = model(IMAGES)
+    first = nn.SyncBatchNorm.convert_sync_batchnorm(how(model))
+    second = how(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    for converted in first, second:
+        assert torch.equal(converted(IMAGES), expected)
+        nn.init.zeros_(converted.bn.inserted_attention.gamma)  # its own
+        assert not torch.allclose(converted(IMAGES), expected, atol=1e-3)
+    assert torch.equal(model(IMAGES), expected)
+    loaded = attentive(HOSTS[:4])
+    loaded.load_state_dict(nn.SyncBatchNorm.convert_sync_batchnorm(model).state_dict())
+    assert torch.equal(loaded.eval()(IMAGES), expected)
+
+
+def test_a_converted_module_attends_once_however_often_it_is_converted() -> None:
+    model = attentive("bn").eval()
+    expected = model(IMAGES)
+    for _ in range(3):
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.bn.add_module("inserted_attention", model.bn.inserted_attention)
+    assert torch.equal(model(IMAGES), expected)
+    assert not remove_self_attention(model).bn._forward_hooks
+
+
+def test_a_module_with_two_parents_is_converted_in_both() -> None:
+    model = attentive("bn").eval()
+    model.again = nn.Sequential(nn.Conv2d(8, 8, 1), model.bn)
+    expected, again = model(IMAGES), model.again(torch.ones(2, 8, 3, 3).triu())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert torch.equal(converted(IMAGES), expected)
+    assert torch.equal(converted.again(torch.ones(2, 8, 3, 3).triu()), again)
+
+
+def test_under_distributed_data_parallel() -> None:
+    """Which refuses synchronised batch norm on the CPU."""
+    model = attentive(["conv", "bn"]).eval()
+    expected = model(IMAGES)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        y = nn.parallel.DistributedDataParallel(model)(IMAGES)
+        y.square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(y, expected)
+    for host in model.conv, model.bn:
+        assert host.inserted_attention.gamma.grad.abs().sum() > 0
+
+
+class AttentionLeaves(torch.fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        return isinstance(module, SelfAttention2d) or super().is_leaf_module(module, path)
+
+
+@pytest.mark.parametrize("tracer", [torch.fx.Tracer, AttentionLeaves])
+def test_features_of_a_traced_model(tracer: type[torch.fx.Tracer]) -> None:
+    """As torchvision's feature extractor makes them: trace, and return what the nodes below a path have computed."""
+    model = attentive(["bn", "block"]).eval()
+    features = []
+    handle = model.block.inserted_attention.register_forward_hook(lambda *call: features.append(call[-1]))
+    expected = model(IMAGES)
+    handle.remove()
+    graph = tracer().trace(model)
+    traced = torch.fx.GraphModule(model, graph)
+    assert torch.equal(traced(IMAGES), expected)
+    leaves = [node.target for node in graph.nodes if node.op == "call_module"]
+    assert ("block.inserted_attention" in leaves) == (tracer is AttentionLeaves)
+    assert ("block.inserted_attention.query" in leaves) == (tracer is not AttentionLeaves)
+    *_, last, output = graph.nodes
+    output.args = ({"attended": last},)
+    graph.eliminate_dead_code()
+    extractor = torch.fx.GraphModule(model, graph)
+    assert torch.equal(extractor(IMAGES)["attended"], features[0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own modules
+def test_a_converted_model_compiles_in_one_graph_and_exports() -> None:
+    model = attentive(["conv", "bn"]).eval()
+    expected = model(IMAGES)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(converted, fullgraph=True, backend="aot_eager")(IMAGES), expected)
+    torch.testing.assert_close(torch.export.export(converted, (IMAGES,)).module()(IMAGES), expected)
+
+
+@quantization_is_deprecated
+@pytest.mark.parametrize("after", HOSTS)
+def test_quantization_keeps_the_layer_or_is_an_error(after: str) -> None:
+    """It makes a new convolution, and drops what the old one contained."""
+    model = attentive(after).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    prepared = torch.ao.quantization.prepare_qat(model)
+    if after == "conv":
+        with pytest.raises(RuntimeError, match=r"^Conv2d has lost the attention that was inserted after it"):
+            prepared(IMAGES)
+        assert remove_self_attention(prepared)(IMAGES).shape == (2, 8, 7, 7)
+    else:
+        with record_attention(prepared) as records:
+            prepared(IMAGES)
+        assert {path: len(calls) for path, calls in records.items()} == {f"{after}.inserted_attention": 1}
+
+
+@pytest.mark.parametrize("after", HOSTS)
+def test_a_replacement_without_the_layer_is_refused(after: str) -> None:
+    model = attentive(after).eval()
+    expected = model(IMAGES)
+    path, _, name = after.rpartition(".")
+    parent = model.get_submodule(path)
+    message = rf"'{name}' of \w+ has inserted attention, which its replacement \(Identity\) has not"
+    with pytest.raises(RuntimeError, match=message):
+        setattr(parent, name, nn.Identity())
+    with pytest.raises(RuntimeError, match=message):
+        parent.add_module(name, nn.Identity())
+    with pytest.raises(RuntimeError, match=r"has inserted attention, which its replacement \(NoneType\) has not"):
+        setattr(parent, name, None)
+    assert torch.equal(model(IMAGES), expected)
+    setattr(parent, name, copy.deepcopy(getattr(parent, name)))  # with a layer of its own
+    assert torch.equal(model(IMAGES), expected)
+    setattr(parent, name, nn.Sequential(getattr(parent, name)))  # wrapped
+    assert torch.equal(model(IMAGES), expected)
+    remove_self_attention(model)
+    setattr(parent, name, nn.Identity())
+
+
+def test_whatever_contains_a_layer_may_be_replaced() -> None:
+    model = nn.Sequential(nn.Sequential(attentive("bn")), nn.ReLU())
+    model[0] = nn.Identity()
+    assert torch.equal(model(IMAGES), IMAGES.relu())
+
+
+def test_fusing_a_norm_with_its_convolution() -> None:
+    """The fused convolution contains the norm, whose layer would get lost with it; one behind the activation stays."""
+    model = attentive("bn").eval()
+    fused = nn.utils.fusion.fuse_conv_bn_eval(model.conv, model.bn)
+    with pytest.raises(RuntimeError, match="'bn' of Quantized has inserted attention"):
+        model.bn = nn.Identity()
+    remove_self_attention(model)
+    model.conv, model.bn = fused, nn.Identity()
+    model = attentive("act").eval()
+    expected = model(IMAGES)
+    model.conv, model.bn = nn.utils.fusion.fuse_conv_bn_eval(model.conv, model.bn), nn.Identity()
+    torch.testing.assert_close(model(IMAGES), expected, rtol=1e-4, atol=1e-5)  # float32, in another order
+
+
+@quantization_is_deprecated
+@pytest.mark.parametrize("after", ["bn", "act"])
+def test_fusing_for_quantization_does_not_drop_the_layer(after: str) -> None:
+    with pytest.raises(RuntimeError, match=f"'{after}' of Quantized has inserted attention"):
+        torch.ao.quantization.fuse_modules(attentive(after).eval(), ["conv", "bn", "act"])
+
+
+def test_children_of_that_name_are_left_alone() -> None:
+    """A model may have an ``inserted_attention`` that it calls itself."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inserted_attention = wake_layer(SelfAttention2d(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inserted_attention(x)
+
+    def wake_layer(layer: SelfAttention2d) -> SelfAttention2d:
+        nn.init.ones_(layer.gamma)
+        return layer
+
+    model = nn.Sequential(Own())
+    assert torch.equal(model(IMAGES), model[0].inserted_attention(IMAGES))
+    assert not model[0]._forward_hooks
+    with pytest.raises(ValueError, match="'0' has an attribute 'inserted_attention' of its own"):
+        insert_self_attention(model, "0", example_input=IMAGES)
+    with pytest.raises(ValueError, match="Sequential has no inserted attention"):
+        remove_self_attention(model)
+    model[0].inserted_attention = nn.Identity()
+    assert torch.equal(model(IMAGES), IMAGES)
+
+
+def test_a_sequential_grows_by_one() -> None:
+    model = insert_self_attention(residual_generator(), "model")
+    assert len(model.model) == len(residual_generator().model) + 1
+    assert model.model[-1] is model.model.inserted_attention
 
 
 # --- recording -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -130,42 +131,18 @@ class SelfAttention2d(nn.Module):
             y (B, C, H, W); with ``return_attention`` the pair of y and the map (B, N, M), where N = H·W query
             positions, M = keys left after pooling, both counted row by row, and each row of the map sums to 1.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"expected a tensor (B, {self.channels}, H, W), got {type(x).__name__}")
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"expected a feature map (B, {self.channels}, H, W), got {tuple(x.shape)}")
-        query = self._query(x)  # (B, D, N)
-        key = self._pooled(self.key(x))  # (B, D, M)
-        value = self._pooled(self.value(x))  # (B, E, M)
-        if return_attention:
-            attention = functional.attention_map(query, key)  # (B, N, M)
-            attended = torch.bmm(value, attention.mT)  # (B, E, N)
-        else:
-            attended = functional.attention(query, key, value)  # (B, E, N)
-        o = self.out(attended.view(*attended.shape[:2], *x.shape[2:]))  # (B, C, H, W)
+        x = _feature_map(x, self.channels)  # (B, C, H, W)
+        query = _query_positions(self.query(x), x)  # (B, D, N)
+        key = _key_positions(self.key(x), self.pool)  # (B, D, M)
+        value = _key_positions(self.value(x), self.pool)  # (B, E, M)
+        attended, attention = _attend(query, key, value, return_attention)  # (B, E, N), (B, N, M) or None
+        o = self.out(attended.unflatten(2, x.shape[2:]))  # (B, C, H, W)
         # Under autocast o is in half precision while gamma is not; the residual keeps the input's own dtype.
         y = torch.addcmul(x, self.gamma.to(o.dtype), o)  # (B, C, H, W)
-        return (y, attention) if return_attention else y
+        return _output(y, attention)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, pool={self.pool}"
-
-    def _query(self, x: Tensor) -> Tensor:
-        query: Tensor = self.query(x)  # (B, D, H, W)
-        if query.shape[2:] != x.shape[2:]:
-            raise ValueError(
-                f"a projection must keep the size of the map: {tuple(x.shape[2:])} became {tuple(query.shape[2:])}"
-            )
-        return query.flatten(2)  # (B, D, N)
-
-    def _pooled(self, projected: Tensor) -> Tensor:
-        if self.pool > 1:
-            if min(projected.shape[2:]) < self.pool:
-                raise ValueError(
-                    f"a feature map of {tuple(projected.shape[2:])} is smaller than pool={self.pool}: no key is left"
-                )
-            projected = F.max_pool2d(projected, self.pool)  # (B, ·, H // pool, W // pool)
-        return projected.flatten(2)  # (B, ·, M)
 
 
 class AttentionRecord(NamedTuple):
@@ -182,6 +159,51 @@ class AttentionRecord(NamedTuple):
     query_size: tuple[int, int]
     key_size: tuple[int, int]
     gamma: torch.Tensor | None = None
+
+
+# What depends on shapes or on return_attention stands in functions, which torch.fx is told to call and not to trace.
+
+
+@torch.fx.wrap
+def _feature_map(x: Tensor, channels: int) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor (B, {channels}, H, W), got {type(x).__name__}")
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"expected a feature map (B, {channels}, H, W), got {tuple(x.shape)}")
+    return x
+
+
+@torch.fx.wrap
+def _query_positions(query: Tensor, x: Tensor) -> Tensor:
+    if query.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"a projection must keep the size of the map: {tuple(x.shape[2:])} became {tuple(query.shape[2:])}"
+        )
+    return query.flatten(2)  # (B, D, N)
+
+
+@torch.fx.wrap
+def _key_positions(projected: Tensor, pool: int) -> Tensor:
+    if pool > 1:
+        if min(projected.shape[2:]) < pool:
+            raise ValueError(
+                f"a feature map of {tuple(projected.shape[2:])} is smaller than pool={pool}: no key is left"
+            )
+        projected = F.max_pool2d(projected, pool)  # (B, ·, H // pool, W // pool)
+    return projected.flatten(2)  # (B, ·, M)
+
+
+@torch.fx.wrap
+def _attend(query: Tensor, key: Tensor, value: Tensor, return_attention: bool) -> tuple[Tensor, Tensor | None]:
+    if not return_attention:
+        return functional.attention(query, key, value), None  # (B, E, N)
+    attention = functional.attention_map(query, key)  # (B, N, M)
+    return torch.bmm(value, attention.mT), attention  # (B, E, N), (B, N, M)
+
+
+@torch.fx.wrap
+def _output(y: Tensor, attention: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    return y if attention is None else (y, attention)
 
 
 def _conv1x1(in_channels: int, out_channels: int) -> nn.Module:

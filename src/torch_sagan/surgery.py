@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from torch_sagan.attention import AttentionRecord, SelfAttention2d
 
@@ -18,6 +19,7 @@ __all__ = ["insert_self_attention", "record_attention", "remove_self_attention"]
 M = TypeVar("M", bound=nn.Module)
 
 NAME = "inserted_attention"  # of the layer, as a child of the module that it follows
+MARK = "_is_inserted_attention"  # an attribute of the layer, since models may have children of that name themselves
 
 
 def insert_self_attention(
@@ -33,6 +35,10 @@ def insert_self_attention(
     module receives the layer's output. No name or class in the model changes: its own state-dict keys stay, and a
     checkpoint from before the insertion still loads, with ``strict=True`` too (the layer then keeps its weights).
     A new :class:`SelfAttention2d` is the identity, so the model's outputs stay the same until it is trained.
+
+    The layer stays when modules are converted afterwards, as by ``SyncBatchNorm.convert_sync_batchnorm``. A conversion
+    that drops it is an error: where the module is replaced, or else when the converted module is called. Behind a
+    ``Sequential`` the layer is the last of its children, so that its ``len`` grows by one.
 
     Do it before the optimiser is made, which else does not know the new parameters, and before ``torch.compile`` or
     ``DistributedDataParallel``. A module that is used in several places has one layer, which attends in each of them.
@@ -56,7 +62,8 @@ def insert_self_attention(
             returns no feature map (the message says what it returns), returns several with different channels, or is
             not reached; for a model that is compiled or wrapped in ``DistributedDataParallel``. The model is then as it
             was.
-        TypeError: when ``after`` holds something else than paths, ``attention`` is no function or returns no module.
+        TypeError: when ``after`` holds something else than paths, ``example_input`` is neither a tensor nor a tuple nor
+            a mapping, or ``attention`` is no function or returns no module.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(64, 1, 4))
     >>> x = torch.randn(2, 3, 32, 32)
@@ -74,6 +81,11 @@ def insert_self_attention(
         raise ValueError("DistributedDataParallel would not synchronise the new parameters: insert before you wrap")
     if isinstance(attention, nn.Module) or not callable(attention):  # a layer can be called too, but not with channels
         raise TypeError(f"attention takes channels and returns a module, got {type(attention).__name__}")
+    if not (example_input is None or isinstance(example_input, (Tensor, tuple, Mapping))):
+        raise TypeError(
+            "example_input takes a tensor, a tuple of arguments or a mapping of keyword arguments, got "
+            f"{type(example_input).__name__}"
+        )
     targets = _find(model, after)
     channels = (
         {path: _known_channels(path, module) for path, module in targets.items()}
@@ -91,9 +103,8 @@ def insert_self_attention(
 
     for path, module in targets.items():  # nothing fails from here on
         layers[path].register_load_state_dict_pre_hook(_keep_own_weights)
-        module.add_module(NAME, layers[path])
-        if not isinstance(module, nn.Sequential):  # which runs its children, the last one last
-            module.register_forward_hook(_attend)
+        setattr(layers[path], MARK, True)
+        module.add_module(NAME, layers[path])  # and _accompany sees to it that the module calls the layer
     return model
 
 
@@ -106,14 +117,17 @@ def remove_self_attention(model: M) -> M:
     Raises:
         ValueError: when nothing was inserted.
     """
-    targets = [module for module in model.modules() if NAME in module._modules]
-    if not targets:
-        raise ValueError(f"{type(model).__name__} has no inserted attention")
-    for module in targets:
-        delattr(module, NAME)
+    found = False
+    for module in list(model.modules()):
+        if NAME in module._modules and _inserted_layer(module) is not None:
+            delattr(module, NAME)
+            found = True
         for handle, hook in list(module._forward_hooks.items()):
-            if hook is _attend:
+            if hook is _attend:  # also where a conversion has dropped the layer
                 del module._forward_hooks[handle]
+                found = True
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no inserted attention")
     return model
 
 
@@ -175,7 +189,40 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionRecor
 
 def _attend(module: nn.Module, args: Any, output: Tensor) -> Any:
     # A function of the module that is called, which holds no layer itself: copies of the model have their own.
-    return module._modules[NAME](output)  # type: ignore[misc]
+    layer = _inserted_layer(module)
+    if layer is None:
+        raise RuntimeError(
+            f"{type(module).__name__} has lost the attention that was inserted after it, to a conversion that does not "
+            "keep children: convert first and insert then (remove_self_attention removes what is left of it)"
+        )
+    return layer(output)
+
+
+def _accompany(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Whenever any module gets a child: whoever gets an inserted layer calls it, and nobody drops one unnoticed.
+
+    Conversions make a new module and give it the old one's children, but not its hooks.
+    """
+    if name == NAME and hasattr(module, MARK):
+        runs_children = type(parent).forward is nn.Sequential.forward  # the last one last
+        if not runs_children and _attend not in parent._forward_hooks.values():
+            parent.register_forward_hook(_attend)
+        return
+    drops = name in parent._modules and _inserted_layer(parent._modules[name]) is not None
+    if drops and not (module is not None and any(hasattr(part, MARK) for part in module.modules())):
+        raise RuntimeError(
+            f"{name!r} of {type(parent).__name__} has inserted attention, which its replacement "
+            f"({type(module).__name__}) has not: remove_self_attention first, and insert it again afterwards"
+        )
+
+
+# For every module of the process, since PyTorch does not tell which of them a conversion will make.
+register_module_module_registration_hook(_accompany)
+
+
+def _inserted_layer(module: nn.Module | None) -> nn.Module | None:
+    layer = getattr(module, NAME, None)
+    return layer if hasattr(layer, MARK) else None
 
 
 def _keep_own_weights(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -203,7 +250,7 @@ def _find(model: nn.Module, after: object) -> dict[str, nn.Module]:
                 else f"{type(model).__name__} has no module {path!r}; model.named_modules() lists what it has"
             )
         module = modules[path]
-        if NAME in module._modules:
+        if _inserted_layer(module) is not None:
             raise ValueError(f"{path!r} has an inserted attention layer already")
         if module in targets.values():
             raise ValueError(f"{path!r} names a module that is named already")
