@@ -23,7 +23,8 @@ default_role = "code"
 # The pages build without a network, so names of other projects have nothing to link to.
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|collections|typing|os)\..*"),
-    (r"py:.*", r"torch_sagan\.(recalibration|spectral|surgery)\.M"),  # the type variable of functions that return the module they get
+    # The type variable of functions that return the module they get.
+    (r"py:.*", r"torch_sagan\.(recalibration|spectral|surgery)\.M"),
 ]
 
 html_theme = "furo"

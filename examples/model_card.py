@@ -24,6 +24,7 @@ from torch import Tensor
 
 import safekeeping
 import torch_sagan
+from averages import recalibrated
 from torch_sagan import SAGANGenerator
 
 Card = dict[str, Any]
@@ -118,11 +119,15 @@ def from_checkpoint(path: Path, *, average: bool = True) -> tuple[Weights, Card]
 
 
 def open_generator(path: Path, *, average: bool = True) -> tuple[SAGANGenerator, Card]:
-    """The generator in a .safetensors file, in a checkpoint of the trainer, or in the newest checkpoint of a folder."""
+    """The generator in a .safetensors file, in a checkpoint of the trainer, or in the newest checkpoint of a folder.
+
+    The average of a checkpoint is recalibrated, as the trainer draws and scores it.
+    """
     if path.suffix == SUFFIX:
         return load(path)
     weights, card = from_checkpoint(path, average=average)
-    return build(weights, card), card
+    generator = build(weights, card)
+    return recalibrated(generator) if average else generator, card
 
 
 def _newest(folder: Path) -> Path:

@@ -37,6 +37,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from averages import recalibrated
 from command_line import fail, option, read_arguments, script, settle, sizes
 from distributed import ALONE, Ranks, Shares, averaging_only, pick_device, processes
 from image_cache import usable_cores
@@ -412,9 +413,10 @@ def draw(run: Run, out: Path) -> dict[str, Path]:
     fixed = torch.Generator().manual_seed(run.config.seed + 2)  # its own, so that drawing changes nothing
     z = torch.randn(64, run.config.z_dim, generator=fixed).to(run.device)  # (64, z_dim)
     made = image_paths(run, out)
-    save_grid(made["samples"], torch.cat([run.average(part) for part in z.split(16)]), columns=8)
+    average = usable_average(run)
+    save_grid(made["samples"], torch.cat([average(part) for part in z.split(16)]), columns=8)
     if "attention" in made:
-        images, maps = run.average(z[:6], return_attention=True)  # (6, C, S, S), [(6, N, M), …]
+        images, maps = average(z[:6], return_attention=True)  # (6, C, S, S), [(6, N, M), …]
         save_attention(made["attention"], images, maps[-1], PLACES)
     return made
 
@@ -424,6 +426,12 @@ def redraw(run: Run, out: Path) -> None:
     due = run.step % run.config.sample_every == 0 or run.step >= run.config.steps
     if due and not all(path.exists() for path in image_paths(run, out).values()):
         draw(run, out)
+
+
+def usable_average(run: Run) -> SAGANGenerator:
+    if not all(weight.isfinite().all() for weight in run.average.parameters()):
+        fail(f"step {run.step}: training has diverged, the averaged generator holds infinities or NaN")
+    return recalibrated(run.average)
 
 
 Judgement = Callable[[nn.Module, int], dict[str, float]]  # a generator and a seed -> scores; the first decides
@@ -458,7 +466,7 @@ def images_on_device(run: Run, batches: Iterator[tuple[Tensor, dict[str, str]]])
 def judged(run: Run, judge: Judgement) -> tuple[dict[str, float], bool]:
     """A judge's scores of the averaged generator, and whether they are the best so far."""
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):  # its chance is not the training's
-        scores = judge(run.average, run.config.seed)
+        scores = judge(usable_average(run), run.config.seed)
     name, score = next(iter(scores.items()))
     # On a machine without Inception another score decides, and is compared with its own kind alone.
     best = score < run.best.get(name, math.inf)

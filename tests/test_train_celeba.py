@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 import train_celeba
 from command_line import script
 from sources import Folder, Shuffle, digits
+from torch_sagan import spectral_norms
 
 GOOD = 10
 
@@ -160,6 +162,40 @@ def test_the_average_averages_weights_and_copies_buffers():
     for name, buffer in run.average.named_buffers():
         torch.testing.assert_close(buffer, buffers[name], rtol=0, atol=0)
     assert not run.average.training
+
+
+def test_drawing_and_scoring_recalibrate_a_copy_of_the_average(tmp_path, monkeypatch):
+    """With sigmas of 1, although those of the average itself are not; and no number of the run changes."""
+    run = tiny_run(lr_g=0.05, ema_decay=0.5)
+    for _ in range(3):
+        train_celeba.generator_step(run, train_celeba.generate(run, run.sample_latents(), learn=True))
+        run.step += 1
+    before = copy.deepcopy(run.state_dict())
+    worst = []
+
+    def judge(generator: torch.nn.Module, seed: int) -> dict[str, float]:
+        worst.append(max(abs(norm - 1) for norm in spectral_norms(generator).values()))
+        assert not generator.training
+        return {"swd": float(generator(torch.ones(2, run.config.z_dim)).sum())}
+
+    scores = [train_celeba.judged(run, judge)[0] for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert worst[0] < 1e-5  # rounding in float32
+    assert max(abs(norm - 1) for norm in spectral_norms(run.average).values()) > 1e-3
+    run.best = before["best"]
+    pictures = [train_celeba.draw(run, tmp_path)["samples"].read_bytes() for _ in range(2)]
+    assert pictures[0] == pictures[1]
+    assert_same(run.state_dict(), before)
+    monkeypatch.setattr(train_celeba, "recalibrated", lambda average: average)
+    assert train_celeba.draw(run, tmp_path)["samples"].read_bytes() != pictures[0]
+
+
+def test_a_diverged_run_ends_in_one_line(tmp_path):
+    run = tiny_run()
+    with torch.no_grad():
+        next(run.average.parameters()).fill_(float("nan"))
+    with pytest.raises(SystemExit, match="step 0: training has diverged, the averaged generator holds"):
+        train_celeba.draw(run, tmp_path)
 
 
 def test_discriminator_steps(tmp_path):

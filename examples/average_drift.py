@@ -1,0 +1,51 @@
+"""How far an averaged generator has drifted from its sigmas and batch statistics, and what recalibration leaves of it.
+
+    python examples/average_drift.py runs/faces   # a run's folder, or a checkpoint
+
+Sigma is the exact largest singular value of the normalised weights, the smallest and the largest of all layers. The gap
+is the mean absolute difference between images in evaluation and images with the statistics of their own batch, as
+training has them; pixels lie in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from averages import recalibrated
+from model_card import build, from_checkpoint
+from torch_sagan import SAGANGenerator, spectral_norms
+
+IMAGES, SEED = 256, 5  # other latent vectors than those that the statistics are taken from
+
+
+@torch.no_grad()
+def gap(generator: SAGANGenerator) -> float:
+    random = torch.Generator().manual_seed(SEED)
+    z = torch.randn(IMAGES, generator.z_dim, generator=random)  # (B, z_dim)
+    labels = None if generator.num_classes is None else torch.arange(IMAGES) % generator.num_classes
+    training = copy.deepcopy(generator)
+    for part in training.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.train()
+    return float((generator(z, labels) - training(z, labels)).abs().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure how far an averaged generator has drifted from its buffers.")
+    parser.add_argument("run", type=Path, help="a run's folder or a checkpoint of the trainer")
+    try:
+        average = build(*from_checkpoint(parser.parse_args().run))
+    except ValueError as error:
+        parser.error(str(error))
+    for name, generator in (("before", average), ("after", recalibrated(average))):
+        sigmas = spectral_norms(generator).values()
+        print(f"{name:8}sigma {min(sigmas):.4f} to {max(sigmas):.4f}, gap {gap(generator):.4f}")
+
+
+if __name__ == "__main__":
+    main()
