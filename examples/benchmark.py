@@ -359,13 +359,13 @@ def data(watch: Stopwatch) -> list[dict[str, Any]]:
     # Here, because only this part needs what reading images takes.
     from distributed import ALONE
     from sources import open_source
-    from train_celeba import Config, open_loader
+    from train_celeba import Config, read_images
 
     config = Config(data="photographs")
 
     def feed(source: Any, steps: int) -> float:
         """Images in a second, once the workers are running and have used up what they did ahead."""
-        batches = iter(open_loader(source, config, 0, watch.device, ALONE))
+        batches = read_images(source, config, 0, watch.device, ALONE)
         for _ in range(1 + 2 * config.workers):
             next(batches)
         start = time.perf_counter()

@@ -7,7 +7,10 @@ through NCCL. Without `torchrun` there is one process, and nothing here does any
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
 from command_line import fail, line
+from memory import out_of_memory
 
 Rows = TypeVar("Rows", Tensor, list[Any])
+
+# What gloo and NCCL say where another process has ended.
+LOST = re.compile(r"onnection closed by peer|onnection reset by peer|roken pipe|remote process exited")
 
 # The first process saves, draws and judges while the others wait.
 PATIENCE = timedelta(hours=3)
@@ -80,7 +87,7 @@ class Ranks:
 
     @contextmanager
     def agreeing(self, *errors: type[Exception]) -> Iterator[None]:
-        """A SystemExit with a line, an OSError, or one of `errors`, on one process ends all of them, with one line."""
+        """A SystemExit with a line, too little memory, an OSError or one of `errors`, on one process, ends them all."""
         message = None
         try:
             yield
@@ -89,6 +96,8 @@ class Ranks:
                 message = stop.code
             elif isinstance(stop, (OSError, *errors)):
                 message = line(stop)
+            elif short := out_of_memory(stop):
+                message = line(short)
             else:
                 raise
         if self.world == 1 and message:
@@ -153,19 +162,43 @@ class Shares(Sampler[list[Any]]):
 
 @contextmanager
 def processes() -> Iterator[Ranks]:
-    """Join the processes that were started together; only the first one prints."""
+    """Join the processes that were started together, and leave them; only the first one prints.
+
+    What holds the group, such as a model from `Ranks.parallel`, has to be out of scope when the block ends.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Ranks()
         return
+    # DistributedDataParallel imports it, and from then on its functions hold the group that there was at the import.
+    import torch.distributed.nn.functional
+
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
-    with (
-        open(os.devnull, "w", errors="backslashreplace") as nowhere,
-        nullcontext() if ranks.first else redirect_stdout(nowhere),
-    ):
-        yield ranks
+    try:
+        with (
+            open(os.devnull, "w", errors="backslashreplace") as nowhere,
+            nullcontext() if ranks.first else redirect_stdout(nowhere),
+        ):
+            yield ranks
+            ranks.gather(None)  # one that left earlier would be missed by those who still read its last message
+    except BaseException as error:
+        # The others may be waiting for this process, and those who leave a group in order wait for the others.
+        status = error.code if isinstance(error, SystemExit) else 1
+        atexit.register(_leave_at_once, status if isinstance(status, int) else 1)
+        if ranks.world > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
+            fail(f"rank {ranks.rank} lost another process")
+        raise
+    # Gloo's threads end with the last reference to the group. One that still lets go of a tensor when Python ends, for
+    # which it needs Python, aborts the process. DistributedDataParallel holds the group, and lies in reference cycles.
+    gc.collect()
     dist.destroy_process_group()
+
+
+def _leave_at_once(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def pick_device(name: str, ranks: Ranks) -> torch.device:

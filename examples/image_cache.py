@@ -23,14 +23,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
-import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from safekeeping import survive_signals
+from workers import decoded
 
 if TYPE_CHECKING:
     from sources import Folder
@@ -145,9 +143,8 @@ def _build(folder: Folder, path: Path, shape: tuple[int, ...]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError, ValueError) as error:  # an error in a worker tells its traceback, then what it is
-        reason = str(error).strip().splitlines()[-1]
-        raise OSError(f"cannot write {path} ({readable(need)}): {reason}") from None
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({readable(need)}): {error}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -157,20 +154,13 @@ def _decoded(folder: Folder) -> Iterator[Tensor]:
     step = min(64, max(1, 2**20 // (3 * folder.size**2)))  # a MiB at most, so that little shared memory is enough
     starts = range(0, len(folder), step)
     batches = [[(index, False) for index in range(len(folder))[start : start + step]] for start in starts]
-    loader = DataLoader(
-        folder,
-        sampler=batches,
-        batch_size=None,
-        num_workers=min(usable_cores(), len(batches)),
-        generator=torch.Generator(),  # or the loader would draw from the generator that the training uses
-        worker_init_fn=survive_signals,
-    )
+    decoding = decoded(folder, batches, workers=min(usable_cores(), len(batches)))
     named: dict[str, str] = {}
     interval = 0.1 if sys.stderr.isatty() else 10
     with tqdm(
         total=len(folder), desc=f"decoding {folder.root.name}", unit="img", dynamic_ncols=True, mininterval=interval
     ) as bar:
-        for images, unreadable in loader:
+        for images, unreadable in decoding:
             for path in sorted(unreadable.keys() - named):
                 tqdm.write(f"{unreadable[path]}, left out: {path}", file=sys.stderr)
             named.update(unreadable)

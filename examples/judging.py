@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sliced_wasserstein import distances, slices
+from tensor_files import read
 
 SLICED = 2048  # images for the sliced Wasserstein distance at most, whose patches are kept
 WEIGHTS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -193,7 +194,7 @@ def load_inception(path: Path | None, device: torch.device) -> Features:
     if not file.is_file():
         raise NoInception(f"there are no Inception weights at {file}; they are at {WEIGHTS}")
     try:
-        torch.load(file, weights_only=True)  # torch-fidelity itself would execute what a foreign file says
+        read(file)  # torch-fidelity itself would execute what a foreign file says
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(file))
     except Exception:  # whatever a damaged or foreign file makes the reader raise
         raise NoInception(f"{file} does not hold torch-fidelity's Inception weights, which are at {WEIGHTS}") from None

@@ -25,6 +25,7 @@ from torch import Tensor
 import safekeeping
 import torch_sagan
 from averages import recalibrated
+from tensor_files import read
 from torch_sagan import SAGANGenerator
 
 Card = dict[str, Any]
@@ -99,7 +100,7 @@ def from_checkpoint(path: Path, *, average: bool = True) -> tuple[Weights, Card]
     if not file.is_file():
         raise ValueError(f"{path}: no checkpoint in this folder" if path.is_dir() else f"{path}: no such file")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read(file)
     except Exception:  # whatever a damaged or foreign file makes the reader raise
         raise ValueError(f"{file}: it cannot be read as a checkpoint") from None
     try:

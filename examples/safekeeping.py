@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 
 import torch_sagan
+from tensor_files import read
 
 # What a checkpoint holds beside the state dicts.
 CONTENTS = {
@@ -126,7 +127,7 @@ def load(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load does not look at the checksums that torch.save writes
                 raise ValueError("damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read(path)
         foreign = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
     except Exception:  # whatever a damaged or foreign file makes the reader raise
         raise SystemExit(f"cannot resume from {path}: it cannot be read as a checkpoint") from None
@@ -176,10 +177,3 @@ def postponed_signals(*, second_stops: bool = True) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def survive_signals(worker: int) -> None:
-    """For the data loader's workers: Ctrl-C, `torchrun` and schedulers signal the whole group of processes, but the
-    step under way still needs them. A second SIGTERM ends a worker, as the loader does where one will not leave."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

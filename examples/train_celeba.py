@@ -34,7 +34,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from averages import recalibrated
@@ -42,11 +41,14 @@ from command_line import fail, option, read_arguments, script, settle, sizes
 from distributed import ALONE, Ranks, Shares, averaging_only, pick_device, processes
 from image_cache import usable_cores
 from judging import Judge, real_images
+from memory import out_of_memory
 from pictures import save_attention, save_grid
+from run_lock import RunLock
 from run_log import Means, RunLog, one_report
-from safekeeping import load, newest, postponed_signals, save, save_and_rotate, set_aside, survive_signals, versions
+from safekeeping import load, newest, postponed_signals, save, save_and_rotate, set_aside, versions
 from sliced_wasserstein import COARSEST
 from sources import Folder, Images, Shuffle, crop_setting, open_source
+from tensor_files import refuse_unsafe_torch
 from torch_sagan import (
     SAGANDiscriminator,
     SAGANGenerator,
@@ -59,6 +61,7 @@ from torch_sagan import (
     wasserstein_discriminator_loss,
     wasserstein_generator_loss,
 )
+from workers import decoded
 
 # ------------------------------------------------------------------------------------------------- configuration
 
@@ -149,24 +152,17 @@ def default_out(data: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-def open_loader(
+def read_images(
     source: Images | Folder, config: Config, position: int, device: torch.device, ranks: Ranks
-) -> DataLoader[Any]:
+) -> Iterator[tuple[Tensor, dict[str, str]]]:
     """Pieces (uint8 images, unreadable paths) of batches, from the image at `position` of the run's endless order on.
 
     The order is that of all processes together, so a run may go on with more of them, or with fewer.
     """
     order = Shuffle(len(source), config.batch_size, seed=config.seed, flip=config.data != "digits", position=position)
-    return DataLoader(
-        source,
-        sampler=Shares(order, ranks, config.accumulate),
-        batch_size=None,  # the sampler's items are whole batches already
-        # From memory or the cache, a batch is one copy: to hand it over from a worker takes four times as long.
-        num_workers=min(config.workers, usable_cores()) if isinstance(source, Folder) else 0,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or the loader would draw from the generator whose state a checkpoint keeps
-        worker_init_fn=survive_signals,
-    )
+    # From memory or the cache, a batch is one copy: to hand it over from a worker takes four times as long.
+    workers = min(config.workers, usable_cores()) if isinstance(source, Folder) else 0
+    return decoded(source, Shares(order, ranks, config.accumulate), workers=workers, pin_memory=device.type == "cuda")
 
 
 def save_reals(source: Images | Folder, config: Config, path: Path) -> None:
@@ -489,7 +485,7 @@ def train(run: Run, source: Images | Folder, out: Path, judge: Judgement | None 
         log = RunLog(out, run.step, config.steps, config.batch_size, config.tensorboard) if ranks.first else None
     run.means.restart()
     with closing(log) if log else nullcontext(), postponed_signals(second_stops=ranks.world == 1) as signals:
-        reals = images_on_device(run, iter(open_loader(source, config, run.images, run.device, ranks)))
+        reals = images_on_device(run, read_images(source, config, run.images, run.device, ranks))
         last = False
         while not last:
             run.means.add(training_step(run, reals))
@@ -530,39 +526,56 @@ def train(run: Run, source: Images | Folder, out: Path, judge: Judgement | None 
     return signal if run.step < config.steps else 0
 
 
-def find(resume: str, given: dict[str, Any]) -> tuple[dict[str, Any] | None, Path]:
-    """The checkpoint to go on from, and the folder of its run."""
+def folder_to_resume(resume: str | None, given: dict[str, Any]) -> Path | None:
+    """The folder of the run to go on with."""
+    if resume is None:
+        return None
     if resume == "auto":
-        out = Path(given.get("out") or default_out(given.get("data", Config.data)))
-        return newest(out) if out.is_dir() else None, out
-    path = Path(resume)
-    return load(path), path if path.is_dir() else path.parent
+        return Path(given.get("out") or default_out(given.get("data", Config.data)))
+    return Path(resume) if Path(resume).is_dir() else Path(resume).parent
+
+
+def find(resume: str, folder: Path) -> dict[str, Any] | None:
+    """The checkpoint to go on from."""
+    if resume == "auto":
+        return newest(folder) if folder.is_dir() else None
+    return load(Path(resume))
 
 
 def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge = open_judge) -> int:
+    refuse_unsafe_torch()  # or the run could not be resumed
     with processes() as ranks:
         with ranks.agreeing():
             given = read_arguments(Config, arguments, "Train a SAGAN on faces, digits or your own images.")
-        resume, dry_run = given.pop("resume"), given.pop("dry_run")
+        return start(given, ranks, open_judge)  # a function, so that its networks are gone when the processes part
+
+
+def start(given: dict[str, Any], ranks: Ranks, open_judge: OpenJudge) -> int:
+    """Do what the command line asks for. Returns the status."""
+    resume, dry_run = given.pop("resume"), given.pop("dry_run")
+    folder = ranks.from_first(folder_to_resume(resume, given))
+    out = Path(given.get("out") or folder or default_out(given.get("data", Config.data)))
+    given["out"] = str(out)
+    if dry_run:  # in a folder of its own, since its settings are not those of the run
+        out = out / "dry-run"
+    with closing(RunLock(out)) as lock:
         with ranks.agreeing():
-            found = find(resume, given) if resume and ranks.first else (None, None)
-        state, folder = ranks.from_first(found)
-        if folder:
-            given = {"out": str(folder)} | given
+            if ranks.first and out.is_dir():
+                lock.acquire()  # before looking for the newest checkpoint
+            state = find(resume, folder) if folder and ranks.first else None
+        state = ranks.from_first(state)
         first = state["step"] if state else 0
         with ranks.agreeing(ValueError):
             config = settle(Config, given, state and state["config"])
-            config = replace(config, out=config.out or default_out(config.data))
             check(config, ranks)
             cache = Path(config.cache_dir or Path(config.out).parent / "cache") if config.cache else None
-            if dry_run:  # in a folder of its own, since its settings are not those of the run
+            if dry_run:
                 config = replace(config, steps=first + 3, log_every=1, sample_every=2, save_every=2)
                 config = replace(config, judge_every=min(config.judge_every, 2), judge_samples=64)
-                config = replace(config, out=str(Path(config.out) / "dry-run"))
+                config = replace(config, out=str(out))
             if first >= config.steps and resume != "auto":
                 fail(f"--steps {config.steps}: the checkpoint is at step {first} already")
             device = pick_device(config.device, ranks)
-        out = Path(config.out)
         same = state is not None and folder is not None and folder.resolve() == out.resolve()
         with ranks.agreeing(ValueError):
             run = Run(config, image_channels=1 if config.data == "digits" else 3, device=device, ranks=ranks)
@@ -585,6 +598,7 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge = open_ju
         with ranks.agreeing(ValueError):
             if ranks.first:
                 out.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
                 if earlier := set_aside(out, after=first if same else None):
                     print(f"kept      what an earlier run left in {earlier}")
                 save_reals(source, config, out / "reals.png")
@@ -595,10 +609,14 @@ def main(arguments: Sequence[str] | None = None, open_judge: OpenJudge = open_ju
                 judge = open_judge(config, source, device)
         try:
             stopped = train(run, source, out, judge)
-        except torch.OutOfMemoryError as error:
-            fail(f"step {run.step + 1}: {str(error).splitlines()[0]} Less --batch-size or more --accumulate needs less")
         except torch._dynamo.exc.TorchDynamoException as error:
             fail(f"--compile: {str(error).splitlines()[0]}")
+        except OSError as error:
+            fail(f"step {run.step + 1}: {error}")
+        except (RuntimeError, MemoryError) as error:
+            if short := out_of_memory(error):
+                fail(f"step {run.step + 1}: {short} Less --batch-size or more --accumulate needs less")
+            raise
         with ranks.agreeing():
             made = draw(run, out) if ranks.first else {}
         made |= {"checkpoint": out / f"checkpoint-{run.step:06d}.pt", "log": out / "log.jsonl"}

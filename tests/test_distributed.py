@@ -20,26 +20,28 @@ from sources import Shuffle, digits
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
-# The trainer, and beside it what each process saw and held: the images of each step, and all tensors at the end.
+# The trainer, and beside it what each process saw and held: the images of each step, all tensors at the end, and the
+# threads that are left when Python is about to end.
 WITNESS = """
 import hashlib, os, sys
 sys.path.insert(0, {examples!r})
 import torch, train_celeba
-seen, runs = [], []
+from pathlib import Path
+seen, out = [], {out!r} + os.environ["RANK"]
 step, train = train_celeba.discriminator_step, train_celeba.train
 def discriminator_step(run, reals, fakes):
     reals = list(reals)
     seen.append([hashlib.sha256(image.numpy().tobytes()).hexdigest() for real in reals for image in real])
     return step(run, reals, fakes)
 def training(run, *rest):
-    runs.append(run)
-    return train(run, *rest)
+    status = train(run, *rest)
+    networks = {{name: getattr(run, name).state_dict() for name in ("generator", "discriminator", "average")}}
+    torch.save({{"seen": seen, "networks": networks, "random": torch.get_rng_state()}}, out + ".pt")
+    return status
 train_celeba.discriminator_step, train_celeba.train = discriminator_step, training
 status = train_celeba.main(sys.argv[1:])
-run = runs[0]
-networks = {{name: getattr(run, name).state_dict() for name in ("generator", "discriminator", "average")}}
-random = torch.get_rng_state()
-torch.save({{"seen": seen, "networks": networks, "random": random}}, {out!r} + os.environ["RANK"] + ".pt")
+threads = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
+Path(out + ".threads").write_text("".join(threads))
 sys.exit(status)
 """
 
@@ -87,6 +89,12 @@ def test_two_processes(settings, tmp_path):
     untrained = train_celeba.build_generator(config, 1).named_parameters()
     assert not any(torch.equal(one["networks"]["generator"][name], weight) for name, weight in untrained)
 
+    # A thread of gloo that holds a tensor while Python ends aborts the process.
+    for rank in (0, 1):
+        threads = (tmp_path / f"rank{rank}.threads").read_text().split()
+        assert threads or sys.platform != "linux"
+        assert not [name for name in threads if "gloo" in name]
+
     # Together they saw the images of one order, each once.
     source, order = digits(16), iter(Shuffle(1797, 8, seed=0, flip=False))
     run = train_celeba.Run(config, 1, torch.device("cpu"))
@@ -132,6 +140,25 @@ def test_one_of_the_processes_tells_what_is_wrong(tmp_path):
     assert done.stderr.count("nowhere: no such folder") == 1
     assert "rank0" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.slow  # torchrun, and two processes that import torch
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_a_process_that_lost_another_ends(tmp_path):
+    command = [*TORCHRUN, *SCRIPT, "--data", "digits", "--out", str(tmp_path), "--log-every", "1"]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "log.jsonl").exists() or len((tmp_path / "log.jsonl").read_text().splitlines()) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (second,) = (pid for pid in children if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+        os.kill(int(second), signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert err.count("train_celeba.py: rank 0 lost another process\n") == 1
+    assert "rank0" not in err  # where torch begins the lines of a traceback
 
 
 def test_what_one_process_cannot_do_none_does(monkeypatch, capsys):

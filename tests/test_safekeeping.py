@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +18,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tiny_runs import SCRIPT, assert_same, checkpoint, lines, resume, train
-from torch.utils.data import get_worker_info
 
 import safekeeping
 import train_celeba
-from distributed import ALONE
-from sources import Folder
 
 
 @pytest.fixture(scope="module")
@@ -312,28 +311,6 @@ def test_a_second_ctrl_c_stops_at_once_and_sigterm_never_does():
     assert received == [signal.SIGINT, signal.SIGINT]
 
 
-class SignalledFolder(Folder):
-    """A signal to the whole group of processes as a worker sees it, while it decodes."""
-
-    number = signal.SIGINT
-
-    def __getitem__(self, batch: list[tuple[int, bool]]) -> tuple[torch.Tensor, list[str]]:
-        assert get_worker_info() is not None
-        if self.number:
-            os.kill(os.getpid(), self.number)
-            self.number = 0
-        return super().__getitem__(batch)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_workers_go_on_after_a_signal(number, pictures):
-    config = train_celeba.Config(data=str(pictures), batch_size=4, workers=1)
-    source = SignalledFolder(pictures, size=16, crop=160)
-    source.number = number
-    batches = iter(train_celeba.open_loader(source, config, 0, torch.device("cpu"), ALONE))
-    assert [len(next(batches)[0]) for _ in range(3)] == [4, 4, 4]
-
-
 # A run in a process of its own imports torch, which takes seconds.
 
 
@@ -356,6 +333,32 @@ SETUPS = {
     "workers": ["--no-cache", "--workers", "2"],
     "wgan-gp": ["--loss", "wgan-gp", "--accumulate", "2", "--d-steps", "2"],
 }
+
+
+@pytest.mark.slow  # starts a process
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and prlimit")
+@pytest.mark.parametrize("fault", ["full disk", "worker killed", "images gone"])
+def test_whatever_fails_beside_workers_the_process_ends_with_one_line(fault, pictures, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(pictures, images)
+    with start(out, images, "--no-cache", "--log-every", "1", "--save-every", "3") as process:
+        wait_for_a_line(out, process)
+        if fault == "full disk":  # or as good as full: a checkpoint has more than 100 kB
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        elif fault == "worker killed":
+            (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(worker), signal.SIGKILL)
+        else:
+            shutil.rmtree(images)
+        _, err = process.communicate(timeout=60)  # it takes seconds; it once took for ever
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    told = {
+        "full disk": r"cannot save .*checkpoint-\d+\.pt: .*File too large",
+        "worker killed": r"train_celeba\.py: step \d+: no more images: \S",
+        "images gone": r"train_celeba\.py: step \d+: no more images: none of the 10 images can be read",
+    }
+    assert re.search(rf"^{told[fault]}.*\n\Z", err, re.MULTILINE)
 
 
 @pytest.mark.slow  # starts a process for each interruption

@@ -24,6 +24,8 @@ from tiny_runs import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+import model_card
+import safekeeping
 import train_celeba
 from command_line import script
 from sources import Folder, Shuffle, digits
@@ -477,6 +479,21 @@ def test_auto_begins_goes_on_and_ends(tmp_path, capsys):
     assert not list(tmp_path.glob("earlier-*"))
 
 
+def test_no_file_is_read_where_reading_is_not_safe(tmp_path, monkeypatch):
+    train(tmp_path, "--steps", "1")
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.5.1+cpu"))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("read"))
+    message = r"^torch 2\.5\.1\+cpu can be made to execute .*CVE-2025-32434\): the examples need 2\.6 or newer$"
+    for refused in (
+        lambda: train(tmp_path / "new", "--steps", "1"),  # it could not be resumed
+        lambda: safekeeping.load(tmp_path / "checkpoint.pt"),
+        lambda: model_card.open_generator(tmp_path),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            refused()
+    assert not (tmp_path / "new").exists()
+
+
 def test_other_versions_are_told(tmp_path, capsys):
     train(tmp_path, "--steps", "1")
     state = checkpoint(tmp_path)
@@ -577,7 +594,30 @@ def test_no_cuda_is_one_line(tmp_path):
         train(tmp_path, "--device", "cuda")
 
 
-def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
+TOO_LARGE = 10**15  # bytes: more than an address can name, so that no memory is used
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        (
+            lambda *_: torch.empty(TOO_LARGE, dtype=torch.uint8),
+            r"can't allocate memory: you tried to allocate 10{15} b",
+        ),
+        (lambda *_: np.empty(TOO_LARGE, np.uint8), r"Unable to allocate 909\. TiB for an array"),
+    ],
+    ids=["torch", "numpy"],
+)
+def test_out_of_memory_is_one_line(fails, message, tmp_path, monkeypatch):
+    for name, told in (("discriminator_step", rf"step 1: {message}.*--accumulate needs less$"), ("draw", message)):
+        monkeypatch.setattr(train_celeba, name, fails)
+        with pytest.raises(SystemExit, match=rf"^train_celeba\.py: .*{told}") as error:
+            train(tmp_path, "--steps", "2", "--sample-every", "1")
+        assert "\n" not in str(error.value)
+        monkeypatch.undo()
+
+
+def test_out_of_memory_on_a_gpu_is_one_line(tmp_path, monkeypatch):
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB.\nSee the documentation")
 
@@ -585,6 +625,12 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"step 1: Tried to allocate 2 GiB\. .*--accumulate") as error:
         train(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_celeba, "discriminator_step", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        train(tmp_path)
 
 
 def test_no_compiler_is_one_line(tmp_path, monkeypatch):

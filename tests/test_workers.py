@@ -1,0 +1,68 @@
+"""Worker processes: they outlive signals to the whole group, and neither their parent's SIGTERM nor its patience."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from itertools import count, islice
+
+import pytest
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from workers import decoded
+
+
+class Numbers(Dataset[torch.Tensor]):
+    """Its own index; in a worker, a signal to itself first, as a signal to the whole group arrives there."""
+
+    def __init__(self, number: int | None = None, fails_at: int | None = None) -> None:
+        self.number, self.fails_at = number, fails_at
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        assert get_worker_info() is not None
+        if self.number:
+            os.kill(os.getpid(), self.number)
+        if index == self.fails_at:
+            raise ValueError("none of the 7 images can be read")
+        return torch.tensor(index)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_the_whole_group_are_ignored(number):
+    images = decoded(Numbers(number), count(), workers=1)
+    assert [next(images).item() for _ in range(10)] == list(range(10))
+
+
+def test_one_sigterm_of_the_parent_ends_a_worker():
+    images = decoded(Numbers(signal.SIGTERM), count(), workers=2)
+    assert next(images).item() == 0
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        worker.terminate()  # what multiprocessing does once when Python ends, before it waits without end
+    for worker in workers:
+        worker.join(timeout=60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def test_a_source_that_fails_is_one_line():
+    images = decoded(Numbers(fails_at=2), count(), workers=2)
+    assert [next(images).item() for _ in range(2)] == [0, 1]
+    with pytest.raises(OSError, match=r"^no more images: none of the 7 images can be read$"):
+        next(images)
+
+
+@pytest.mark.slow  # the loader looks every five seconds whether a worker that does not answer is alive
+def test_a_worker_that_is_killed_is_noticed_where_its_images_are_missed():
+    handler = signal.getsignal(signal.SIGCHLD)
+    images = decoded(Numbers(), count(), workers=2)
+    next(images)
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    worker = multiprocessing.active_children()[0]
+    worker.kill()
+    worker.join()
+    with pytest.raises(OSError, match=r"^no more images: \S") as error:
+        list(islice(images, 100))
+    assert "\n" not in str(error.value)
