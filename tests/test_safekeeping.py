@@ -394,8 +394,8 @@ def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(setup, pict
             stopped.append(int(step))
             assert checkpoint(out)["step"] == int(step)
         print(f"{number.name}, {len(names(out))} checkpoints, {names(out)[-1:]}")
-    train(out, "--data", str(pictures), "--resume", "auto", *settings)
-    train(tmp_path / "whole", "--data", str(pictures), *settings)
+    assert train(out, "--data", str(pictures), "--resume", "auto", *settings) == 0
+    assert train(tmp_path / "whole", "--data", str(pictures), *settings) == 0
     for name in ["checkpoint.pt", "best.pt"] if setup == "cache" else ["checkpoint.pt"]:
         assert_same(checkpoint(out, name), checkpoint(tmp_path / "whole", name), apart_from=("/config/out",))
     logs = [[{**line, "images_per_second": 0} for line in lines(folder)] for folder in (out, tmp_path / "whole")]
