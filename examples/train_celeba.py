@@ -500,16 +500,14 @@ def train(run: Run, source: Images | Folder, out: Path, judge: Judgement | None 
                 continue
             best = False
             with ranks.agreeing():
-                if (
-                    not reports
-                ):  # stopped between two lines of the log: the checkpoint keeps the losses for the next one
-                    run.means.check(run.step)
-                else:
+                if reports:
                     line = {"images": run.images} | run.means.read(run.step, config.batch_size) | run.numbers()
                     if log:
                         if judges and judge:
                             line["scores"], best = judged(run, judge)
                         log.write(run.step, line)
+                else:  # stopped between two lines of the log: the checkpoint keeps the losses for the next one
+                    run.means.check(run.step)
             if last or saves or judges:
                 state = run.state_dict()
                 with ranks.agreeing():
