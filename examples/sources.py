@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -215,8 +215,9 @@ class Folder(Dataset[tuple[Tensor, dict[str, str]]]):
         """Width and height that the decoded image will have, from its header."""
         with self._open(path) as file:
             width, height = file.size
-            # The size of a TIFF is that of the upright image already.
-            lies = file.format != "TIFF" and file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            if isinstance(file, TiffImagePlugin.TiffImageFile):  # some versions of Pillow have turned the size already
+                width, height = (file.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+            lies = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (height, width) if lies else (width, height)
 
 
@@ -284,7 +285,7 @@ def upright_rgb(file: ImageFile.ImageFile) -> Image.Image:
 
 def _grey_bytes(file: ImageFile.ImageFile) -> Image.Image:
     """Grey values of more than 8 bits, which Pillow's own conversion would cut off at 255."""
-    tags = getattr(file, "tag_v2", {})
+    tags = file.tag_v2 if isinstance(file, TiffImagePlugin.TiffImageFile) else {}
     if file.mode == "F":
         white = 1
     elif file.format in ("PNG", "PPM", "JPEG2000"):
