@@ -558,8 +558,8 @@ def start(given: dict[str, Any], ranks: Ranks, open_judge: OpenJudge) -> int:
         out = out / "dry-run"
     with closing(RunLock(out)) as lock:
         with ranks.agreeing():
-            if ranks.first and out.is_dir():
-                lock.acquire()  # before looking for the newest checkpoint
+            if ranks.first and lock.path.exists():  # a run's folder: lock it before looking for the newest checkpoint
+                lock.acquire()
             state = find(resume, folder) if folder and ranks.first else None
         state = ranks.from_first(state)
         first = state["step"] if state else 0

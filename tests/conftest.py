@@ -16,6 +16,22 @@ from torch import Tensor
 # The examples are scripts, not a package: they import one another by their bare names.
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+# The examples that read checkpoints refuse a torch that cannot do so safely.
+if torch.__version__ < "2.6":
+    collect_ignore = [
+        "test_distributed.py",
+        "test_examples.py",
+        "test_explorer.py",
+        "test_generate.py",
+        "test_image_cache.py",
+        "test_judging.py",
+        "test_run_lock.py",
+        "test_run_log.py",
+        "test_safekeeping.py",
+        "test_sources.py",
+        "test_train_celeba.py",
+    ]
+
 hypothesis.settings.register_profile("sagan", deadline=None, max_examples=25, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("sagan")
 

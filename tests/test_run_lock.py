@@ -67,7 +67,9 @@ def test_a_process_that_is_about_to_end_is_waited_for(tmp_path, monkeypatch):
     assert checkpoint(tmp_path)["step"] == 2
 
 
-def test_where_no_folder_is_made_there_is_no_lock(tmp_path):
-    with pytest.raises(SystemExit, match="image_size"):
-        train(tmp_path / "run", "--image-size", "50")
-    assert not (tmp_path / "run").exists()
+def test_a_run_that_cannot_begin_leaves_no_lock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["--image-size", "50"], ["--resume", "nowhere.pt"], ["--resume", str(tmp_path)]):
+        with pytest.raises(SystemExit, match=r"image_size|no such file|no checkpoint"):
+            train(tmp_path / "run", *arguments)
+    assert not list(tmp_path.iterdir())
