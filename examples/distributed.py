@@ -44,6 +44,12 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    launcher: int | None = None  # the process that started it
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether `torchrun` was killed, which no signal tells: its processes would train on beside the next ones."""
+        return self.launcher not in (None, os.getppid())
 
     @property
     def first(self) -> bool:
@@ -169,12 +175,13 @@ def processes() -> Iterator[Ranks]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Ranks()
         return
+    launcher = os.getppid()
     # DistributedDataParallel imports it, and from then on its functions hold the group that there was at the import.
     import torch.distributed.nn.functional
 
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), launcher)
     try:
         with (
             open(os.devnull, "w", errors="backslashreplace") as nowhere,

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 # By default the threads of a CPU wait for one another by spinning, which makes a step many times slower as soon as
@@ -491,7 +492,8 @@ def train(run: Run, source: Images | Folder, out: Path, judge: Judgement | None 
             run.means.add(training_step(run, reals))
             if log:
                 log.advance()
-            signal = ranks.largest(signals[0] if signals else 0)  # all processes stop at the same step
+            signal = signals[0] if signals else SIGTERM * ranks.abandoned
+            signal = ranks.largest(signal)  # all processes stop at the same step
             last = run.step == config.steps or signal > 0
             logs, draws, saves = (run.step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
             judges = config.judge_every > 0 and run.step % config.judge_every == 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tiny_runs import SCRIPT, TINY, checkpoint, lines, resume, train
 
 import train_celeba
 from distributed import Ranks, Shares
+from run_lock import RunLock
 from sources import Shuffle, digits
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -140,6 +142,25 @@ def test_one_of_the_processes_tells_what_is_wrong(tmp_path):
     assert done.stderr.count("nowhere: no such folder") == 1
     assert "rank0" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.slow  # torchrun, and two processes that import torch
+def test_where_torchrun_is_killed_its_processes_end_and_the_next_run_goes_on(tmp_path):
+    command = [*TORCHRUN, *SCRIPT, "--data", "digits", "--out", str(tmp_path), "--log-every", "1"]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "log.jsonl").exists() or len((tmp_path / "log.jsonl").read_text().splitlines()) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.kill()
+        with closing(RunLock(tmp_path)) as lock:
+            lock.acquire()  # the processes hold it until they have saved
+    state = checkpoint(tmp_path)
+    assert resume(tmp_path, "--steps", str(state["step"] + 1)) == 0
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, state["step"] + 2))
 
 
 @pytest.mark.slow  # torchrun, and two processes that import torch
