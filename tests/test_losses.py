@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from torch_sagan import (
     gradient_penalty,
     hinge_discriminator_loss,
     hinge_generator_loss,
+    relativistic_discriminator_loss,
+    relativistic_generator_loss,
     wasserstein_discriminator_loss,
     wasserstein_generator_loss,
+    zero_centered_gradient_penalty,
 )
 
 LOGITS = st.lists(st.floats(-5, 5, allow_subnormal=False), min_size=1, max_size=6)
@@ -83,6 +87,68 @@ def test_hinge_stops_at_the_margin() -> None:
     assert fake.grad is not None
     torch.testing.assert_close(real.grad, torch.tensor([0.0, -1 / 3, -1 / 3]))
     torch.testing.assert_close(fake.grad, torch.tensor([0.0, 1 / 3, 1 / 3]))
+
+
+# --- relativistic --------------------------------------------------------------------------------------------------
+
+
+@given(pairs=st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=6))
+def test_relativistic_formulas(pairs: list[tuple[float, float]]) -> None:
+    """-log σ(D(x) - D(G(z))) for D, the same with the roles exchanged for G, averaged over the pairs."""
+    real, fake = torch.tensor(pairs, dtype=torch.float64).T
+
+    def negative_log_sigmoid(t: float) -> float:
+        return math.log1p(math.exp(-t))
+
+    d_loss = sum(negative_log_sigmoid(r - f) for r, f in pairs) / len(pairs)
+    g_loss = sum(negative_log_sigmoid(f - r) for r, f in pairs) / len(pairs)
+    # Rounding of a few float64 terms of size 10.
+    assert relativistic_discriminator_loss(real, fake).item() == pytest.approx(d_loss, abs=1e-12)
+    assert relativistic_generator_loss(real, fake).item() == pytest.approx(g_loss, abs=1e-12)
+
+
+def test_relativistic_losses_compare_pairs() -> None:
+    """What every logit shares cancels; which fake a real image is compared with does not."""
+    real, fake = torch.tensor([0.0, 4.0]), torch.tensor([1.0, 3.0])
+    loss = relativistic_discriminator_loss(real, fake)
+    torch.testing.assert_close(relativistic_discriminator_loss(real + 7, fake + 7), loss)
+    assert (relativistic_discriminator_loss(real, fake.flip(0)) - loss).abs() > 0.1
+
+
+@pytest.mark.parametrize("loss", [relativistic_discriminator_loss, relativistic_generator_loss])
+def test_relativistic_losses_need_pairs(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"in pairs, got \(4,\) and \(1,\)"):
+        loss(torch.zeros(4), torch.zeros(1))
+
+
+# --- zero-centred penalty ------------------------------------------------------------------------------------------
+
+
+def test_zero_centered_penalty_is_the_mean_squared_norm_at_the_images() -> None:
+    """D(x) = ‖x‖² / 2 has gradient x, of length 5 and 13 here; nothing is interpolated."""
+    images = torch.zeros(2, 1, 1, 2, dtype=torch.float64)
+    images[0, 0, 0] = torch.tensor([3.0, 4.0])
+    images[1, 0, 0] = torch.tensor([5.0, 12.0])
+    discriminator = Quadratic()
+    assert zero_centered_gradient_penalty(discriminator, images).item() == pytest.approx((25 + 169) / 2, abs=1e-12)
+    (asked,) = discriminator.asked
+    assert torch.equal(asked, images)
+
+
+def test_zero_centered_penalty_trains_the_discriminator_alone() -> None:
+    """‖w‖² of a linear D, whose gradient is 2w; the images stay as they are."""
+    weight = torch.randn(3, 4, 4, dtype=torch.float64)
+    discriminator, images = Linear(weight), torch.randn(5, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    penalty = zero_centered_gradient_penalty(discriminator, images)
+    penalty.backward()
+    torch.testing.assert_close(penalty.detach(), weight.square().sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(discriminator.weight.grad, 2 * weight, rtol=1e-12, atol=0)
+    assert images.grad is None
+
+
+def test_zero_centered_penalty_passes_labels_on() -> None:
+    penalty = zero_centered_gradient_penalty(Conditional(), torch.randn(3, 1, 1, 4), torch.tensor([0.0, 1.0, 2.0]))
+    assert penalty.item() == pytest.approx((0 + 4 + 16) / 3, abs=1e-5)
 
 
 # --- gradient penalty ----------------------------------------------------------------------------------------------

@@ -11,8 +11,11 @@ from torch_sagan.losses import (
     gradient_penalty,
     hinge_discriminator_loss,
     hinge_generator_loss,
+    relativistic_discriminator_loss,
+    relativistic_generator_loss,
     wasserstein_discriminator_loss,
     wasserstein_generator_loss,
+    zero_centered_gradient_penalty,
 )
 from torch_sagan.recalibration import recalibrate
 from torch_sagan.spectral import (
@@ -50,6 +53,8 @@ __all__ = [
     "mark_queries",
     "recalibrate",
     "record_attention",
+    "relativistic_discriminator_loss",
+    "relativistic_generator_loss",
     "remove_self_attention",
     "remove_spectral_norm",
     "reset_power_iteration",
@@ -57,4 +62,5 @@ __all__ = [
     "spectral_norms",
     "wasserstein_discriminator_loss",
     "wasserstein_generator_loss",
+    "zero_centered_gradient_penalty",
 ]

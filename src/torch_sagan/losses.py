@@ -12,8 +12,11 @@ __all__ = [
     "gradient_penalty",
     "hinge_discriminator_loss",
     "hinge_generator_loss",
+    "relativistic_discriminator_loss",
+    "relativistic_generator_loss",
     "wasserstein_discriminator_loss",
     "wasserstein_generator_loss",
+    "zero_centered_gradient_penalty",
 ]
 
 
@@ -45,6 +48,36 @@ def wasserstein_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> 
 def wasserstein_generator_loss(fake_logits: Tensor) -> Tensor:
     r""":math:`-\operatorname{mean} D(G(z))`. Source: Gulrajani et al., arXiv:1704.00028."""
     return -fake_logits.mean()
+
+
+def relativistic_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    r""":math:`\operatorname{mean} \operatorname{softplus}(D(G(z)) - D(x))`, over pairs of a real and a generated image.
+
+    Every real image is compared with one generated image, so D cannot lower its loss by calling all of them real.
+    Alone it need not converge: add :func:`zero_centered_gradient_penalty` on real (R1) and on generated images (R2).
+
+    Args:
+        real_logits: (B,) D's logits of real images.
+        fake_logits: (B,) D's logits of generated images; element i is compared with element i of ``real_logits``.
+
+    Raises:
+        ValueError: when the shapes differ, since there would be no pairs.
+
+    Source: Huang et al., *The GAN is dead; long live the GAN! A Modern GAN Baseline* (R3GAN), arXiv:2501.05441; the
+    loss is from Jolicoeur-Martineau, arXiv:1807.00734.
+    """
+    _check_pairs(real_logits, fake_logits)
+    return F.softplus(fake_logits - real_logits).mean()
+
+
+def relativistic_generator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    r""":math:`\operatorname{mean} \operatorname{softplus}(D(x) - D(G(z)))`, with the roles of D's loss exchanged.
+
+    Unlike the other generator losses it needs D's logits of real images. Arguments, errors and source are those of
+    :func:`relativistic_discriminator_loss`.
+    """
+    _check_pairs(real_logits, fake_logits)
+    return F.softplus(real_logits - fake_logits).mean()
 
 
 def gradient_penalty(
@@ -80,9 +113,45 @@ def gradient_penalty(
         raise ValueError(f"real and fake must have one shape, got {tuple(real.shape)} and {tuple(fake.shape)}")
     real, fake = real.detach(), fake.detach()
     t = torch.rand(len(real), *[1] * (real.ndim - 1), dtype=real.dtype, device=real.device)  # (B, 1, ...)
-    between = torch.lerp(fake, real, t).requires_grad_()  # (B, ...)
-    with torch.enable_grad():
-        logits = discriminator(between) if labels is None else discriminator(between, labels)  # (B,)
-        (gradient,) = torch.autograd.grad(logits.sum(), between, create_graph=True)  # (B, ...)
+    gradient = _gradient(discriminator, torch.lerp(fake, real, t), labels)  # (B, ...)
     norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)  # (B,)
     return torch.square(norms - target).mean()
+
+
+def zero_centered_gradient_penalty(
+    discriminator: Callable[..., Tensor], images: Tensor, labels: Tensor | None = None
+) -> Tensor:
+    r""":math:`\operatorname{mean} \lVert \nabla_x D(x) \rVert_2^2` at the given images: R1 on real ones, R2 on
+    generated ones.
+
+    Args:
+        discriminator: D; called as ``discriminator(images)`` or ``discriminator(images, labels)``.
+        images: (B, ...) the images at which the gradient is taken. No gradient flows into them.
+        labels: (B,) passed on to D when given.
+
+    Returns:
+        A scalar without a weight (the sources multiply it by γ/2), differentiable with respect to D's parameters.
+
+    As with :func:`gradient_penalty`, D must run eagerly, because ``torch.compile`` has no double backward.
+
+    Source: Mescheder et al., *Which Training Methods for GANs do actually Converge?*, arXiv:1801.04406, equations 9
+    and 10.
+    """
+    return _gradient(discriminator, images.detach(), labels).square().flatten(1).sum(1).mean()
+
+
+def _gradient(discriminator: Callable[..., Tensor], images: Tensor, labels: Tensor | None) -> Tensor:
+    """The gradient of each image's logit with respect to that image (B, ...), itself differentiable."""
+    images = images.requires_grad_()
+    with torch.enable_grad():
+        logits = discriminator(images) if labels is None else discriminator(images, labels)  # (B,)
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)  # (B, ...)
+    return gradient
+
+
+def _check_pairs(real_logits: Tensor, fake_logits: Tensor) -> None:
+    if real_logits.shape != fake_logits.shape:
+        raise ValueError(
+            "expected as many logits of real as of generated images, to be compared in pairs, got "
+            f"{tuple(real_logits.shape)} and {tuple(fake_logits.shape)}"
+        )
