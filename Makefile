@@ -15,9 +15,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-# On a machine with other work to do, threads that spin while they wait slow each other down by an order of magnitude.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # The checks share two or so cores and print in order.
@@ -27,7 +24,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.stamp-examples ## set up, train on embedded faces, say which files came out (minutes on two CPU cores)
+demo: $(VENV)/.stamp-examples ## set up, train on procedural faces, name the files it wrote (minutes on two CPU cores)
 	@echo "==> train: examples/train_celeba.py $(DEMO)"
 	@$(BIN)/python examples/train_celeba.py $(DEMO)
 

@@ -1,30 +1,30 @@
-"""Attention for a CycleGAN that exists, which turns dark hair fair and back; no two of its pictures are of one person.
+"""Attention for an existing CycleGAN, which turns dark hair fair and back; no two of its images are of one person.
 
     python examples/attention_in_cyclegan.py         # about two minutes on one CPU core, nothing to download
 
-`cyclegan.py` stands for your model: nothing in it knows of attention. A fifth of the training comes before the
+`networks/cyclegan.py` stands for your model: nothing in it knows of attention. A fifth of the training comes before the
 insertion, which leaves what all four networks return as it was.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import training.threads  # noqa: F401  before torch  # isort: skip
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import l1_loss
 
-import faces
-from cyclegan import Discriminator, Generator, train
-from pictures import save_attention, save_grid
+from networks.cyclegan import Discriminator, Generator
 from torch_sagan import insert_self_attention, record_attention
+from training import faces
+from training.command_line import read_short_run, script
+from training.image_io import save_attention, save_grid
 
 PEOPLE = 1024  # of each kind
+BATCH = 4
 PLACES = ((0.15, 0.5), (0.52, 0.37), (0.05, 0.05))  # the head-band, an eye, the background
 
 
@@ -34,19 +34,42 @@ def portraits(hair: tuple[int, int, int], first: int) -> Tensor:
     return torch.from_numpy(faces.render(people, size=32)).float() / 127.5 - 1
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Put attention into a CycleGAN that turns dark hair fair and back.")
-    parser.add_argument("--steps", type=int, default=800, help="of each network (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/attention-in-cyclegan"), help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    if given.steps < 1:
-        parser.error(f"--steps must be at least 1, got {given.steps}")
+def train(to_b: nn.Module, to_a: nn.Module, is_b: nn.Module, is_a: nn.Module, a: Tensor, b: Tensor, steps: int) -> None:
+    """Train the generators A -> B and B -> A and the discriminators of B and A on images (N, 3, 32, 32) in [-1, 1].
 
-    torch.manual_seed(given.seed)
+    Without the paper's pool of earlier images and without decaying rates.
+    """
+    g_adam, d_adam = (
+        torch.optim.Adam(nn.ModuleList(pair).parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
+        for pair in ((to_b, to_a), (is_b, is_a))
+    )
+    for _ in range(steps):
+        real_a, real_b = (images[torch.randint(len(images), (BATCH,))] for images in (a, b))  # (B, 3, 32, 32)
+        # Instance norm keeps the images of a batch apart, so two batches can share a pass.
+        fake_b, same_b = to_b(torch.cat([real_a, real_b])).chunk(2)
+        fake_a, same_a = to_a(torch.cat([real_b, real_a])).chunk(2)
+        fooling = (is_b(fake_b) - 1).square().mean() + (is_a(fake_a) - 1).square().mean()
+        cycle = l1_loss(to_a(fake_b), real_a) + l1_loss(to_b(fake_a), real_b)
+        identity = l1_loss(same_a, real_a) + l1_loss(same_b, real_b)
+        g_adam.zero_grad()
+        (fooling + 10 * cycle + 5 * identity).backward()
+        g_adam.step()
+        d_adam.zero_grad()
+        for network, real, fake in ((is_b, real_b, fake_b), (is_a, real_a, fake_a)):
+            of_real, of_fake = network(torch.cat([real, fake.detach()])).chunk(2)  # (B, 1, 6, 6)
+            loss = (of_real - 1).square().mean() + of_fake.square().mean()
+            (loss / 2).backward()
+        d_adam.step()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = read_short_run(
+        "attention_in_cyclegan.py", "Put attention into a CycleGAN that turns dark hair fair and back.", 800, arguments
+    )
+    torch.manual_seed(args.seed)
     dark, fair = portraits(faces.HAIR[0], first=0), portraits(faces.HAIR[3], first=PEOPLE)
     to_fair, to_dark, is_fair, is_dark = networks = Generator(), Generator(), Discriminator(), Discriminator()
-    train(*networks, dark, fair, given.steps // 5)
+    train(*networks, dark, fair, args.steps // 5)
 
     before = [network(dark[:8]) for network in networks]
     for generator in (to_fair, to_dark):
@@ -56,17 +79,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     after = [network(dark[:8]) for network in networks]
     print("unchanged by the insertion:", all(map(torch.equal, before, after)))
 
-    train(*networks, dark, fair, given.steps - given.steps // 5)  # its new optimisers know the layers
+    train(*networks, dark, fair, args.steps - args.steps // 5)  # its new optimisers know the layers
     for name, network in zip(("to fair", "to dark", "is fair", "is dark"), networks, strict=True):
         print("gamma of", name, *(f"{p.item():+.4f}" for n, p in network.named_parameters() if n.endswith("gamma")))
     with record_attention(to_fair) as records, torch.no_grad():
         translated = to_fair(dark[:8])
         back = to_dark(translated)
         to_fair(dark[:4])
-    save_grid(given.out / "samples.png", torch.cat([dark[:8], translated, back]), columns=8)
-    save_attention(given.out / "attention.png", dark[:4], records["model.9.inserted_attention"][-1], PLACES)
-    print(f"pictures in {given.out}")
+    save_grid(args.out / "samples.png", torch.cat([dark[:8], translated, back]), columns=8)
+    save_attention(args.out / "attention.png", dark[:4], records["model.9.inserted_attention"][-1], PLACES)
+    print(f"images in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -1,51 +1,63 @@
-"""Attention for a DCGAN that exists: a line for each network, and they return what they did, until they are trained on.
+"""Attention for an existing DCGAN: a line for each network, and they return what they did, until they are trained on.
 
     python examples/attention_in_dcgan.py            # about three minutes on a CPU, nothing to download
 
-`dcgan.py` stands for your model: nothing in it knows of attention. An eighth of the training comes before
+`networks/dcgan.py` stands for your model: nothing in it knows of attention. An eighth of the training comes before
 the insertion.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import training.threads  # noqa: F401  before torch  # isort: skip
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning slow each other down
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
-import faces
-from dcgan import Z_DIM, Discriminator, Generator, train
-from pictures import save_attention, save_grid
+from networks.dcgan import Z_DIM, Discriminator, Generator
 from torch_sagan import SelfAttention2d, apply_spectral_norm, insert_self_attention, record_attention
+from training import faces
+from training.command_line import read_short_run, script
+from training.image_io import save_attention, save_grid
 
-PEOPLE = 2048
+PEOPLE, BATCH = 2048, 16
 PLACES = ((0.52, 0.37), (0.2, 0.5), (0.95, 0.5))  # an eye, the head-band, the shirt
 
 
 def attention(channels: int) -> nn.Module:
-    # Where weights grow freely, the softmax soon looks at one place alone.
+    # Where weights grow freely, the softmax soon attends to one position alone.
     return apply_spectral_norm(SelfAttention2d.official(channels))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Put attention into a DCGAN and train it on embedded faces.")
-    parser.add_argument("--steps", type=int, default=2400, help="of each network (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/attention-in-dcgan"), help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    if given.steps < 1:
-        parser.error(f"--steps must be at least 1, got {given.steps}")
+def train(generator: nn.Module, discriminator: nn.Module, images: Tensor, steps: int) -> None:
+    """Train both on images (N, 3, 32, 32) in [-1, 1]."""
+    g_adam, d_adam = (
+        torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
+        for network in (generator, discriminator)
+    )
+    bce, ones, zeros = binary_cross_entropy_with_logits, torch.ones(BATCH), torch.zeros(BATCH)
+    for _ in range(steps):
+        real = images[torch.randint(len(images), (BATCH,))]  # (B, 3, 32, 32)
+        fake = generator(torch.randn(BATCH, Z_DIM, 1, 1))
+        d_adam.zero_grad()
+        (bce(discriminator(real), ones) + bce(discriminator(fake.detach()), zeros)).backward()
+        d_adam.step()
+        g_adam.zero_grad()
+        bce(discriminator(fake), ones).backward()
+        g_adam.step()
 
-    torch.manual_seed(given.seed)
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = read_short_run(
+        "attention_in_dcgan.py", "Put attention into a DCGAN and train it on procedural faces.", 2400, arguments
+    )
+    torch.manual_seed(args.seed)
     images = torch.from_numpy(faces.render(faces.traits(PEOPLE), size=32)).float() / 127.5 - 1  # (N, 3, 32, 32)
     z = torch.randn(32, Z_DIM, 1, 1)
     generator, discriminator = Generator(), Discriminator()
-    train(generator, discriminator, images, given.steps // 8)
+    train(generator, discriminator, images, args.steps // 8)
 
     before = generator(z), discriminator(images[:32])
     insert_self_attention(generator, after="main.8", example_input=z, attention=attention)
@@ -53,15 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     after = generator(z), discriminator(images[:32])
     print("unchanged by the insertion:", all(map(torch.equal, before, after)))
 
-    train(generator, discriminator, images, given.steps - given.steps // 8)  # its new optimisers know the layers
+    train(generator, discriminator, images, args.steps - args.steps // 8)  # its new optimisers know the layers
     print("gamma of G", *(f"{p.item():+.4f}" for name, p in generator.named_parameters() if name.endswith("gamma")))
     print("gamma of D", *(f"{p.item():+.4f}" for name, p in discriminator.named_parameters() if name.endswith("gamma")))
     with record_attention(generator.eval()) as records, torch.no_grad():
         samples, shown = generator(z), generator(z[:4])
-    save_grid(given.out / "samples.png", samples, columns=8)
-    save_attention(given.out / "attention.png", shown, records["main.8.inserted_attention"][-1], PLACES)
-    print(f"pictures in {given.out}")
+    save_grid(args.out / "samples.png", samples, columns=8)
+    save_attention(args.out / "attention.png", shown, records["main.8.inserted_attention"][-1], PLACES)
+    print(f"images in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

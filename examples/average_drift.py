@@ -9,6 +9,8 @@ training has them; pixels lie in [-1, 1].
 
 from __future__ import annotations
 
+import training.threads  # noqa: F401  before torch  # isort: skip
+
 import argparse
 import copy
 from pathlib import Path
@@ -16,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from averages import recalibrated
-from model_card import build, from_checkpoint
 from torch_sagan import SAGANGenerator, spectral_norms
+from training.average import recalibrated
+from training.command_line import script
+from training.model_card import build, from_checkpoint
 
 IMAGES, SEED = 256, 5  # other latent vectors than those that the statistics are taken from
 
@@ -48,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -12,6 +12,8 @@ images tracked in the discriminator's step.
 
 from __future__ import annotations
 
+import training.threads  # noqa: F401  before torch  # isort: skip
+
 import argparse
 import importlib.util
 import json
@@ -34,15 +36,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torch_sagan
-from plain import PlainAttention, SDPAttention, plain_step
-from torch_sagan import (
-    SAGANDiscriminator,
-    SAGANGenerator,
-    SelfAttention2d,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-    spectral_norm,
-)
+from networks.plain import PlainAttention, SDPAttention, plain_step
+from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, spectral_norm
+from training.objectives import objective
+from training.step import GAN, Piece, no_augmentation, training_step
 
 ATTENTION_SHAPES = [(16, 256, 8), (16, 128, 16), (16, 64, 32), (4, 64, 64), (1, 32, 128)]  # B, C, H = W
 MEMORY_FROM = 32 * 32  # positions; below, the process's own noise is larger than the map
@@ -278,31 +275,25 @@ def our_step(
     num_classes: int | None = None,
     architecture: Literal["dcgan", "resnet"] = "dcgan",
 ) -> Run:
-    """The step of ``examples/train_celeba.py``: images made once, one pass of D, no unread gradients."""
+    """The step of every example: images made once, one pass of D, no unread gradients."""
     generator = SAGANGenerator(image_size, num_classes=num_classes, architecture=architecture).to(device)
     discriminator = SAGANDiscriminator(image_size, num_classes=num_classes, architecture=architecture).to(device)
-    g_adam, d_adam = adam(generator, 1e-4), adam(discriminator, 4e-4)
     real = torch.randn(batch, 3, image_size, image_size, device=device).clamp(-1, 1)
     labels = None if num_classes is None else torch.randint(num_classes, (batch,), device=device)
-    both_labels = None if labels is None else labels.repeat(2)
-    run_g: Callable[..., Tensor] = torch.compile(generator) if compiled else generator
-    run_d: Callable[..., Tensor] = torch.compile(discriminator) if compiled else discriminator
+    if compiled:
+        generator.compile()
+        discriminator.compile()
+    gan = GAN(
+        generator,
+        discriminator,
+        adam(generator, 1e-4),
+        adam(discriminator, 4e-4),
+        objective("hinge", 0.0, no_augmentation),
+        partial(autocast, device, dtype),
+    )
 
     def run() -> None:
-        with autocast(device, dtype):
-            fake = run_g(torch.randn(batch, 128, device=device), labels)
-            logits = run_d(torch.cat([real, fake.detach().to(real.dtype)]), both_labels)
-            d_loss = hinge_discriminator_loss(*logits.chunk(2))
-        d_adam.zero_grad()
-        d_loss.backward()
-        d_adam.step()
-        discriminator.requires_grad_(False)
-        with autocast(device, dtype):
-            g_loss = hinge_generator_loss(run_d(fake, labels))
-        g_adam.zero_grad()
-        g_loss.backward()
-        g_adam.step()
-        discriminator.requires_grad_(True)
+        training_step(gan, iter([[Piece(real, torch.randn(batch, 128, device=device), labels)]]))
 
     return run
 
@@ -357,16 +348,17 @@ def _residual_step(batch: int, device: torch.device) -> tuple[float, float | Non
 def data(watch: Stopwatch) -> list[dict[str, Any]]:
     """How fast the trainer's loader gives batches of 64: from JPEGs, from a zip of them, and from their cache."""
     # Here, because only this part needs what reading images takes.
-    from distributed import ALONE
-    from sources import open_source
-    from train_celeba import Config, read_images
+    from train_celeba import read_images
+    from training.configuration import Config
+    from training.data import open_data
+    from training.distributed import SINGLE_PROCESS
 
     config = Config(data="photographs")
 
     def feed(source: Any, steps: int) -> float:
         """Images in a second, once the workers are running and have used up what they did ahead."""
-        batches = read_images(source, config, 0, watch.device, ALONE)
-        for _ in range(1 + 2 * config.workers):
+        batches = read_images(source, config, 0, watch.device, SINGLE_PROCESS)
+        for _ in range(1 + 2 * config.num_workers):
             next(batches)
         start = time.perf_counter()
         for _ in range(steps):
@@ -376,9 +368,9 @@ def data(watch: Stopwatch) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as at:
         for what, path in zip(("folder", "zip"), photographs(Path(at)), strict=True):
-            stream = open_source(str(path), size=64, crop=160)
+            stream = open_data(str(path), size=64, crop=160)
             start = time.perf_counter()
-            cache = open_source(str(path), size=64, crop=160, cache=Path(at, "cache"))
+            cache = open_data(str(path), size=64, crop=160, cache=Path(at, "cache"))
             build = len(stream) / (time.perf_counter() - start)
             turns = [(feed(stream, 32), feed(cache, 1600)) for _ in range(3)]
             streamed, cached = map(statistics.median, zip(*turns, strict=True))

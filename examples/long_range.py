@@ -7,13 +7,13 @@
 Both arms are SAGAN's networks with the same weights to begin with, trained on the same images and latent vectors for
 the same number of steps. They differ in one thing, a layer in G and one in D:
 
-    attention   SelfAttention2d:   o_j = Σ_i softmax_i(f(x_i)ᵀ g(x_j)) h(x_i)      a place looks at every place
-    local       LocalAttention:    o_j = σ(f(x_j)ᵀ g(x_j)) h(x_j)                  a place looks at itself or at nothing
+    attention   SelfAttention2d:   o_j = Σ_i softmax_i(f(x_i)ᵀ g(x_j)) h(x_i)    a position attends to all
+    local       LocalAttention:    o_j = σ(f(x_j)ᵀ g(x_j)) h(x_j)                a position attends to itself or nothing
 
-so the local arm has the same number of parameters, all of them in use, and lacks only the view of other places. (No
-layer at all would mean fewer parameters, and a softmax over one place would leave f and g without a gradient.) What is
-measured: how often the two eyes, earrings and cheeks, and head-band and shirt, differ in colour (agreement.py), and the
-sliced Wasserstein distance to faces that were not trained on (sliced_wasserstein.py).
+so the local arm has the same number of parameters, all of them in use, and lacks only the view of other positions. (No
+layer at all would mean fewer parameters, and a softmax over one position would leave f and g without a gradient.) What
+is measured: how often the two eyes, earrings and cheeks, and head-band and shirt, differ in colour
+(evaluation/color_agreement.py), and the sliced Wasserstein distance to faces that were not trained on.
 
 At 32 pixels, an element of D's last map sees 22 of them, and the logit is linear in these elements. So without
 attention D can compare the eyes (8 pixels apart) and the cheeks (11), hardly the earrings (19), and not at all band and
@@ -22,7 +22,10 @@ shirt (25).
 
 from __future__ import annotations
 
+import training.threads  # noqa: F401  before torch  # isort: skip
+
 import argparse
+import copy
 import json
 import math
 import multiprocessing
@@ -30,7 +33,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -38,37 +41,31 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_celeba.py
-
 import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import faces
-from agreement import PAIRS, Readers
-from command_line import Parser
-from judging import evaluation
-from pictures import save_grid
-from safekeeping import write
-from sliced_wasserstein import sliced_wasserstein
-from torch_sagan import (
-    SAGANDiscriminator,
-    SAGANGenerator,
-    SelfAttention2d,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-)
+from evaluation.color_agreement import PAIRS, ColorClassifiers
+from evaluation.evaluator import evaluation_mode
+from evaluation.sliced_wasserstein import sliced_wasserstein
+from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d
+from training import faces
+from training.average import recalibrated, update_average
+from training.checkpointing import write
+from training.command_line import Parser, script
+from training.image_io import save_grid
+from training.objectives import objective
+from training.step import GAN, Piece, no_augmentation, training_step
 
 TRAINED_ON = 8192  # faces
-UNSEEN = 2_000_000  # the first of the faces that generated ones are compared with
+HELD_OUT = 2_000_000  # the first of the faces that generated ones are compared with
 KEY_CHANNELS = 8  # of f and g, in both arms; a share of these narrow networks' channels would be two
 
 
 class LocalAttention(SelfAttention2d):
-    """SelfAttention2d's parameters without the view of other places: o_j = σ(f(x_j)ᵀ g(x_j)) h(x_j).
+    """SelfAttention2d's parameters without the view of other positions: o_j = σ(f(x_j)ᵀ g(x_j)) h(x_j).
 
-    That is attention over two things, the place itself and an empty one whose logit is 0.
+    That is attention over two things, the position itself and an empty one whose logit is 0.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -105,16 +102,16 @@ class Settings:
 def networks(arm: str, settings: Settings) -> tuple[SAGANGenerator, SAGANDiscriminator]:
     """G and D of one arm, with its layer at maps of a quarter of the image's size, as in the paper (32 of 128)."""
     layer = partial(ARMS[arm], qk_channels=KEY_CHANNELS)
-    places = [settings.image_size // 4]
+    resolutions = [settings.image_size // 4]
     generator = SAGANGenerator(
         settings.image_size,
         z_dim=settings.z_dim,
         base_channels=settings.base_channels,
-        attention_resolutions=places,
+        attention_resolutions=resolutions,
         attention=layer,
     )
     discriminator = SAGANDiscriminator(
-        settings.image_size, base_channels=settings.base_channels, attention_resolutions=places, attention=layer
+        settings.image_size, base_channels=settings.base_channels, attention_resolutions=resolutions, attention=layer
     )
     return generator, discriminator
 
@@ -123,32 +120,26 @@ def train(arm: str, seed: int, settings: Settings) -> tuple[nn.Module, dict[str,
     """The averaged generator after the last step, and the gammas. The seed fixes weights, images and latent vectors."""
     torch.manual_seed(seed)
     generator, discriminator = networks(arm, settings)
-    average = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
+    average = copy.deepcopy(generator).eval()
     g_adam, d_adam = (
         torch.optim.Adam(network.parameters(), lr=settings.lr, betas=(0.0, 0.9), fused=True)
         for network in (generator, discriminator)
     )
-    pictures = torch.from_numpy(faces.render(faces.traits(TRAINED_ON), settings.image_size))
-    chance = torch.Generator().manual_seed(seed)
+    gan = GAN(generator, discriminator, g_adam, d_adam, objective("hinge", 0.0, no_augmentation))
+    images = torch.from_numpy(faces.render(faces.traits(TRAINED_ON), settings.image_size))
+    rng = torch.Generator().manual_seed(seed)
+
+    def batches() -> Iterator[list[Piece]]:
+        while True:
+            chosen = torch.randint(TRAINED_ON, (settings.batch_size,), generator=rng)
+            real = images[chosen].float() / 127.5 - 1  # (B, 3, S, S)
+            yield [Piece(real, torch.randn(settings.batch_size, settings.z_dim, generator=rng))]
+
+    drawn = batches()
     for step in range(settings.steps):
-        chosen = torch.randint(TRAINED_ON, (settings.batch_size,), generator=chance)
-        real = pictures[chosen].float() / 127.5 - 1  # (B, 3, S, S)
-        fake = generator(torch.randn(settings.batch_size, settings.z_dim, generator=chance))  # (B, 3, S, S)
-
-        logits = discriminator(torch.cat([real, fake.detach()]))  # (2B,)
-        d_loss = hinge_discriminator_loss(*logits.chunk(2))
-        d_adam.zero_grad()
-        d_loss.backward()
-        d_adam.step()
-
-        discriminator.requires_grad_(False)
-        g_loss = hinge_generator_loss(discriminator(fake))
-        g_adam.zero_grad()
-        g_loss.backward()
-        g_adam.step()
-        discriminator.requires_grad_(True)
-        average.update_parameters(generator)
-        if step % 100 == 99 and not (math.isfinite(d_loss.item()) and math.isfinite(g_loss.item())):
+        losses = training_step(gan, drawn)
+        update_average(average, generator, decay=settings.ema_decay, steps=step)
+        if step % 100 == 99 and not losses.isfinite().all():
             raise ArithmeticError(f"{arm}, seed {seed}: the losses are not finite at step {step + 1}")
     gammas = {
         f"{name}.{path}": module.gamma.item()
@@ -156,15 +147,15 @@ def train(arm: str, seed: int, settings: Settings) -> tuple[nn.Module, dict[str,
         for path, module in network.named_modules()
         if isinstance(module, SelfAttention2d)
     }
-    return average, gammas
+    return recalibrated(average), gammas
 
 
 @torch.no_grad()
 def generate(generator: nn.Module, settings: Settings) -> Tensor:
     """`samples` faces, uint8, always from the same latent vectors."""
-    chance = torch.Generator().manual_seed(0)
-    z = torch.randn(settings.samples, settings.z_dim, generator=chance)
-    with evaluation(generator):
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(settings.samples, settings.z_dim, generator=rng)
+    with evaluation_mode(generator):
         images = torch.cat([generator(part) for part in z.split(64)])
     return (images * 127.5 + 127.5).round().byte()
 
@@ -172,14 +163,14 @@ def generate(generator: nn.Module, settings: Settings) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- results
 
 
-def measure(pictures: Tensor, readers: Readers, settings: Settings) -> dict[str, Any]:
+def measure(images: Tensor, classifiers: ColorClassifiers, settings: Settings) -> dict[str, Any]:
     """The readings of a set of faces, their mean relative to chance, and the distance from as many real ones."""
-    readings = readers(pictures.numpy())
-    unseen = torch.from_numpy(faces.render(faces.traits(len(pictures), first=UNSEEN), settings.image_size))
+    readings = classifiers(images.numpy())
+    unseen = torch.from_numpy(faces.render(faces.traits(len(images), first=HELD_OUT), settings.image_size))
     return {
         "pairs": {name: reading._asdict() for name, reading in readings.items()},
         "relative": statistics.mean(reading.relative for reading in readings.values()),
-        "swd": sliced_wasserstein(unseen, pictures)["mean"],
+        "swd": sliced_wasserstein(unseen, images)["mean"],
     }
 
 
@@ -188,36 +179,36 @@ def run(arm: str, seed: int, settings: Settings, out: Path) -> str:
     torch.set_num_threads(1)  # there is a process for each core
     start = time.monotonic()
     generator, gammas = train(arm, seed, settings)
-    pictures = generate(generator, settings)
-    result = measure(pictures, Readers(settings.image_size), settings)
+    images = generate(generator, settings)
+    result = measure(images, ColorClassifiers(settings.image_size), settings)
     minutes = (time.monotonic() - start) / 60
     result |= {"arm": arm, "seed": seed, "gammas": gammas, "minutes": round(minutes, 2), "settings": asdict(settings)}
-    save_grid(out / f"{arm}-{seed}.png", pictures[:64].float() / 127.5 - 1, columns=8)
+    save_grid(out / f"{arm}-{seed}.png", images[:64].float() / 127.5 - 1, columns=8)
     _write_json(result, out / f"{arm}-{seed}.json")
     return f"{arm}, seed {seed}: differ / chance {result['relative']:.2f}, SWD {result['swd']:.1f} ({minutes:.1f} min)"
 
 
-def yardsticks(settings: Settings) -> dict[str, Any]:
+def baselines(settings: Settings) -> dict[str, Any]:
     """The ends of the scale: real faces, faces put together from two halves, and a generator before its training."""
-    readers = Readers(settings.image_size)
+    classifiers = ColorClassifiers(settings.image_size)
     one, other = (
         torch.from_numpy(faces.render(faces.traits(settings.samples, first=first), settings.image_size))
-        for first in (2 * UNSEEN, 3 * UNSEEN)
+        for first in (2 * HELD_OUT, 3 * HELD_OUT)
     )
     middle = settings.image_size // 2
     halves = one.clone()
     halves[..., middle:] = other[..., middle:]
-    apart = measure(halves, readers, settings)
+    apart = measure(halves, classifiers, settings)
     halves = one.clone()
     halves[:, :, middle:] = other[:, :, middle:]  # band and shirt lie one above the other
-    apart["pairs"]["band and shirt"] = readers(halves.numpy())["band and shirt"]._asdict()
+    apart["pairs"]["band and shirt"] = classifiers(halves.numpy())["band and shirt"]._asdict()
     apart["relative"] = statistics.mean(p["disagreement"] / p["chance"] for p in apart["pairs"].values())
     torch.manual_seed(0)
     untrained, _ = networks("local", settings)
     return {
-        "real faces": measure(one, readers, settings),
+        "real faces": measure(one, classifiers, settings),
         "halves of different faces": apart,
-        "before training": measure(generate(untrained, settings), readers, settings),
+        "before training": measure(generate(untrained, settings), classifiers, settings),
     }
 
 
@@ -325,26 +316,26 @@ def read_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace,
     files.add_argument("--out", type=Path, default=Path("runs/long-range"), help="folder (default: %(default)s)")
     files.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     files.add_argument("--report", action="store_true", help="only table and plot, from the results that are there")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     for name in ("seeds", "processes", *(setting.name for setting in fields(Settings))):
-        if not getattr(given, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be above 0, got {getattr(given, name)}")
-    return given, Settings(**{setting.name: getattr(given, setting.name) for setting in fields(Settings)})
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+    return args, Settings(**{setting.name: getattr(args, setting.name) for setting in fields(Settings)})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given, settings = read_arguments(arguments)
-    out: Path = given.out
+    args, settings = read_arguments(arguments)
+    out: Path = args.out
     try:
         networks("local", settings)
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         fail(error)
     found = collect(out, settings)
-    wanted = [(arm, seed) for seed in range(given.seeds) for arm in ARMS if seed not in found[arm]]
-    if wanted and not given.report:
-        print(f"{len(wanted)} runs of {settings.steps} steps, {given.processes} at a time", flush=True)
-        with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
+    wanted = [(arm, seed) for seed in range(args.seeds) for arm in ARMS if seed not in found[arm]]
+    if wanted and not args.report:
+        print(f"{len(wanted)} runs of {settings.steps} steps, {args.processes} at a time", flush=True)
+        with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
             try:
                 for done in as_completed([pool.submit(run, arm, seed, settings, out) for arm, seed in wanted]):
                     print(done.result(), flush=True)
@@ -354,9 +345,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = collect(out, settings)
     if not all(found.values()):
         fail(f"{out}: there are no results of both arms")
-    marks_file = out / "yardsticks.json"
+    marks_file = out / "baselines.json"
     if not marks_file.exists():
-        _write_json(yardsticks(settings), marks_file)
+        _write_json(baselines(settings), marks_file)
     marks = json.loads(marks_file.read_text())
     text = table(found, marks)
     write(out / "table.md", lambda file: file.write(text.encode()))
@@ -365,12 +356,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plot(found, marks, out / "long_range.png")
     else:
         print("without the plot: matplotlib is not installed", file=sys.stderr)
-    print(f"results, table and pictures are in {out}")
+    print(f"results, table and images are in {out}")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    script(main)

@@ -1,4 +1,4 @@
-"""The house: which room may import which, what is public, what importing costs."""
+"""Which module may import which, in the package and in the examples; what is public; what importing costs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import torch_sagan
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(torch_sagan.__file__).parent
 
-# From the ground up. Imports run downward only; rooms on one floor never import each other.
-FLOORS = [
+# From the bottom up. Imports run downwards only; modules of one layer never import each other.
+LAYERS = [
     {"arguments", "memory_efficient"},
     {"functional"},
     {"attention", "spectral", "losses"},
@@ -30,8 +30,8 @@ FLOORS = [
     {"checkpoints"},
     {"__init__"},
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py"))
+LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 
 def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -45,30 +45,30 @@ def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
             yield module, [alias.name for alias in node.names]
 
 
-def rooms_imported(path: Path) -> set[str]:
-    rooms = set()
+def modules_imported(path: Path) -> set[str]:
+    found = set()
     for module, names in imports(path):
-        top, _, room = module.partition(".")
+        top, _, inner = module.partition(".")
         if top != "torch_sagan":
             continue
-        # ``from torch_sagan import x`` means the room x, or else the package itself.
-        rooms |= {room.split(".")[0]} if room else {name if name in FLOOR else "__init__" for name in names or [""]}
-    return rooms
+        # ``from torch_sagan import x`` means the module x, or else the package itself.
+        found |= {inner.split(".")[0]} if inner else {name if name in LAYER else "__init__" for name in names or [""]}
+    return found
 
 
-# --- rooms ---------------------------------------------------------------------------------------------------------
+# --- the package ---------------------------------------------------------------------------------------------------
 
 
-def test_every_room_has_a_floor() -> None:
-    assert set(ROOMS) <= set(FLOOR)
+def test_every_module_has_a_layer() -> None:
+    assert set(MODULES) <= set(LAYER)
     assert not [path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]
-    assert {"__init__", "functional", "attention", "spectral", "generator", "discriminator", "losses"} <= set(ROOMS)
+    assert {"__init__", "functional", "attention", "spectral", "generator", "discriminator", "losses"} <= set(MODULES)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_run_downward(room: str) -> None:
-    for other in rooms_imported(PACKAGE / f"{room}.py"):
-        assert FLOOR[other] < FLOOR[room], f"{room} imports {other}"
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_downwards(module: str) -> None:
+    for other in modules_imported(PACKAGE / f"{module}.py"):
+        assert LAYER[other] < LAYER[module], f"{module} imports {other}"
 
 
 def test_the_check_sees_imports_in_every_form(tmp_path: Path) -> None:
@@ -79,22 +79,22 @@ def test_the_check_sees_imports_in_every_form(tmp_path: Path) -> None:
         "from . import generator\n"
         "def f():\n    from .attention import SelfAttention2d\n    from torch_sagan import spectral_norm\n"
     )
-    assert rooms_imported(source) == {"blocks", "functional", "generator", "attention", "__init__"}
+    assert modules_imported(source) == {"blocks", "functional", "generator", "attention", "__init__"}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_torch_is_the_only_requirement(room: str) -> None:
-    for module, _ in imports(PACKAGE / f"{room}.py"):
-        top = module.split(".")[0]
-        assert top in {"torch", "torch_sagan"} or top in sys.stdlib_module_names, f"{room} imports {module}"
+@pytest.mark.parametrize("module", MODULES)
+def test_torch_is_the_only_requirement(module: str) -> None:
+    for imported, _ in imports(PACKAGE / f"{module}.py"):
+        top = imported.split(".")[0]
+        assert top in {"torch", "torch_sagan"} or top in sys.stdlib_module_names, f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_no_star_imports(room: str) -> None:
-    assert not [module for module, names in imports(PACKAGE / f"{room}.py") if "*" in names]
+@pytest.mark.parametrize("module", MODULES)
+def test_no_star_imports(module: str) -> None:
+    assert not [name for name, names in imports(PACKAGE / f"{module}.py") if "*" in names]
 
 
-def test_no_room_for_leftovers() -> None:
+def test_no_module_for_leftovers() -> None:
     for folder in ("src", "tests", "examples"):
         names = {path.stem for path in (ROOT / folder).rglob("*.py")}
         assert names.isdisjoint({"utils", "util", "misc", "helpers", "common"})
@@ -103,7 +103,7 @@ def test_no_room_for_leftovers() -> None:
 @pytest.mark.parametrize("folder", ["tests", "examples"])
 def test_tests_and_examples_use_the_public_names(folder: str) -> None:
     # Which path attention takes is chosen by size alone; its tests have to reach each of them at small sizes.
-    paths = sorted(set((ROOT / folder).glob("*.py")) - {ROOT / "tests" / "test_memory_efficient.py"})
+    paths = sorted(set((ROOT / folder).rglob("*.py")) - {ROOT / "tests" / "test_memory_efficient.py"})
     assert paths
     for path in paths:
         for module, names in imports(path):
@@ -113,8 +113,115 @@ def test_tests_and_examples_use_the_public_names(folder: str) -> None:
                 assert not private, f"{path.name} takes {sorted(private)} from torch_sagan"
 
 
-def test_oracles_do_not_import_what_they_judge() -> None:
-    assert not rooms_imported(Path(__file__).parent / "references.py")
+def test_references_do_not_import_what_they_verify() -> None:
+    assert not modules_imported(Path(__file__).parent / "references.py")
+
+
+# --- the examples --------------------------------------------------------------------------------------------------
+
+EXAMPLES = ROOT / "examples"
+# As above, from the bottom up. On top are the scripts, of which two use the trainer itself.
+EXAMPLE_LAYERS = [
+    {"networks.dcgan", "networks.cyclegan", "networks.plain"},
+    {
+        "training.threads", "training.memory", "training.command_line", "training.tensor_files", "training.signals",
+        "training.workers", "training.faces", "training.cifar10", "training.mnist", "training.labels",
+        "training.latents", "training.augmentation", "training.average", "training.architectures",
+    },
+    {"training.checkpointing", "training.distributed", "training.image_folder", "training.run_lock"},
+    {"training.image_cache", "training.image_io", "training.logging", "training.model_card", "training.step"},
+    {"training.data", "training.objectives"},
+    {"training.configuration"},
+    {"training.state"},
+    {"training.sampling"},
+    {"evaluation.inception", "evaluation.precision_recall", "evaluation.sliced_wasserstein"},
+    {
+        "evaluation.class_agreement", "evaluation.color_agreement", "evaluation.fid", "evaluation.kid",
+        "evaluation.inception_score",
+    },
+    {"evaluation.evaluator"},
+    {
+        "attention_in_cyclegan", "attention_in_dcgan", "average_drift", "generate", "long_range", "minimal",
+        "recipe_costs", "report", "show_attention", "train_celeba",
+    },
+    {"benchmark", "train_digits"},
+]  # fmt: skip
+EXAMPLE_LAYER = {module: layer for layer, modules in enumerate(EXAMPLE_LAYERS) for module in modules}
+
+
+def example_name(path: Path) -> str:
+    return ".".join(path.relative_to(EXAMPLES).with_suffix("").parts)
+
+
+EXAMPLE_MODULES = {example_name(path): path for path in sorted(EXAMPLES.rglob("*.py"))}
+SCRIPTS = [name for name in EXAMPLE_MODULES if "." not in name]
+
+
+def examples_imported(path: Path) -> set[str]:
+    """The modules of the examples that a file imports."""
+    named = {name for module, names in imports(path) for name in (module, *(f"{module}.{name}" for name in names))}
+    return named & set(EXAMPLE_MODULES)
+
+
+def test_every_example_has_a_layer() -> None:
+    assert set(EXAMPLE_MODULES) == set(EXAMPLE_LAYER)
+    folders = {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
+    assert {"training", "evaluation", "networks", "recipes"} <= folders
+
+
+@pytest.mark.parametrize("module", EXAMPLE_MODULES)
+def test_imports_of_examples_run_downwards(module: str) -> None:
+    for other in examples_imported(EXAMPLE_MODULES[module]):
+        assert EXAMPLE_LAYER[other] < EXAMPLE_LAYER[module], f"{module} imports {other}"
+
+
+def test_the_check_sees_imports_of_examples_in_every_form(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    source.write_text(
+        "import training.step, train_celeba\n"
+        "from training import faces, nothing\n"
+        "def f():\n    from evaluation.fid import fid\n    import torch\n"
+    )
+    assert examples_imported(source) == {"training.step", "train_celeba", "training.faces", "evaluation.fid"}
+
+
+def test_networks_know_nothing_of_us() -> None:
+    for name, path in EXAMPLE_MODULES.items():
+        if name.startswith("networks."):
+            ours = {module.split(".")[0] for module, _ in imports(path)} - {"torch"} - sys.stdlib_module_names
+            # The baseline of the benchmark is the library's networks with its own layers in them.
+            assert ours <= ({"torch_sagan"} if name == "networks.plain" else set()), f"{name} imports {sorted(ours)}"
+
+
+def is_main_guard(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
+@pytest.mark.parametrize("module", EXAMPLE_MODULES)
+def test_scripts_alone_are_at_the_top(module: str) -> None:
+    body = ast.parse(EXAMPLE_MODULES[module].read_text(encoding="utf-8")).body
+    assert any(map(is_main_guard, body)) == (module in SCRIPTS)
+
+
+def calls_backward(path: Path) -> bool:
+    """Whether anything in a file is called by the name `backward`, as a method or as torch.autograd's function."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    return any(ast.unparse(call.func).split(".")[-1] == "backward" for call in calls)
+
+
+def test_gans_learn_in_one_place() -> None:
+    """In the step, and in the four files that are to be read without it."""
+    learning = {name for name, path in EXAMPLE_MODULES.items() if calls_backward(path)}
+    assert learning == {
+        "training.step", "minimal", "attention_in_dcgan", "attention_in_cyclegan", "networks.plain",
+    }  # fmt: skip
+
+
+def test_minimal_is_small_and_stands_alone() -> None:
+    path = EXAMPLES / "minimal.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
+    needed = {module.split(".")[0] for module, _ in imports(path)} - sys.stdlib_module_names
+    assert needed == {"torch", "PIL", "torch_sagan"}
 
 
 # --- public names --------------------------------------------------------------------------------------------------
@@ -122,10 +229,10 @@ def test_oracles_do_not_import_what_they_judge() -> None:
 
 def test_all_is_what_is_there() -> None:
     """Every public name of the package is in ``__all__``, and everything in ``__all__`` is there."""
-    # Rooms become attributes when they are imported; only functional is public as a room.
-    rooms = set(ROOMS) - {"functional"}
+    # Modules become attributes when they are imported; only functional is public as a module.
+    modules = set(MODULES) - {"functional"}
     here = {name for name in vars(torch_sagan) if not name.startswith("_")}
-    own = {name for name in here if not (name in rooms and isinstance(getattr(torch_sagan, name), ModuleType))}
+    own = {name for name in here if not (name in modules and isinstance(getattr(torch_sagan, name), ModuleType))}
     assert own == set(torch_sagan.__all__) - {"__version__"}
     assert len(torch_sagan.__all__) == len(set(torch_sagan.__all__))
 
@@ -169,9 +276,9 @@ def test_documented_and_typed(name: str, thing: object) -> None:
             assert parameter.name in ("self", "cls") or parameter.annotation is not inspect.Parameter.empty
 
 
-def test_rooms_are_documented_and_marked_as_typed() -> None:
-    for room in ROOMS:
-        assert ast.get_docstring(ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))), room
+def test_modules_are_documented_and_marked_as_typed() -> None:
+    for path in [*map(PACKAGE.joinpath, (f"{module}.py" for module in MODULES)), *EXAMPLE_MODULES.values()]:
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
     assert (PACKAGE / "py.typed").is_file()
 
 

@@ -16,9 +16,11 @@ import torch
 from tiny_runs import SCRIPT, TINY, checkpoint, lines, resume, train
 
 import train_celeba
-from distributed import Ranks, Shares
-from run_lock import RunLock
-from sources import Shuffle, digits
+from training.configuration import Config
+from training.data import InfiniteBatchSampler, digits
+from training.distributed import Ranks, ShardSampler, pick_device
+from training.run_lock import RunLock
+from training.state import TrainingState
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -27,20 +29,19 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 WITNESS = """
 import hashlib, os, sys
 sys.path.insert(0, {examples!r})
-import torch, train_celeba
+import torch, train_celeba, training.step
 from pathlib import Path
 seen, out = [], {out!r} + os.environ["RANK"]
-step, train = train_celeba.discriminator_step, train_celeba.train
-def discriminator_step(run, reals, fakes):
-    reals = list(reals)
-    seen.append([hashlib.sha256(image.numpy().tobytes()).hexdigest() for real in reals for image in real])
-    return step(run, reals, fakes)
-def training(run, *rest):
-    status = train(run, *rest)
-    networks = {{name: getattr(run, name).state_dict() for name in ("generator", "discriminator", "average")}}
+step, train = training.step.discriminator_step, train_celeba.train
+def discriminator_step(gan, batch, fakes):
+    seen.append([hashlib.sha256(image.numpy().tobytes()).hexdigest() for piece in batch for image in piece.real])
+    return step(gan, batch, fakes)
+def watched(state, *rest):
+    status = train(state, *rest)
+    networks = {{name: getattr(state, name).state_dict() for name in ("generator", "discriminator", "average")}}
     torch.save({{"seen": seen, "networks": networks, "random": torch.get_rng_state()}}, out + ".pt")
     return status
-train_celeba.discriminator_step, train_celeba.train = discriminator_step, training
+training.step.discriminator_step, train_celeba.train = discriminator_step, watched
 status = train_celeba.main(sys.argv[1:])
 threads = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
 Path(out + ".threads").write_text("".join(threads))
@@ -51,16 +52,19 @@ sys.exit(status)
 def test_shares_are_disjoint_and_together_the_batch():
     batch = list(range(12))
     for world in (1, 2, 3, 4):
-        assert [i for rank in range(world) for i in Ranks(rank, world).share(batch)] == batch
+        assert [i for rank in range(world) for i in Ranks(rank, world).shard(batch)] == batch
     rows = torch.arange(12)
-    assert torch.equal(torch.cat([Ranks(rank, 3).share(rows) for rank in range(3)]), rows)
-    pieces = list(Shares([batch, batch[::-1]], Ranks(1, 2), parts=3))
+    assert torch.equal(torch.cat([Ranks(rank, 3).shard(rows) for rank in range(3)]), rows)
+    pieces = list(ShardSampler([batch, batch[::-1]], Ranks(1, 2), parts=3))
     assert pieces == [[6, 7], [8, 9], [10, 11], [5, 4], [3, 2], [1, 0]]
 
 
 def test_the_order_does_not_depend_on_the_number_of_processes():
     def drawn(world: int, parts: int) -> list[set]:
-        shares = [iter(Shares(Shuffle(20, 12, seed=1, flip=True), Ranks(rank, world), parts)) for rank in range(world)]
+        shares = [
+            iter(ShardSampler(InfiniteBatchSampler(20, 12, seed=1, flip=True), Ranks(rank, world), parts))
+            for rank in range(world)
+        ]
         return [{item for share in shares for _ in range(parts) for item in next(share)} for _ in range(4)]
 
     assert drawn(1, 1) == drawn(2, 1) == drawn(3, 2)
@@ -68,10 +72,12 @@ def test_the_order_does_not_depend_on_the_number_of_processes():
 
 @pytest.mark.slow  # torchrun, and two processes that import torch
 @pytest.mark.parametrize(
-    "settings", [["--accumulate", "2", "--channels-last", "yes"], ["--loss", "wgan-gp", "--d-steps", "2"]], ids=" ".join
+    "settings",
+    [["--grad-accum-steps", "2", "--channels-last", "yes"], ["--loss", "wgan-gp", "--d-steps", "2"]],
+    ids=" ".join,
 )
 def test_two_processes(settings, tmp_path):
-    steps = 20 if "--accumulate" in settings else 4
+    steps = 20 if "--grad-accum-steps" in settings else 4
     witness = tmp_path / "witness.py"
     examples = str(Path(train_celeba.__file__).parent)
     witness.write_text(WITNESS.format(examples=examples, out=str(tmp_path / "rank")))
@@ -87,8 +93,9 @@ def test_two_processes(settings, tmp_path):
         for key, tensor in state.items():
             assert torch.equal(tensor, two["networks"][name][key]), f"{name}.{key}"
     assert not torch.equal(one["random"], two["random"])
-    config = train_celeba.Config(image_size=16, base_channels=4, z_dim=8, device="cpu")
-    untrained = train_celeba.build_generator(config, 1).named_parameters()
+    config = Config(image_size=16, base_channels=4, z_dim=8, device="cpu")
+    state = TrainingState(config, image_channels=1, device=torch.device("cpu"))
+    untrained = state.generator.named_parameters()
     assert not any(torch.equal(one["networks"]["generator"][name], weight) for name, weight in untrained)
 
     # A thread of gloo that holds a tensor while Python ends aborts the process.
@@ -98,16 +105,14 @@ def test_two_processes(settings, tmp_path):
         assert not [name for name in threads if "gloo" in name]
 
     # Together they saw the images of one order, each once.
-    source, order = digits(16), iter(Shuffle(1797, 8, seed=0, flip=False))
-    run = train_celeba.Run(config, 1, torch.device("cpu"))
+    source, order = digits(16), iter(InfiniteBatchSampler(1797, 8, seed=0, flip=False))
     for ours, theirs in zip(one["seen"], two["seen"], strict=True):
         assert len(ours) == len(theirs) == 4
-        batch = run.to_device(source[next(order)][0])
+        batch = state.to_device(source[next(order)].images)
         assert ours + theirs == [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch]
 
     # And one process goes on.
-    state = checkpoint(tmp_path / "run")
-    assert len(state["random"]["ranks"]) == 2
+    assert len(checkpoint(tmp_path / "run")["random"]["ranks"]) == 2
     assert resume(tmp_path / "run", "--steps", str(steps + 2)) == 0
     d_steps = 2 if "--d-steps" in settings else 1
     assert checkpoint(tmp_path / "run")["images"] == (steps + 2) * 8 * d_steps
@@ -194,5 +199,5 @@ def test_what_one_process_cannot_do_none_does(monkeypatch, capsys):
 
 def test_several_processes_take_each_its_own_device():
     with pytest.raises(SystemExit, match=r"--device cuda:1: several processes share no device"):
-        train_celeba.pick_device("cuda:1", Ranks(0, 2))
-    assert train_celeba.pick_device("cpu", Ranks(1, 2, 1)) == torch.device("cpu")
+        pick_device("cuda:1", Ranks(0, 2))
+    assert pick_device("cpu", Ranks(1, 2, 1)) == torch.device("cpu")

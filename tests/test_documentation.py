@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from training.command_line import flag
+from training.configuration import Config
+
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+EXAMPLES = ROOT / "examples"
+PAGES = sorted([ROOT / "README.md", EXAMPLES / "README.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 
@@ -40,6 +45,85 @@ def test_the_readme_and_the_guides_have_code() -> None:
     assert {"README.md", "quickstart.md", "existing-models.md", "training.md"} <= {page.name for page in WITH_CODE}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.name}")
 def test_every_fence_is_closed(page: Path) -> None:
     assert page.read_text(encoding="utf-8").count("```") % 2 == 0
+
+
+# --- what the pages say of the examples ----------------------------------------------------------------------------
+
+
+def section(title: str) -> str:
+    """What stands under a heading of the guide to training."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def flag_table() -> dict[str, str]:
+    """The rows of the table of flags: each flag with its default, as the page has them."""
+    rows = re.findall(r"^\| (`--.+?) \| (.*?) ?\| .+ \|$", section("Flags"), re.MULTILINE)
+    table = {}
+    for flags, defaults in rows:
+        named = re.findall(r"`(--[a-z0-9-]+)`", flags)
+        given = defaults.split(", ") if len(named) > 1 else [defaults]
+        table |= dict(zip(named, given, strict=True))
+    return table
+
+
+def test_the_table_has_every_flag_and_no_other() -> None:
+    assert sorted(flag_table()) == sorted(
+        [*(flag(setting.name) for setting in fields(Config)), "--resume", "--dry-run"]
+    )
+
+
+@pytest.mark.parametrize("setting", fields(Config), ids=lambda setting: setting.name)
+def test_the_table_has_the_defaults(setting) -> None:
+    stated = flag_table()[flag(setting.name)]
+    if isinstance(setting.default, bool):
+        assert stated == ("yes" if setting.default else "no")
+    elif isinstance(setting.default, int | float):
+        assert float(stated) == setting.default
+    elif setting.default:
+        assert stated == f"`{setting.default}`"
+    else:  # the page says what is done without it
+        assert len(stated) > 5
+
+
+def test_every_script_has_a_row() -> None:
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `python examples/(\w+)\.py", text, re.MULTILINE)
+    assert sorted(named) == sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+def test_every_recipe_is_listed() -> None:
+    text = (
+        (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("## Recipes\n")[2].partition("\n## ")[0]
+    )
+    named = re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.MULTILINE)
+    assert sorted(named) == sorted(path.stem for path in (EXAMPLES / "recipes").glob("*.txt"))
+
+
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page: its headings, as GitHub and MyST name them, and MyST's own labels."""
+    text = page.read_text(encoding="utf-8")
+    labels = set(re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return labels | {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: f"{page.parent.name}-{page.name}")
+def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "Makefile"], ids=lambda page: page.name)
+def test_commands_name_files_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"(?<![\w/])examples/[\w/.-]*\w\.(?:py|txt|md)", text):
+        assert (ROOT / path).is_file(), f"{page.name} names {path}"

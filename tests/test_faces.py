@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import faces
+from training import faces
 
 PALETTES = [faces.EYES, faces.EARRINGS, faces.BANDS]
 

@@ -1,4 +1,4 @@
-"""Pictures from a trained generator, and the generator on its own: the same bytes for the same words, clear errors."""
+"""Images from a trained generator, and the generator alone: one command gives the same bytes, and errors are clear."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from tiny_runs import train
 
 import average_drift
 import generate
-import model_card
 import train_celeba
-from averages import recalibrated
-from generate import draw_latents, slerp, walk
 from torch_sagan import SAGANGenerator, spectral_norms
+from training import checkpointing, model_card, sampling
+from training.average import recalibrated
+from training.image_io import save_grid
+from training.latents import draw_latents, slerp, walk
 
+ANIMALS = {"cat": 20, "dog": 30, "3": 50}  # the last class has a number for a name
 TINY = {"image_size": 16, "z_dim": 8, "base_channels": 4, "attention_resolutions": [4, 8]}
 
 
@@ -42,11 +44,15 @@ def shaken(**more: object) -> SAGANGenerator:
     return generator
 
 
-def checkpoint(path: Path, generator: SAGANGenerator, average: SAGANGenerator | None = None) -> Path:
+def checkpoint(
+    path: Path, generator: SAGANGenerator, average: SAGANGenerator | None = None, architecture: str = "dcgan"
+) -> Path:
     """A checkpoint as far as the trainer's has to do with its generator."""
     config = {"image_size": 16, "z_dim": 8, "base_channels": 4, "data": "/home/somebody/faces", "g_attention": "auto"}
     state = {
-        "config": config,
+        "config": config | {"architecture": architecture},
+        "classes": {} if generator.num_classes is None else ANIMALS,
+        "scores": {"swd": 12.34567},
         "generator": generator.state_dict(),
         "average": (average or generator).state_dict(),
         "step": 12,
@@ -61,8 +67,7 @@ def checkpoint(path: Path, generator: SAGANGenerator, average: SAGANGenerator | 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run of the trainer."""
     out = tmp_path_factory.mktemp("run")
-    size = ["--image-size", "16", "--base-channels", "4", "--batch-size", "4", "--z-dim", "8", "--device", "cpu"]
-    assert train_celeba.main([*size, "--data", "digits", "--steps", "2", "--lr-g", "0.01", "--out", str(out)]) == 0
+    assert train(out, "--classes", "own", "--steps", "2", "--lr-g", "0.01", "--eval-every", "0") == 0
     return out
 
 
@@ -81,37 +86,70 @@ def size(path: Path) -> tuple[int, int]:
         return picture.size
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+def pixels(path: Path) -> torch.Tensor:
+    """An image as the generator makes it, (3, H, W) in [-1, 1], but for the rounding to bytes."""
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
 
 
-EVERYTHING = ["--grid", "--images", "--strip", "--video", "gif", "--attention", "--count", "5", "--frames", "3"]
+def assert_shows(folder: Path, images: torch.Tensor) -> None:
+    for i, image in enumerate(images):
+        # Half a grey value of 255 by rounding, and half again, because another batch size may round otherwise.
+        torch.testing.assert_close(pixels(folder / f"{i:06d}.png"), image.expand(3, -1, -1), rtol=0, atol=1 / 127.5)
 
 
-def test_the_same_words_give_the_same_bytes(model, tmp_path):
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+EVERYTHING = ["--grid", "--images", "--interpolate", "--video", "gif", "--count", "5", "--frames", "3"]
+
+
+def test_the_same_command_gives_the_same_bytes(model, tmp_path):
     first = run(model, tmp_path / "a", *EVERYTHING, "--seed", "3", "--truncation", "0.8")
     torch.rand(5)
     assert run(model, tmp_path / "b", *EVERYTHING, "--seed", "3", "--truncation", "0.8") == first
-    assert set(first) == {"grid.png", "strip.png", "walk.gif", "attention-4.png", "attention-8.png"} | {
-        f"{i:06d}.png" for i in range(5)
-    }
+    assert set(first) == {"grid.png", "interpolation.png", "walk.gif"} | {f"{i:06d}.png" for i in range(5)}
     for other in (["--seed", "4", "--truncation", "0.8"], ["--seed", "3"], ["--seed", "3", "--truncation", "0.3"]):
         different = run(model, tmp_path / "c", *EVERYTHING, *other)
         assert all(different[name] != first[name] for name in first)
 
 
-def test_pictures_show_what_the_averaged_generator_makes(tmp_path):
+def test_images_are_those_of_the_averaged_generator_recalibrated(tmp_path):
     average = shaken()
     with torch.no_grad():
         average.to_image.bias.add_(0.5)
+        average.blocks[0].conv.weight.add_(0.1)  # its sigma and batch statistics are now those of other weights
     path = checkpoint(tmp_path / "checkpoint.pt", shaken(), average)
-    for flags, generator in (([], recalibrated(average)), (["--current"], shaken())):
-        run(path, tmp_path / "out", "--images", "--count", "3", *flags)
-        z = draw_latents(3, 8, torch.Generator().manual_seed(0))
-        images = generator.eval()(z)  # (3, 3, 16, 16)
-        for i, image in enumerate(images):
-            with Image.open(tmp_path / "out" / f"{i:06d}.png") as picture:
-                pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(16, 16, 3)
-            torch.testing.assert_close(pixels.permute(2, 0, 1) / 127.5 - 1, image, rtol=0, atol=1 / 127.5)
+    z = draw_latents(3, 8, torch.Generator().manual_seed(0))
+    run(path, tmp_path / "average", "--images", "--count", "3")
+    assert_shows(tmp_path / "average", recalibrated(average).eval()(z))
+    run(path, tmp_path / "last", "--images", "--count", "3", "--no-ema")
+    assert_shows(tmp_path / "last", shaken().eval()(z))
+    # The test would see it if nothing were recalibrated.
+    assert (recalibrated(average).eval()(z) - average.eval()(z)).abs().max() > 0.05
+
+
+def test_the_generator_that_is_opened_is_the_one_that_the_trainer_draws_with(tmp_path, monkeypatch):
+    drawn_with = []
+
+    def spy(state, out):
+        drawn_with.append(recalibrated(state.average).state_dict())
+        return draw(state, out)
+
+    draw = sampling.draw
+    monkeypatch.setattr(train_celeba, "draw", spy)
+    train(tmp_path, "--classes", "own", "--steps", "3", "--lr-g", "0.01", "--sigma-eps", "1e-8", "--eval-every", "0")
+    generator, _ = model_card.open_generator(tmp_path)
+    assert not generator.training
+    for name, tensor in generator.state_dict().items():
+        torch.testing.assert_close(tensor, drawn_with[-1][name], rtol=0, atol=0)
+    # And so are the samples: a row per class, the same latent vectors in each.
+    z = torch.randn(64, 8, generator=torch.Generator().manual_seed(2))[:8]
+    images = generator(z.repeat(10, 1), torch.arange(10).repeat_interleave(8))  # (80, 1, 16, 16)
+    save_grid(tmp_path / "expected.png", images.detach(), columns=8)
+    with Image.open(tmp_path / "expected.png") as one, Image.open(tmp_path / "samples-000003.png") as other:
+        difference = np.abs(np.asarray(one).astype(int) - np.asarray(other))
+    assert difference.max() <= 1  # the trainer's batches are smaller, and round otherwise
 
 
 def test_a_grid_when_nothing_else_is_asked_for(model, tmp_path, capsys):
@@ -122,9 +160,9 @@ def test_a_grid_when_nothing_else_is_asked_for(model, tmp_path, capsys):
 
 
 def test_a_strip_has_a_row_for_each_way_and_shares_its_ends(model, tmp_path):
-    run(model, tmp_path, "--strip", "--stops", "3", "--frames", "4")
-    assert size(tmp_path / "strip.png") == (5 * 130 + 2, 2 * 130 + 2)
-    with Image.open(tmp_path / "strip.png") as strip:
+    run(model, tmp_path, "--interpolate", "--stops", "3", "--frames", "4")
+    assert size(tmp_path / "interpolation.png") == (5 * 130 + 2, 2 * 130 + 2)
+    with Image.open(tmp_path / "interpolation.png") as strip:
         end, begin = strip.crop((4 * 130 + 2, 2, 5 * 130, 130)), strip.crop((2, 132, 130, 260))
         first = strip.crop((2, 2, 130, 130))
     # Equal but for the rounding of different places in a batch.
@@ -168,14 +206,9 @@ def test_a_picture_that_cannot_be_finished_leaves_the_old_one(model, tmp_path, m
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
 
-def test_attention_figures_look_from_the_given_places(model, tmp_path):
-    run(model, tmp_path, "--attention", "--look-from", "0.1,0.2", "--look-from", "0.9,0.9")
-    assert size(tmp_path / "attention-8.png") == (3 * 130 + 2, 6 * 130 + 2)
-
-
 def test_grey_images(trained, tmp_path):
     files = run(trained, tmp_path, *EVERYTHING)
-    assert len(files) == 4 + 5  # the trainer's network of 16 pixels has attention at one place
+    assert len(files) == 3 + 5
     with Image.open(tmp_path / "000000.png") as picture:
         red, green, blue = picture.split()
         assert red.tobytes() == green.tobytes() == blue.tobytes()
@@ -184,18 +217,50 @@ def test_grey_images(trained, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- classes
 
 
-def test_labels(tmp_path):
-    path = checkpoint(tmp_path / "checkpoint.pt", shaken(num_classes=3))
-    generator = recalibrated(shaken(num_classes=3))
-    for flags, classes in (([], [0, 1, 2, 0]), (["--labels", "2,1"], [2, 1, 2, 1])):
-        run(path, tmp_path / "out", "--images", "--count", "4", *flags)
-        images = generator(draw_latents(4, 8, torch.Generator().manual_seed(0)), torch.tensor(classes))
-        for i, image in enumerate(images):
-            with Image.open(tmp_path / "out" / f"{i:06d}.png") as picture:
-                pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(16, 16, 3)
-            torch.testing.assert_close(pixels.permute(2, 0, 1) / 127.5 - 1, image, rtol=0, atol=1 / 127.5)
-    walks = [run(path, tmp_path / label, *EVERYTHING, "--labels", label) for label in ("0", "1")]
-    assert all(walks[0][name] != walks[1][name] for name in walks[0])
+@pytest.fixture
+def animals(tmp_path: Path) -> Path:
+    return checkpoint(tmp_path / "animals" / "checkpoint.pt", shaken(num_classes=3))
+
+
+@pytest.mark.parametrize(
+    ("flags", "classes"),
+    [([], [0, 1, 2, 0]), (["--labels", "3,dog"], [2, 1, 2, 1]), (["--labels", "Dog,0"], [1, 0, 1, 0])],
+)
+def test_labels_are_names_or_numbers_and_taken_in_turn(flags, classes, animals, tmp_path):
+    run(animals, tmp_path / "out", "--images", "--count", "4", *flags)
+    generator = recalibrated(shaken(num_classes=3)).eval()
+    assert_shows(
+        tmp_path / "out", generator(draw_latents(4, 8, torch.Generator().manual_seed(0)), torch.tensor(classes))
+    )
+
+
+def test_a_grid_has_a_row_for_each_class_and_a_column_for_each_latent_vector(animals, tmp_path):
+    generator = recalibrated(shaken(num_classes=3)).eval()
+    z = draw_latents(4, 8, torch.Generator().manual_seed(0))
+    for flags, rows in (([], [0, 1, 2]), (["--labels", "dog,cat"], [1, 0])):
+        run(animals, tmp_path, "--grid", "--columns", "4", *flags)
+        images = generator(z.repeat(len(rows), 1), torch.tensor(rows).repeat_interleave(4)).detach()
+        save_grid(tmp_path / "expected.png", images, columns=4)
+        with Image.open(tmp_path / "expected.png") as one, Image.open(tmp_path / "grid.png") as other:
+            assert one.size == other.size == (4 * 130 + 2, len(rows) * 130 + 2)
+            difference = np.abs(np.asarray(one).astype(int) - np.asarray(other))
+        assert difference.max() <= 1  # other batches may round otherwise
+
+
+def test_a_grid_of_many_classes_shows_some_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "ROWS", 2)
+    animals = checkpoint(tmp_path / "checkpoint.pt", shaken(num_classes=3))
+    run(animals, tmp_path, "--grid", "--columns", "4")
+    assert size(tmp_path / "grid.png") == (4 * 130 + 2, 2 * 130 + 2)
+    run(animals, tmp_path, "--grid", "--columns", "4", "--labels", "0,1,2")  # those named are all there
+    assert size(tmp_path / "grid.png") == (4 * 130 + 2, 3 * 130 + 2)
+
+
+def test_a_walk_stays_in_the_first_class(animals, tmp_path):
+    flags = ["--interpolate", "--video", "gif", "--frames", "2"]
+    one, other, both = (run(animals, tmp_path / labels, *flags, "--labels", labels) for labels in ("0", "1", "0,1"))
+    assert one == both
+    assert all(one[name] != other[name] for name in ("interpolation.png", "walk.gif"))
 
 
 # --------------------------------------------------------------------------------------------------- latent vectors
@@ -247,7 +312,7 @@ def test_a_walk_begins_at_each_stop():
 )
 def test_export_and_back(arguments, tmp_path):
     generator = shaken(**arguments)
-    path = checkpoint(tmp_path / "checkpoint.pt", generator)
+    path = checkpoint(tmp_path / "checkpoint.pt", generator, architecture=str(arguments.get("architecture", "dcgan")))
     run(path, tmp_path / "before", "--grid", "--export", str(tmp_path / "alone.safetensors"))
     rebuilt, card = model_card.load(tmp_path / "alone.safetensors")
     assert not rebuilt.training
@@ -255,6 +320,8 @@ def test_export_and_back(arguments, tmp_path):
         torch.testing.assert_close(rebuilt.state_dict()[name], tensor, rtol=0, atol=0)
     assert rebuilt.num_classes == generator.num_classes
     assert (card["steps"], card["images"], card["data"], card["averaged"]) == (12, 48, "faces", True)
+    assert card["classes"] == (ANIMALS if generator.num_classes else {})
+    assert card["scores"] == {"swd": 12.3457}  # of the trainer's last evaluation
     assert set(card["versions"]) == {"torch_sagan", "torch"}
     before = (tmp_path / "before" / "grid.png").read_bytes()
     assert run(tmp_path / "alone.safetensors", tmp_path / "after", "--grid")["grid.png"] == before
@@ -264,14 +331,19 @@ def test_the_trainers_own_checkpoint(trained, tmp_path):
     assert run(trained, tmp_path / "out", "--export", str(tmp_path / "digits.safetensors")) == {}
     generator, card = model_card.load(tmp_path / "digits.safetensors")
     state = torch.load(trained / "checkpoint.pt", weights_only=True)
-    for name, parameter in generator.named_parameters():
-        assert torch.equal(parameter, state["average"][name])
+    for name, tensor in generator.named_parameters():
+        assert torch.equal(tensor, state["average"][name])
     # The average's own, rounded to float32; two steps at a rate of 0.01 have left the trainer's u and v behind.
     assert all(norm == pytest.approx(1, abs=1e-5) for norm in spectral_norms(generator).values())
     plain = model_card.build(state["average"], card)
     assert any(norm > 1.001 for norm in spectral_norms(plain).values())
     assert card["generator"]["image_channels"] == 1
     assert (card["data"], card["steps"]) == ("digits", 2)
+    assert list(card["classes"]) == [str(digit) for digit in range(10)]
+    assert sum(card["classes"].values()) == 1797
+    before = run(trained, tmp_path / "before", "--grid", "--labels", "7,3", "--columns", "4")
+    after = run(tmp_path / "digits.safetensors", tmp_path / "after", "--grid", "--labels", "7,3", "--columns", "4")
+    assert before == after
 
 
 def test_the_drift_of_an_average(tmp_path, capsys, monkeypatch):
@@ -297,7 +369,40 @@ def test_scores_go_into_the_card(trained, tmp_path, capsys):
     assert scores["data"] == "digits"
     assert scores["images"] == 20
     assert scores["swd"] > 0
-    assert f"swd {scores['swd']}" in capsys.readouterr().out
+    assert 0 <= scores["agreement"] <= 1
+    printed = capsys.readouterr().out
+    assert f"swd {scores['swd']}" in printed
+    assert f"agreement {scores['agreement']}" in printed
+
+
+def test_agreement_is_with_the_classes_that_are_requested(trained, tmp_path, monkeypatch):
+    """Each class of this generator is a uniform grey, and this classifier knows the grey of each."""
+    _, card = model_card.open_generator(trained)
+    requested = []
+
+    class Greys(torch.nn.Module):
+        z_dim, num_classes = 8, 10
+
+        def forward(self, z, labels):
+            requested.extend(labels.tolist())
+            return (labels / 10 - 0.5).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
+
+    def agreement(images, labels):
+        greys = images[:, 0, 0, 0].astype(int)
+        return float((np.rint((greys / 127.5 - 0.5) * 10) == labels).mean())
+
+    monkeypatch.setattr(generate, "open_generator", lambda *_, **__: (Greys(), card))
+    monkeypatch.setattr(generate, "class_agreement", lambda name, data: agreement if data.labels else None)
+    flags = ["--out", str(tmp_path), "--score", "digits", "--samples", "30", "--labels", "7,3"]
+    score = generate.score
+    scores = []
+    monkeypatch.setattr(generate, "score", lambda *args: scores.append(score(*args)) or scores[-1])
+    generate.main([str(trained), *flags])
+    assert scores[0]["agreement"] == 1
+    assert set(requested) == {3, 7}
+    requested.clear()
+    generate.main([str(trained), *flags, "--classes", "none"])
+    assert "agreement" not in scores[1]
 
 
 def test_the_newest_checkpoint_of_a_folder(tmp_path):
@@ -313,7 +418,7 @@ def test_a_save_that_fails_leaves_the_old_files(failing, tmp_path, monkeypatch):
     path = tmp_path / "alone.safetensors"
     model_card.save(weights, card, path)
     before = (tmp_path / failing).read_bytes()
-    replace = model_card.safekeeping.os.replace
+    replace = checkpointing.os.replace
 
     def refuse(source: Path, target: Path) -> None:
         if Path(target).name == failing:
@@ -341,11 +446,11 @@ def test_a_save_that_fails_leaves_the_old_files(failing, tmp_path, monkeypatch):
         (["{tmp}/alone.safetensors"], r"alone\.json: no such file \(a generator is a \.safetensors and a \.json"),
         (["{tmp}/changed.safetensors"], r"changed\.safetensors: damaged, or not the file that changed\.json describes"),
         (["{tmp}/wrong.safetensors"], r"wrong\.json: it cannot be read as the card of a generator"),
-        (["{tmp}/strange.safetensors"], r"the card does not describe a SAGANGenerator: .*colour"),
-        (["{tmp}/larger.safetensors"], r"the weights do not fit SAGANGenerator"),
+        (["{tmp}/strange.safetensors"], r"the card does not describe a generator: .*colour"),
+        (["{tmp}/larger.safetensors"], r"the weights do not fit a generator of"),
         (["{model}", "--export", "{tmp}/model.pt"], r"model\.pt: the name has to end in \.safetensors"),
         (["{model}", "--count", "0"], r"--count must be at least 1, got 0"),
-        (["{model}", "--strip", "--stops", "1"], r"--stops must be at least 2, got 1"),
+        (["{model}", "--interpolate", "--stops", "1"], r"--stops must be at least 2, got 1"),
         (["{model}", "--truncation", "0"], r"--truncation must be above 0, got 0"),
         (["{model}", "--crop", "-1"], r"--crop -1: expected auto, or a number of pixels"),
         (["{model}", "--seed", str(2**63)], r"--seed must be from 0 .*got 9223372036854775808"),
@@ -353,15 +458,20 @@ def test_a_save_that_fails_leaves_the_old_files(failing, tmp_path, monkeypatch):
         (["{model}", "--video", "webp", "--fps", "1e-9"], r"--fps must be from 0\.01 to 100, got 1e-09"),
         (["{model}", "--video", "gif", "--fps", "nan"], r"--fps must be from 0\.01 to 100, got nan"),
         (["{model}", "--labels", "1"], r"--labels: this generator has no classes"),
-        (["{classes}", "--labels", "1,3"], r"--labels must be from 0 to 2, got 3"),
-        (["{model}", "--labels", "one"], r"--labels.*'one'"),
-        (["{model}", "--look-from", "1.5,0"], r"--look-from: expected ROW,COLUMN, two fractions .*'1\.5,0'"),
-        (["{model}", "--look-from", "0.5,0.5"], r"--look-from: without --attention there is no figure"),
-        (["{plain}", "--attention"], r"--attention: this generator has no attention layer"),
+        (["{model}", "--labels", ""], r"--labels: this generator has no classes"),
+        (
+            ["{classes}", "--labels", "1,4"],
+            r"--labels 1,4: expected classes \(cat, dog, 3; or numbers from 0 to 2\), got '4'",
+        ),
+        (["{classes}", "--labels", "horse"], r"--labels horse: expected classes .*got 'horse'"),
+        (["{model}", "--classes", "own"], r"--classes and --attributes: without --score"),
+        (["{model}", "--score", "digits", "--classes", "own"], r"--classes own: this generator has no classes"),
+        (["{classes}", "--score", "digits"], r"--score digits: its classes \(0, 1, .*\) are not .*\(cat, dog, 3\)"),
+        (["{model}", "--attention"], r"unrecognized arguments: --attention"),
         (["{model}", "--device", "toaster"], r"toaster"),
         (["{model}", "--score", "nowhere"], r"--score nowhere: no such folder"),
         (["{model}", "--colour"], r"unrecognized arguments: --colour"),
-        (["{good}", "--current"], r"--current: an exported generator has only the weights that were exported"),
+        (["{good}", "--no-ema"], r"--no-ema: an exported generator has only the weights that were exported"),
         (["{model}", "--out", "{tmp}/file/pictures"], r"file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -373,7 +483,6 @@ def test_errors_are_one_line(arguments, message, tmp_path):
     made = {
         "model": checkpoint(tmp_path / "run" / "checkpoint.pt", shaken()),
         "classes": checkpoint(tmp_path / "classes.pt", shaken(num_classes=3)),
-        "plain": checkpoint(tmp_path / "plain.pt", shaken(attention_resolutions=[])),
         "good": tmp_path / "good.safetensors",
         "tmp": tmp_path,
     }
@@ -398,5 +507,5 @@ def test_help_is_in_groups(capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         generate.main(["--help"])
     text = capsys.readouterr().out
-    for part in ("generator:", "what is drawn:", "what is written:", "scores:", "(default: 64)"):
+    for part in ("generator:", "what is generated:", "what is written:", "scores:", "(default: 64)"):
         assert part in text

@@ -24,8 +24,10 @@ from sklearn.datasets import load_sample_images
 from tiny_runs import assert_same, checkpoint, resume, train
 from torch.utils.data import DataLoader
 
-import image_cache
-from sources import Folder, Images, Shuffle, ZippedFolder, open_source
+from training import image_cache
+from training.data import ArrayDataset, InfiniteBatchSampler, open_data
+from training.image_folder import ImageFolder, ZippedImageFolder
+from training.memory import readable
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COUNT = 12
@@ -54,9 +56,9 @@ def archive(folder: Path) -> Path:
     return Path(shutil.make_archive(str(folder), "zip", folder))
 
 
-def cached(data: Path, cache: Path, size: int = 16, crop: int = 160) -> Images:
-    source = open_source(str(data), size=size, crop=crop, cache=cache)
-    assert isinstance(source, Images)
+def cached(data: Path, cache: Path, size: int = 16, crop: int = 160) -> ArrayDataset:
+    source = open_data(str(data), size=size, crop=crop, cache=cache)
+    assert isinstance(source, ArrayDataset)
     return source
 
 
@@ -64,10 +66,10 @@ def caches(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.npy"))
 
 
-def batches(source: Images | Folder, count: int, workers: int = 0) -> list[torch.Tensor]:
-    order = Shuffle(len(source), 5, seed=3, flip=True)
+def batches(source: ArrayDataset | ImageFolder, count: int, workers: int = 0) -> list[torch.Tensor]:
+    order = InfiniteBatchSampler(len(source), 5, seed=3, flip=True)
     loader = DataLoader(source, sampler=order, batch_size=None, num_workers=workers)
-    return [images for images, _ in islice(loader, count)]
+    return [batch.images for batch in islice(loader, count)]
 
 
 def assert_equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> None:
@@ -80,10 +82,10 @@ def assert_equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_decoding_to_the_bit(zipped, workers, folder, archive, tmp_path):
+def test_batches_are_bitwise_those_of_decoding(zipped, workers, folder, archive, tmp_path):
     data = archive if zipped else folder
-    decoded = open_source(str(data), size=16, crop=160)
-    assert type(decoded) is (ZippedFolder if zipped else Folder)
+    decoded = open_data(str(data), size=16, crop=160)
+    assert type(decoded) is (ZippedImageFolder if zipped else ImageFolder)
     expected = batches(decoded, 8, workers)  # more than three epochs
     assert len({image.numpy().tobytes() for batch in expected for image in batch}) > COUNT  # with their mirror images
     assert_equal(batches(cached(data, tmp_path / "cache"), 8), expected)
@@ -122,10 +124,10 @@ def test_thousands_of_unreadable_neighbours_are_tried_once_each(tmp_path, monkey
     for i in range(3000):  # as a full disk leaves them when an archive is unpacked
         (tmp_path / f"{i:04d}.png").touch()
     tried = []
-    decode = Folder._decode
-    monkeypatch.setattr(Folder, "_decode", lambda self, path: tried.append(path) or decode(self, path))
-    folder = Folder(tmp_path, size=4, crop=0)
-    (images, unreadable) = folder[[(i, False) for i in range(3001)]]
+    decode = ImageFolder._decode
+    monkeypatch.setattr(ImageFolder, "_decode", lambda self, path: tried.append(path) or decode(self, path))
+    folder = ImageFolder(tmp_path, size=4, crop=0)
+    (images, _, unreadable) = folder[[(i, False) for i in range(3001)]]
     assert images.shape == (3001, 3, 4, 4)
     assert len(unreadable) == len(set(unreadable)) == 3000
     assert len(tried) == 2 * 3001 - 1
@@ -179,7 +181,7 @@ def test_it_is_built_again_when_the_folder_has_changed(change, folder, tmp_path)
     before = caches(tmp_path / "cache")
     change(folder)
     source = cached(folder, tmp_path / "cache")
-    assert_equal(batches(source, 4), batches(Folder(folder, 16, 160), 4))
+    assert_equal(batches(source, 4), batches(ImageFolder(folder, 16, 160), 4))
     after = caches(tmp_path / "cache")
     assert len(set(after) - set(before)) == 1
     assert len(after) == 2  # the one that is out of date is gone, that of the other size is not
@@ -260,15 +262,15 @@ def test_the_random_state_does_not_know_of_it(folder, tmp_path):
 SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import sources
-decode = sources.Folder._decode
+from training import data
+decode = data.ImageFolder._decode
 def slow(self, path):
     time.sleep(float(sys.argv[4]))
     return decode(self, path)
-sources.Folder._decode = slow
+data.ImageFolder._decode = slow
 print("ready", flush=True)
 sys.stdin.readline()
-images = sources.open_source(sys.argv[2], size=16, crop=160, cache=sources.Path(sys.argv[3])).images
+images = data.open_data(sys.argv[2], size=16, crop=160, cache=data.Path(sys.argv[3])).images
 print(images.sum(dtype=int))
 """
 
@@ -319,7 +321,7 @@ def test_a_builder_that_is_killed_leaves_neither_a_lock_nor_half_a_cache(folder,
     assert not list(cache.glob("*.part"))
     source = cached(folder, cache)
     assert said == f"{source.images.sum(dtype=int)}\n"
-    assert_equal(batches(source, 4), batches(Folder(folder, 16, 160), 4))
+    assert_equal(batches(source, 4), batches(ImageFolder(folder, 16, 160), 4))
 
 
 @pytest.mark.slow  # starts two processes, which import torch
@@ -366,17 +368,17 @@ def test_a_build_that_fails_leaves_nothing(error, folder, tmp_path, monkeypatch)
 
 def test_sizes_have_a_unit_in_which_they_are_not_zero():
     sizes = [0, 1023, 1024, 1536, 2**20 - 1, 9 * 2**30 + 2**29, 2**50]
-    assert [image_cache.readable(size) for size in sizes] == [
+    assert [readable(size) for size in sizes] == [
         "0 bytes", "1023 bytes", "1 KiB", "1.5 KiB", "1024 KiB", "9.5 GiB", "1 PiB",
     ]  # fmt: skip
 
 
 def test_too_little_space_is_known_beforehand(folder, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    need = 128 + COUNT * 3 * 16 * 16 + image_cache.CHECKSUM  # the header of an .npy file, the array, the checksum
+    need = 128 + COUNT * (3 * 16 * 16 + 8) + image_cache.CHECKSUM  # header, rows and their sources
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need - 1))
     monkeypatch.setattr(image_cache, "_decoded", lambda folder: pytest.fail("decoding has begun"))
-    with pytest.raises(OSError, match=r"need 9\.129 KiB in .*cache, 1 bytes more than are free: .*--no-cache"):
+    with pytest.raises(OSError, match=r"need 9\.223 KiB in .*cache, 1 bytes more than are free: .*--no-cache"):
         cached(folder, tmp_path / "cache")
 
 
@@ -384,7 +386,7 @@ def test_too_little_space_is_known_beforehand(folder, tmp_path, monkeypatch):
 
 
 def test_an_archive_gives_what_its_folder_gives(folder, archive):
-    unpacked, zipped = Folder(folder, 16, 160), ZippedFolder(archive, 16, 160)
+    unpacked, zipped = ImageFolder(folder, 16, 160), ZippedImageFolder(archive, 16, 160)
     assert [str(Path(path).relative_to(folder.resolve())) for path in unpacked.paths] == zipped.paths
     assert_equal(batches(zipped, 8), batches(unpacked, 8))
     assert sorted(folder.parent.iterdir()) == [folder, archive]  # nothing was unpacked
@@ -396,13 +398,13 @@ def test_a_member_whose_checksum_is_wrong_is_named(archive):
         begin = file.getinfo("03.jpg").header_offset
     data[begin + 4000] ^= 1
     archive.write_bytes(data)
-    (_, unreadable) = ZippedFolder(archive, 16, 160).read(3)
+    (*_, unreadable) = ZippedImageFolder(archive, 16, 160).read(3)
     assert list(unreadable) == ["03.jpg"]
     assert "Bad CRC-32" in unreadable["03.jpg"]
 
 
 def test_an_archive_can_go_to_a_process_that_shares_no_memory(archive):
-    source = ZippedFolder(archive, 16, 160)
+    source = ZippedImageFolder(archive, 16, 160)
     assert_equal(batches(pickle.loads(pickle.dumps(source)), 3), batches(source, 3))
 
 
@@ -429,23 +431,23 @@ def write_archive(path: Path, name: str) -> None:
 def test_wrong_archives_are_one_line(spoil, message, archive):
     spoil(archive)
     with pytest.raises(ValueError, match=message) as error:
-        open_source(str(archive), size=16, crop=160)
+        open_data(str(archive), size=16, crop=160)
     assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def test_training_with_and_without_it_is_the_same_to_the_bit(folder, tmp_path):
+def test_training_with_and_without_it_is_bitwise_the_same(folder, tmp_path):
     settings = ["--data", str(folder), "--save-every", "2"]
     with_it, without, both = tmp_path / "with", tmp_path / "without", tmp_path / "both"
     train(with_it, *settings, "--steps", "5")
     assert len(caches(tmp_path / "cache")) == 1  # beside the runs, which share it
-    train(without, *settings, "--steps", "5", "--no-cache", "--workers", "2")
+    train(without, *settings, "--steps", "5", "--no-cache", "--num-workers", "2")
     train(both, *settings, "--steps", "5")
     (both / "checkpoint-000005.pt").unlink()
     resume(both / "checkpoint-000004.pt", "--no-cache")
-    apart_from = ("/config/out", "/config/cache", "/config/workers")
+    apart_from = ("/config/out", "/config/cache", "/config/num_workers")
     assert_same(checkpoint(with_it), checkpoint(without), apart_from=apart_from)
     assert_same(checkpoint(with_it), checkpoint(both), apart_from=apart_from)
 

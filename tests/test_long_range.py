@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +15,12 @@ from PIL import Image
 from scipy.stats import ttest_rel
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import agreement
-import faces
 import long_range
-from agreement import PAIRS, Readers, Reading
+from evaluation import color_agreement
+from evaluation.color_agreement import PAIRS, ColorClassifiers, Reading
 from long_range import LocalAttention, Settings, networks, paired_difference
 from torch_sagan import SelfAttention2d
+from training import faces
 
 SIZE = 32
 TINY = ["--steps", "3", "--batch-size", "4", "--image-size", "16", "--base-channels", "4", "--samples", "20"]
@@ -39,8 +35,8 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def readers() -> Readers:
-    return Readers(SIZE, count=800)
+def readers() -> ColorClassifiers:
+    return ColorClassifiers(SIZE, count=800)
 
 
 def portraits(count: int, first: int = 0) -> np.ndarray:
@@ -168,7 +164,7 @@ def test_windows_lie_on_their_places_and_do_not_meet(pair, size):
     marked = np.zeros((1, 3, size, size), np.uint8)
     for value, (x, y) in ((100, pair.here), (200, pair.there)):
         marked[0, :, int((y + 1) / 2 * size), int((x + 1) / 2 * size)] = value
-    here, there = agreement.windows(marked, pair)
+    here, there = color_agreement.windows(marked, pair)
     assert np.unique(here) == pytest.approx([-1, 100 / 127.5 - 1])
     assert np.unique(there) == pytest.approx([-1, 200 / 127.5 - 1])
 
@@ -225,13 +221,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(long_range, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(long_range, "TRAINED_ON", 32)
-    monkeypatch.setattr(long_range, "Readers", lambda size: Readers(size, count=100))
+    monkeypatch.setattr(long_range, "ColorClassifiers", lambda size: ColorClassifiers(size, count=100))
 
 
 def test_a_run_leaves_results_and_the_next_one_goes_on_with_them(small, tmp_path, capsys):
     assert long_range.main([*TINY, "--seeds", "1", "--out", str(tmp_path)]) == 0
     names = {f"{arm}-0.{kind}" for arm in ("attention", "local") for kind in ("json", "png")}
-    assert {path.name for path in tmp_path.iterdir()} >= names | {"yardsticks.json", "table.md"}
+    assert {path.name for path in tmp_path.iterdir()} >= names | {"baselines.json", "table.md"}
     first = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
     long_range.main([*TINY, "--seeds", "2", "--out", str(tmp_path)])
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in names} == first

@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 from tiny_runs import checkpoint, lines, train
 
-import run_lock
-import safekeeping
+from training import checkpointing, run_lock
 
 # Holds a folder until its input ends. It imports no torch, so it is there at once.
 HOLDER = """
 import sys
 sys.path.insert(0, {examples!r})
 from pathlib import Path
-from run_lock import RunLock
+from training.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
@@ -29,7 +28,7 @@ sys.stdin.read()
 
 @contextmanager
 def another_process_in(out: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", HOLDER.format(examples=str(Path(run_lock.__file__).parent)), str(out)]
+    command = [sys.executable, "-c", HOLDER.format(examples=str(Path(run_lock.__file__).parents[1])), str(out)]
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
@@ -38,7 +37,7 @@ def another_process_in(out: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_second_run_is_told_who_is_there_and_touches_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
+    monkeypatch.setattr(run_lock, "TIMEOUT", 0.1)
     train(tmp_path, "--steps", "2")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != "run.lock"}
     with another_process_in(tmp_path) as process:
@@ -47,7 +46,7 @@ def test_a_second_run_is_told_who_is_there_and_touches_nothing(tmp_path, monkeyp
                 train(tmp_path, *arguments)
         assert f"waiting 0.1 s for process {process.pid} on " in capsys.readouterr().err
         assert {path: path.stat().st_mtime_ns for path in before} == before
-        assert safekeeping.load(tmp_path)["step"] == 2  # reading needs no lock
+        assert checkpointing.load(tmp_path)["step"] == 2  # reading needs no lock
         assert train(tmp_path / "other", "--steps", "1") == 0
         assert train(tmp_path, "--dry-run") == 0  # it has a folder of its own
     assert train(tmp_path, "--resume", "auto", "--steps", "3") == 0  # the kernel took the lock from the dead

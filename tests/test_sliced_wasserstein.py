@@ -15,9 +15,9 @@ from scipy.stats import wasserstein_distance
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import faces
-import sliced_wasserstein as sw
-from sliced_wasserstein import distances, laplacian_pyramid, sliced_wasserstein, slices
+from evaluation import sliced_wasserstein as sw
+from evaluation.sliced_wasserstein import distances, laplacian_pyramid, sliced_wasserstein, slices
+from training import faces
 
 
 def portraits(count: int, size: int, first: int = 0) -> torch.Tensor:

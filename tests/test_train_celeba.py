@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +14,21 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from tiny_runs import (
-    TINY,
-    assert_same,
-    checkpoint,
-    leaves,
-    lines,
-    resume,
-    train,
-)
+from tiny_runs import TINY, assert_same, checkpoint, leaves, lines, resume, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-import model_card
-import safekeeping
 import train_celeba
-from command_line import script
-from sources import Folder, Shuffle, digits
 from torch_sagan import spectral_norms
+from training import checkpointing, model_card, objectives, sampling
+from training.command_line import read_arguments, script
+from training.configuration import Config, default_out
+from training.data import InfiniteBatchSampler, digits
+from training.image_folder import Batch, ImageFolder
+from training.objectives import LOSSES
+from training.sampling import draw
+from training.state import TrainingState
+from training.step import Piece, discriminator_step, generate, generator_step
 
 GOOD = 10
 
@@ -57,47 +56,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_with_broken_files_names_them_and_goes_on(folder, tmp_path, capsys):
     steps = 6  # of 4 images: twice through the folder
-    assert train(tmp_path, "--data", str(folder), "--workers", "2", "--steps", str(steps), "--log-every", "2") == 0
+    reading = ["--data", str(folder), "--no-cache", "--num-workers", "2"]
+    assert train(tmp_path, *reading, "--steps", str(steps), "--log-every", "2") == 0
     out, err = capsys.readouterr()
     assert err.count("cut-off.jpg") == 1
     assert err.count("notes.txt") == 1
-    for line in ("samples-000006.png", "attention-000006.png", "checkpoint-000006.pt", "log.jsonl"):
-        assert str(tmp_path / line) in out
-        assert (tmp_path / line).stat().st_size > 0
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["images"]) for line in lines] == [(2, 8), (4, 16), (6, 24)]
-    assert set(lines[0]["gamma"]) >= {"G.attention.8", "D.attention.8"}
+    for name in ("samples-000006.png", "attention-000006.png", "checkpoint-000006.pt", "log.jsonl"):
+        assert str(tmp_path / name) in out
+        assert (tmp_path / name).stat().st_size > 0
+    assert [(line["step"], line["images"]) for line in lines(tmp_path)] == [(2, 8), (4, 16), (6, 24)]
+    assert set(lines(tmp_path)[0]["gamma"]) >= {"G.attention.8", "D.attention.8"}
     with Image.open(tmp_path / "samples-000006.png") as picture:
         assert picture.width > 8 * 16
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_image_is_lost_to_a_broken_neighbour(folder, workers):
-    source = Folder(folder, size=16, crop=160)
-    order = Shuffle(len(source), 3, seed=0, flip=False)
+    source = ImageFolder(folder, size=16, crop=160)
+    order = InfiniteBatchSampler(len(source), 3, seed=0, flip=False)
     batches = iter(DataLoader(source, sampler=order, batch_size=None, num_workers=workers))
     drawn = [next(batches) for _ in range(4)]  # 12 images: a whole epoch of the 11 files and one more
-    assert all(len(images) == 3 for images, _ in drawn)
-    seen = {image.numpy().tobytes() for images, _ in drawn for image in images}
+    assert all(len(batch.images) == 3 for batch in drawn)
+    seen = {image.numpy().tobytes() for batch in drawn for image in batch.images}
     readable = [source._decode(path) for path in source.paths if "cut-off" not in path]
     assert len(readable) == GOOD
     assert seen == {image.numpy().tobytes() for image in readable}
-    assert {Path(path).name for _, broken in drawn for path in broken} == {"cut-off.jpg"}
+    assert {Path(path).name for batch in drawn for path in batch.unreadable} == {"cut-off.jpg"}
 
 
 def test_the_centre_is_cropped(tmp_path):
     picture = np.zeros((218, 178, 3), np.uint8)
     picture[29:189, 9:169] = (200, 100, 50)
     Image.fromarray(picture).save(tmp_path / "face.png")
-    (image, _) = Folder(tmp_path, size=32, crop=160).read(0)
-    torch.testing.assert_close(image.flatten(1).T.unique(dim=0).tolist(), [[200, 100, 50]])
-    (image, _) = Folder(tmp_path, size=32, crop=0).read(0)  # the largest centred square: all of the width
+    image, *_ = ImageFolder(tmp_path, size=32, crop=160).read(0)
+    assert image.flatten(1).T.unique(dim=0).tolist() == [[200, 100, 50]]
+    image, *_ = ImageFolder(tmp_path, size=32, crop=0).read(0)  # the largest centred square: all of the width
     assert (image[:, :, 0] == 0).all()
 
 
 def test_order_and_flips_are_a_function_of_seed_and_position():
     def take(count: int, **more: int) -> list:
-        batches = iter(Shuffle(10, 4, flip=True, **more))
+        batches = iter(InfiniteBatchSampler(10, 4, flip=True, **more))
         return [next(batches) for _ in range(count)]
 
     drawn = take(12, seed=1)
@@ -107,12 +106,14 @@ def test_order_and_flips_are_a_function_of_seed_and_position():
     assert all(sorted(flat[start : start + 10]) == list(range(10)) for start in (0, 10, 20, 30))
     assert flat[:10] != flat[10:20]
     assert {flip for batch in drawn for _, flip in batch} == {False, True}
-    assert len(take(1, seed=0)[0]) == len(next(iter(Shuffle(3, 8, seed=0, flip=False)))) // 2  # a batch of many epochs
+    of_many_epochs = next(iter(InfiniteBatchSampler(3, 8, seed=0, flip=False)))
+    assert sorted(index for index, _ in of_many_epochs[:6]) == [0, 0, 1, 1, 2, 2]
+    assert len(of_many_epochs) == 8
 
 
 def test_flips_mirror_the_image(folder):
-    for source in (digits(16), Folder(folder, size=16, crop=160)):
-        (images, _) = source[[(1, False), (1, True)]]
+    for source in (digits(16), ImageFolder(folder, size=16, crop=160)):
+        images = source[[(1, False), (1, True)]].images
         torch.testing.assert_close(images[0].flip(-1), images[1], rtol=0, atol=0)
         assert not torch.equal(images[0], images[1])
 
@@ -120,13 +121,21 @@ def test_flips_mirror_the_image(folder):
 # ------------------------------------------------------------------------------------------------------ training
 
 
-def tiny_run(**settings: object) -> train_celeba.Run:
-    settings = {"image_size": 16, "base_channels": 4, "batch_size": 4, "z_dim": 8} | settings
-    return train_celeba.Run(train_celeba.Config(**settings), 1, torch.device("cpu"))
+def tiny_state(**settings: object) -> TrainingState:
+    config = Config(**({"image_size": 16, "base_channels": 4, "batch_size": 4, "z_dim": 8} | settings))
+    return TrainingState(config, image_channels=1, device=torch.device("cpu"))
 
 
-def images(count: int) -> torch.Tensor:
-    return torch.rand(count, 1, 16, 16) * 2 - 1
+def noise(state: TrainingState) -> Iterator[list[Piece]]:
+    """Batches without end, in the state's pieces."""
+    size = state.config.batch_size // state.config.grad_accum_steps
+    rng = torch.Generator().manual_seed(0)
+
+    def data() -> Iterator[Batch]:
+        while True:
+            yield Batch(torch.randint(256, (size, 1, 16, 16), dtype=torch.uint8, generator=rng), None, {})
+
+    return state.batches(data())
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -134,70 +143,79 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_fakes_do_not_reach_the_generator_nor_gradients_the_discriminator():
-    run = tiny_run()
-    (fake,) = train_celeba.generate(run, run.sample_latents(), learn=True)
-    train_celeba.discriminator_step(run, [images(4)], [fake])
-    assert all(weight.grad is None for weight in run.generator.parameters())
-    before = gradients(run.discriminator)
-    train_celeba.generator_step(run, [fake])
-    assert all(weight.grad is not None for weight in run.generator.parameters())
-    assert all(weight.requires_grad for weight in run.discriminator.parameters())
-    for name, gradient in gradients(run.discriminator).items():
+    state = tiny_state()
+    batch = next(noise(state))
+    fakes = list(generate(state.gan, batch, learn=True))
+    discriminator_step(state.gan, batch, fakes)
+    assert all(weight.grad is None for weight in state.generator.parameters())
+    before = gradients(state.discriminator)
+    generator_step(state.gan, batch, fakes)
+    assert all(weight.grad is not None for weight in state.generator.parameters())
+    assert all(weight.requires_grad for weight in state.discriminator.parameters())
+    for name, gradient in gradients(state.discriminator).items():
         torch.testing.assert_close(gradient, before[name], rtol=0, atol=0)
 
 
 def test_the_average_averages_weights_and_copies_buffers():
-    run = tiny_run(lr_g=0.01, ema_decay=0.2)
-    expected = [weight.double().clone() for weight in run.average.parameters()]
+    state = tiny_state(lr_g=0.01, ema_decay=0.2)
+    expected = [weight.double().clone() for weight in state.average.parameters()]
+    batches = noise(state)
     for step in range(4):
-        train_celeba.generator_step(run, train_celeba.generate(run, run.sample_latents(), learn=True))
-        weights = [weight.detach().double() for weight in run.generator.parameters()]
+        state.advance(batches)
+        weights = [weight.detach().double() for weight in state.generator.parameters()]
         decay = min(0.2, (1 + step) / (10 + step))
         expected = [decay * a + (1 - decay) * b for a, b in zip(expected, weights, strict=True)]
-        run.step += 1
-    averaged = list(run.average.parameters())
+    averaged = list(state.average.parameters())
     for a, b in zip(averaged, expected, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-7)
-    assert not torch.equal(averaged[0], next(run.generator.parameters()))
-    buffers = dict(run.generator.named_buffers())
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-7)  # four roundings in float32
+    assert not torch.equal(averaged[0], next(state.generator.parameters()))
+    buffers = dict(state.generator.named_buffers())
     assert {name.rsplit(".")[-1] for name in buffers} >= {"_u", "_v", "running_mean", "running_var"}
-    for name, buffer in run.average.named_buffers():
+    for name, buffer in state.average.named_buffers():
         torch.testing.assert_close(buffer, buffers[name], rtol=0, atol=0)
-    assert not run.average.training
+    assert not state.average.training
 
 
 def test_drawing_and_scoring_recalibrate_a_copy_of_the_average(tmp_path, monkeypatch):
     """With sigmas of 1, although those of the average itself are not; and no number of the run changes."""
-    run = tiny_run(lr_g=0.05, ema_decay=0.5)
+    state = tiny_state(lr_g=0.05, ema_decay=0.5)
+    batches = noise(state)
     for _ in range(3):
-        train_celeba.generator_step(run, train_celeba.generate(run, run.sample_latents(), learn=True))
-        run.step += 1
-    before = copy.deepcopy(run.state_dict())
+        state.advance(batches)
+    before = copy.deepcopy(state.state_dict())
     worst = []
 
-    def judge(generator: torch.nn.Module, seed: int) -> dict[str, float]:
+    def evaluate(generator: torch.nn.Module, seed: int) -> dict[str, float]:
         worst.append(max(abs(norm - 1) for norm in spectral_norms(generator).values()))
         assert not generator.training
-        return {"swd": float(generator(torch.ones(2, run.config.z_dim)).sum())}
+        torch.rand(3)  # the numbers that an evaluation draws are not the training's
+        return {"swd": float(generator(torch.ones(2, state.config.z_dim)).sum())}
 
-    scores = [train_celeba.judged(run, judge)[0] for _ in range(2)]
+    scores = []
+    for _ in range(2):
+        train_celeba.evaluate_average(state, evaluate)
+        scores.append(state.scores)
     assert scores[0] == scores[1]
     assert worst[0] < 1e-5  # rounding in float32
-    assert max(abs(norm - 1) for norm in spectral_norms(run.average).values()) > 1e-3
-    run.best = before["best"]
-    pictures = [train_celeba.draw(run, tmp_path)["samples"].read_bytes() for _ in range(2)]
+    assert max(abs(norm - 1) for norm in spectral_norms(state.average).values()) > 1e-3
+    state.best, state.scores = before["best"], before["scores"]
+    pictures = [draw(state, tmp_path)["samples"].read_bytes() for _ in range(2)]
     assert pictures[0] == pictures[1]
-    assert_same(run.state_dict(), before)
-    monkeypatch.setattr(train_celeba, "recalibrated", lambda average: average)
-    assert train_celeba.draw(run, tmp_path)["samples"].read_bytes() != pictures[0]
+    assert_same(state.state_dict(), before)
+    monkeypatch.setattr(sampling, "recalibrated", lambda average: average)
+    assert draw(state, tmp_path)["samples"].read_bytes() != pictures[0]
 
 
 def test_a_diverged_run_ends_in_one_line(tmp_path):
-    run = tiny_run()
+    state = tiny_state()
     with torch.no_grad():
-        next(run.average.parameters()).fill_(float("nan"))
-    with pytest.raises(SystemExit, match="step 0: training has diverged, the averaged generator holds"):
-        train_celeba.draw(run, tmp_path)
+        next(state.average.parameters()).fill_(float("nan"))
+    for use in (
+        lambda: draw(state, tmp_path),
+        lambda: train_celeba.evaluate_average(state, lambda *_: pytest.fail("evaluated")),
+    ):
+        with pytest.raises(SystemExit, match=r"step 0: training has diverged, the averaged generator holds"):
+            use()
 
 
 def test_discriminator_steps(tmp_path):
@@ -207,7 +225,7 @@ def test_discriminator_steps(tmp_path):
     assert steps == {6}
 
 
-@pytest.mark.parametrize(("loss", "normalised"), [("hinge", True), ("wgan-gp", False)])
+@pytest.mark.parametrize(("loss", "normalised"), [("hinge", True), ("wgan-gp", False), ("relativistic", True)])
 def test_losses(loss, normalised, tmp_path, capsys):
     train(tmp_path, "--loss", loss, "--steps", "2")
     assert ("without spectral norm" in capsys.readouterr().out) is not normalised
@@ -216,21 +234,14 @@ def test_losses(loss, normalised, tmp_path, capsys):
     assert any("parametrizations" in name for name in state["generator"])
 
 
-def test_in_pieces_the_gradients_add_up_to_those_of_the_batch():
-    # Without spectral norm and batch norm, whose passes see one piece each, the two are the same up to rounding.
-    settings = {"loss": "wgan-gp", "gp_weight": 0.0, "lr_d": 0.0, "lr_g": 0.0}
-    whole, pieces = tiny_run(**settings), tiny_run(**settings, accumulate=2)
-    real = images(4)
-    (fake,) = train_celeba.generate(whole, whole.sample_latents(), learn=True)
-    whole_loss = train_celeba.discriminator_step(whole, [real], [fake])
-    pieces_loss = train_celeba.discriminator_step(pieces, real.chunk(2), fake.detach().chunk(2))
-    torch.testing.assert_close(pieces_loss, whole_loss)
-    for name, gradient in gradients(whole.discriminator).items():
-        torch.testing.assert_close(gradients(pieces.discriminator)[name], gradient, msg=name)
+def test_the_weight_of_a_penalty():
+    assert [Config(loss=loss).penalty for loss in LOSSES] == [0.0, 10.0, 1.0]  # the papers' own
+    assert Config(loss="relativistic", penalty_weight="0.05").penalty == 0.05
+    assert [Config(loss=loss).has_penalty for loss in LOSSES] == [False, True, True]
 
 
 def test_in_pieces_every_step_sees_the_whole_batch(tmp_path):
-    train(tmp_path, "--steps", "3", "--accumulate", "2", "--d-steps", "2")
+    train(tmp_path, "--steps", "3", "--grad-accum-steps", "2", "--d-steps", "2")
     state = checkpoint(tmp_path)
     assert state["images"] == 3 * 2 * 4
     assert {value["step"].item() for value in state["generator_optimizer"]["state"].values()} == {3}
@@ -246,31 +257,38 @@ def test_linear_decay_ends_at_zero(tmp_path):
     assert [line["lr_g"] for line in lines(tmp_path)][6:] == pytest.approx([0.0015, 0.001, 0.0005, 0.0])
 
 
-@pytest.mark.parametrize("loss", ["hinge", "wgan-gp"])
-def test_half_precision_keeps_weights_in_float32(loss, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("loss", "penalties"), [("hinge", 0), ("wgan-gp", 2), ("relativistic", 4)])
+def test_half_precision_keeps_weights_in_float32(loss, penalties, tmp_path, monkeypatch):
     seen = []
-    penalty = train_celeba.gradient_penalty
-    monkeypatch.setattr(
-        train_celeba, "gradient_penalty", lambda D, real, fake: seen.append(fake.dtype) or penalty(D, real, fake)
-    )
+
+    def watch(name: str) -> None:
+        penalty = getattr(objectives, name)
+
+        def watched(discriminator: torch.nn.Module, images: torch.Tensor, *more: object, **named: object) -> object:
+            seen.append((images.dtype, torch.is_autocast_enabled("cpu")))
+            return penalty(discriminator, images, *more, **named)
+
+        monkeypatch.setattr(objectives, name, watched)
+
+    watch("gradient_penalty")
+    watch("zero_centered_gradient_penalty")
     train(tmp_path, "--steps", "2", "--precision", "bf16", "--loss", loss)
     tensors = [value for _, value in leaves(checkpoint(tmp_path)) if isinstance(value, torch.Tensor)]
     assert torch.bfloat16 not in {tensor.dtype for tensor in tensors}
-    assert seen == [torch.float32] * (2 if loss == "wgan-gp" else 0)
-    run = tiny_run(precision="bf16")
-    (fake,) = train_celeba.generate(run, run.sample_latents(), learn=False)
-    assert fake.dtype == torch.bfloat16
+    assert seen == [(torch.float32, False)] * penalties
+    state, dtypes = tiny_state(precision="bf16"), []
+    for network in (state.generator, state.discriminator):
+        network.register_forward_hook(lambda *passed: dtypes.append(passed[-1].dtype))
+    state.advance(noise(state))
+    assert dtypes == [torch.bfloat16] * 3  # G, D in its own step and in G's
 
 
 def test_channels_last_changes_the_layout_alone():
     losses = []
     for layout in ("yes", "no"):
-        run = tiny_run(channels_last=layout)
-        real = run.to_device(
-            torch.randint(256, (4, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        )
-        losses.append(torch.stack([train_celeba.training_step(run, iter([real])) for _ in range(1)]))
-        wide = [weight for weight in run.discriminator.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
+        state = tiny_state(channels_last=layout)
+        losses.append(state.advance(noise(state)))
+        wide = [weight for weight in state.discriminator.parameters() if weight.ndim == 4 and min(weight.shape[1:]) > 1]
         assert all(weight.is_contiguous(memory_format=torch.channels_last) is (layout == "yes") for weight in wide)
     torch.testing.assert_close(*losses)
 
@@ -302,10 +320,13 @@ def test_compiled(loss, tmp_path, monkeypatch, capsys):
 
 def test_digits_have_one_channel_and_are_not_mirrored(tmp_path, monkeypatch):
     flips = []
-    shuffle = train_celeba.Shuffle
-    monkeypatch.setattr(
-        train_celeba, "Shuffle", lambda *args, flip, **more: flips.append(flip) or shuffle(*args, flip=flip, **more)
-    )
+    plain = InfiniteBatchSampler.__init__
+
+    def watched(self: InfiniteBatchSampler, *args: int, flip: bool, **more: int) -> None:
+        flips.append(flip)
+        plain(self, *args, flip=flip, **more)
+
+    monkeypatch.setattr(InfiniteBatchSampler, "__init__", watched)
     train(tmp_path, "--image-size", "28", "--steps", "1")
     assert flips == [False, False]  # of reals.png, and of the training
     assert checkpoint(tmp_path)["generator"]["to_image.weight"].shape[1] == 1
@@ -313,9 +334,11 @@ def test_digits_have_one_channel_and_are_not_mirrored(tmp_path, monkeypatch):
 
 def test_dry_run_writes_everything(tmp_path, capsys):
     assert train(tmp_path, "--dry-run") == 0
-    made = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-5:]]
-    assert made[0] == str(tmp_path / "dry-run")
-    assert all(Path(path).exists() for path in made)
+    out, *made = [Path(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[-6:]]
+    assert out == tmp_path / "dry-run"
+    names = ["samples-000003.png", "attention-000003.png", "checkpoint-000003.pt", "log.jsonl", "best.pt"]
+    assert made == [out / name for name in names]
+    assert all(path.exists() for path in made)
     assert checkpoint(tmp_path / "dry-run")["step"] == 3
 
 
@@ -332,7 +355,7 @@ def test_a_dry_run_leaves_nothing_that_a_run_picks_up(tmp_path, capsys):
     assert checkpoint(tmp_path / "dry-run")["step"] == 7
     train(tmp_path, *settings, "--steps", "6")
     state = checkpoint(tmp_path)
-    assert (state["step"], state["config"]["log_every"], state["config"]["judge_samples"]) == (6, 50, 2000)
+    assert (state["step"], state["config"]["log_every"], state["config"]["eval_samples"]) == (6, 50, 2000)
     assert state["config"]["out"] == str(tmp_path)
 
 
@@ -348,7 +371,7 @@ def test_a_dry_run_uses_the_cache_of_the_run(folder, tmp_path):
 def test_the_folder_is_named_after_the_data(data, out, tmp_path, monkeypatch):
     (tmp_path / "above" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "above" / "here")
-    assert train_celeba.default_out(data) == f"runs/{out}"
+    assert default_out(data) == f"runs/{out}"
 
 
 def test_without_attention(tmp_path, capsys):
@@ -359,64 +382,65 @@ def test_without_attention(tmp_path, capsys):
 
 def test_the_best_generator_is_kept(tmp_path):
     scores = iter([3.0, 2.0, 5.0, 1.0, 4.0])
-    judged = []
+    evaluated = []
 
-    def open_judge(config: train_celeba.Config, source: object, device: torch.device) -> train_celeba.Judgement:
-        def judge(generator: torch.nn.Module, seed: int) -> dict[str, float]:
-            torch.rand(3)  # a judge's chance is not the training's
-            judged.append((generator.training, seed))
+    def open_evaluator(config: Config, data: object, device: torch.device) -> train_celeba.Evaluate:
+        def evaluate(generator: torch.nn.Module, seed: int) -> dict[str, float]:
+            torch.rand(3)  # the numbers that an evaluation draws are not the training's
+            evaluated.append((generator.training, seed))
             return {"fid": next(scores), "other": 0.0}
 
-        return judge
+        return evaluate
 
-    settings = ["--judge-every", "2", "--save-every", "3", "--log-every", "100", "--seed", "5"]
-    train(tmp_path / "judged", *settings, "--steps", "6", open_judge=open_judge)
-    assert judged == [(False, 5)] * 3
-    assert checkpoint(tmp_path / "judged", "best.pt")["step"] == 4
-    assert [line["scores"]["fid"] for line in lines(tmp_path / "judged") if "scores" in line] == [3.0, 2.0, 5.0]
-    train_celeba.main(["--resume", str(tmp_path / "judged"), "--steps", "10"], open_judge=open_judge)
-    assert checkpoint(tmp_path / "judged", "best.pt")["step"] == 8
-    train(tmp_path / "plain", *settings, "--steps", "10", "--judge-every", "0")
-    judged_state, plain_state = checkpoint(tmp_path / "judged"), checkpoint(tmp_path / "plain")
-    assert judged_state.pop("best") == {"fid": 1.0}
-    assert plain_state.pop("best") == {}
-    assert_same(judged_state, plain_state, apart_from=("/config/out", "/config/judge_every"))
+    settings = ["--eval-every", "2", "--save-every", "3", "--log-every", "100", "--seed", "5"]
+    out = tmp_path / "evaluated"
+    train(out, *settings, "--steps", "6", open_evaluator=open_evaluator)
+    assert evaluated == [(False, 5)] * 3
+    assert checkpoint(out, "best.pt")["step"] == 4
+    assert [line["scores"]["fid"] for line in lines(out) if "scores" in line] == [3.0, 2.0, 5.0]
+    train_celeba.main(["--resume", str(out), "--steps", "10"], open_evaluator=open_evaluator)
+    assert checkpoint(out, "best.pt")["step"] == 8
+    train(tmp_path / "plain", *settings, "--steps", "10", "--eval-every", "0")
+    state, plain = checkpoint(out), checkpoint(tmp_path / "plain")
+    assert (state.pop("best"), state.pop("scores")) == ({"fid": 1.0}, {"fid": 4.0, "other": 0.0})
+    assert (plain.pop("best"), plain.pop("scores")) == ({}, {})
+    assert_same(state, plain, apart_from=("/config/out", "/config/eval_every"))
 
 
 def test_scores_of_another_kind_are_not_compared(tmp_path):
     """A machine without Inception has another first score, on another scale."""
-    settings = ["--judge-every", "1", "--save-every", "1"]
-    train(tmp_path, *settings, "--steps", "1", open_judge=lambda *_: lambda *_: {"swd": 7.0})
-    train_celeba.main(["--resume", str(tmp_path), "--steps", "2"], open_judge=lambda *_: lambda *_: {"fid": 50.0})
+    settings = ["--eval-every", "1", "--save-every", "1"]
+    train(tmp_path, *settings, "--steps", "1", open_evaluator=lambda *_: lambda *_: {"swd": 7.0})
+    train_celeba.main(["--resume", str(tmp_path), "--steps", "2"], open_evaluator=lambda *_: lambda *_: {"fid": 50.0})
     assert checkpoint(tmp_path, "best.pt")["step"] == 2
-    train_celeba.main(["--resume", str(tmp_path), "--steps", "3"], open_judge=lambda *_: lambda *_: {"swd": 8.0})
+    train_celeba.main(["--resume", str(tmp_path), "--steps", "3"], open_evaluator=lambda *_: lambda *_: {"swd": 8.0})
     assert checkpoint(tmp_path, "best.pt")["step"] == 2
     assert checkpoint(tmp_path)["best"] == {"swd": 7.0, "fid": 50.0}
 
 
-def test_a_run_is_judged_without_a_network(tmp_path, capsys):
-    train(tmp_path, "--steps", "2", "--judge-every", "1", "--judge-samples", "16")
-    assert "judging   16 images of each kind every 1 steps" in capsys.readouterr().out
+def test_a_run_is_evaluated_without_a_download(tmp_path, capsys):
+    train(tmp_path, "--steps", "2", "--eval-every", "1", "--eval-samples", "16")
+    assert "evaluate  16 images of each kind, every 1 steps" in capsys.readouterr().out
     assert all(line["scores"]["swd"] > 0 for line in lines(tmp_path))
     assert "best" in checkpoint(tmp_path, "best.pt")
 
 
-def test_what_cannot_be_judged_is_said(tmp_path, capsys):
-    train(tmp_path / "small", "--steps", "1", "--judge-every", "1", "--image-size", "8", "--data", "faces")
-    assert "judging   none: that takes images of 16 pixels or more" in capsys.readouterr().out
+def test_what_cannot_be_evaluated_is_said(tmp_path, capsys):
+    train(tmp_path / "small", "--steps", "1", "--eval-every", "1", "--image-size", "8", "--data", "faces")
+    assert "evaluate  no: that takes images of 16 pixels or more" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"train_celeba\.py: .*(torch-fidelity|Inception)"):
-        train(tmp_path, "--steps", "1", "--judge-every", "1", "--inception", "/nowhere")
+        train(tmp_path, "--steps", "1", "--eval-every", "1", "--inception", "/nowhere")
 
 
 def test_losses_that_are_not_finite_stop_the_run_and_not_the_checkpoint(tmp_path, monkeypatch):
-    hinge, generator = train_celeba.LOSSES["hinge"]
+    hinge = objectives.hinge_discriminator_loss
     calls = []
 
     def diverging(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         return hinge(real, fake) * (float("nan") if len(calls) > 2 else 1)
 
-    monkeypatch.setitem(train_celeba.LOSSES, "hinge", (diverging, generator))
+    monkeypatch.setattr(objectives, "hinge_discriminator_loss", diverging)
     with pytest.raises(SystemExit, match=r"step 4: .*no longer finite: loss of D nan, .*D's \d+ weight.* step 2, loss"):
         train(tmp_path, "--steps", "9", "--save-every", "2")
     state = checkpoint(tmp_path)
@@ -425,13 +449,47 @@ def test_losses_that_are_not_finite_stop_the_run_and_not_the_checkpoint(tmp_path
     assert all(value.isfinite().all() for _, value in leaves(weights) if isinstance(value, torch.Tensor))
 
 
+def test_the_settings_lie_beside_the_log(tmp_path):
+    train(tmp_path, "--steps", "1", "--lr-g", "0.003")
+    assert json.loads((tmp_path / "config.json").read_text()) == checkpoint(tmp_path)["config"]
+    resume(tmp_path, "--steps", "2")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["steps"], config["lr_g"]) == (2, 0.003)
+    assert config == checkpoint(tmp_path)["config"]
+
+
+def test_the_last_lines_name_the_best_checkpoint_and_the_next_commands(tmp_path, capsys):
+    settings = ["--steps", "1", "--eval-every", "1"]
+    train(tmp_path, *settings, open_evaluator=lambda *_: lambda *_: {"swd": 7.0})
+    *_, best, generate, show, report = capsys.readouterr().out.splitlines()
+    assert best.split() == ["best", str(tmp_path / "best.pt")]
+    for line, name in ((generate, "generate"), (show, "show_attention"), (report, "report")):
+        script = re.search(rf"python examples/({name}\.py) {re.escape(str(tmp_path))}", line)
+        assert script
+        assert (Path(train_celeba.__file__).parent / script[1]).exists()
+
+
+def test_the_progress_bar_shows_the_losses_of_the_last_line(tmp_path, capsys):
+    train(tmp_path, "--steps", "2")
+    (line,) = lines(tmp_path)
+    assert f"D {line['loss_d']:.3f} G {line['loss_g']:.3f}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_recipe_stands_for_the_flags_in_it(tmp_path):
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text("# --seed 5\n--lr-g 0.003 --steps 9  # --seed 6\n\n--data 'my faces'\n")
+    given = read_arguments(Config, ["--lr-g", "1", f"@{recipe}", "--steps", "1"], "")
+    chosen = {"lr_g": 0.003, "steps": 1, "data": "my faces"}  # what is given last
+    assert given == chosen | {"resume": None, "dry_run": False}
+
+
 # ------------------------------------------------------------------------------------------------------ resuming
 
 
 @pytest.mark.parametrize("loss", ["hinge", "wgan-gp"])
 def test_a_resumed_run_equals_an_uninterrupted_one(loss, folder, tmp_path):
-    settings = ["--data", str(folder), "--loss", loss, "--workers", "1", "--log-every", "1", "--lr-g", "0.01"]
-    settings += ["--lr-decay", "linear", "--tensorboard"]
+    settings = ["--data", str(folder), "--no-cache", "--num-workers", "1", "--loss", loss, "--lr-g", "0.01"]
+    settings += ["--lr-decay", "linear", "--log-every", "1", "--tensorboard"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train(whole, *settings, "--steps", "5", "--sample-every", "2")
     train(halves, *settings, "--steps", "5", "--save-every", "3")
@@ -449,7 +507,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(loss, folder, tmp_path):
 def test_a_checkpoint_holds_everything(tmp_path):
     train(tmp_path, "--steps", "1")
     state = checkpoint(tmp_path)
-    assert state["step"] == 1
+    assert (state["step"], state["images"], state["classes"], state["scores"]) == (1, 4, {}, {})
     assert state["config"]["image_size"] == 16
     assert set(state["random"]) >= {"latents", "ranks"}
     assert state["versions"].keys() == {"python", "torch", "torch_sagan"}
@@ -486,7 +544,7 @@ def test_no_file_is_read_where_reading_is_not_safe(tmp_path, monkeypatch):
     message = r"^torch 2\.5\.1\+cpu can be made to execute .*CVE-2025-32434\): the examples need 2\.6 or newer$"
     for refused in (
         lambda: train(tmp_path / "new", "--steps", "1"),  # it could not be resumed
-        lambda: safekeeping.load(tmp_path / "checkpoint.pt"),
+        lambda: checkpointing.load(tmp_path / "checkpoint.pt"),
         lambda: model_card.open_generator(tmp_path),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -518,12 +576,14 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(root / "run", "--steps", "1")
     state = checkpoint(root / "run")
     torch.save(state | {"config": state["config"] | {"colour": 1}}, root / "newer.pt")
-    for name, config in (("loss", {"loss": "foo"}), ("lr", {"lr_g": None}), ("steps", {"steps": 2.5})):
+    edited = {"loss": {"loss": "foo"}, "lr": {"lr_g": None}, "steps": {"steps": 2.5}, "z": {"z_dim": 9}}
+    for name, config in edited.items():
         torch.save(state | {"config": state["config"] | config}, root / f"edited-{name}.pt")
     for name in ("average", "losses", "generator_optimizer"):
         torch.save({part: value for part, value in state.items() if part != name}, root / f"without-{name}.pt")
     torch.save(state | {"random": {"ranks": None}}, root / "random.pt")
     torch.save(state | {"step": "one"}, root / "step.pt")
+    torch.save(state | {"classes": {"even": 1, "odd": 1}}, root / "classes.pt")
     return root
 
 
@@ -542,17 +602,28 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--batch-size", "many"], r"--batch-size: invalid int value: 'many'"),
         (["--learning-rate", "1"], r"unrecognized arguments: --learning-rate 1"),
         (["--lr-g", "nan"], r"--lr-g must be at least 0, got nan"),
-        (["--data", ""], r"--data is empty: expected faces, digits, a folder or a zip archive"),
+        (["--data", ""], r"--data is empty: expected faces, digits, a folder or an archive"),
         (["--out", __file__], r"--out .*: there is a file of this name, a folder is needed"),
         (["--seed", str(2**63)], r"--seed must be below 2\^62, got 9223372036854775808"),
         (["--device", "meta"], r"--device meta: .*META"),
-        (["--gp-weight", "5"], r"--gp-weight 5\.0: only --loss wgan-gp has a gradient penalty"),
+        (["--penalty-weight", "5"], r"--penalty-weight 5: --loss hinge has no gradient penalty"),
+        *(
+            (
+                ["--loss", "wgan-gp", "--penalty-weight", weight],
+                rf"--penalty-weight must be auto or a number of at least 0, got {weight}$",
+            )
+            for weight in ("much", "-1", "nan", "inf")
+        ),
+        (["@nowhere.txt"], r"No such file or directory: 'nowhere\.txt'"),
         (["--decay-from", "2"], r"--decay-from 2: nothing decays without --lr-decay linear"),
         (
             ["--lr-decay", "linear", "--decay-from", "9", "--steps", "9"],
             r"--decay-from 9: the run ends at step 9",
         ),
-        (["--accumulate", "3"], r"--batch-size 4 cannot be divided evenly \(processes × --accumulate: 1 × 3\)"),
+        (
+            ["--grad-accum-steps", "3"],
+            r"--batch-size 4 cannot be divided evenly \(processes × --grad-accum-steps: 1 × 3\)",
+        ),
         (["--ema-decay", "2"], r"--ema-decay must be between 0 and 1"),
         (["--device", "toaster"], r"--device toaster"),
         (["--resume", "nowhere.pt"], r"nowhere\.pt: no such file"),
@@ -563,10 +634,18 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["--resume", "{tmp}/run", "--base-channels", "8", "--lr-g", "1", "--loss", "wgan-gp"],
             r"other settings: --base-channels 8 \(it has 4\), --loss wgan-gp \(it has hinge\)$",
         ),
-        (["--resume", "{tmp}/run", "--data", "faces", "--steps", "2"], r"do not fit the networks for --data faces"),
+        (
+            ["--resume", "{tmp}/run", "--data", "faces", "--steps", "2"],
+            r"its networks have image_channels=1, but the images of --data have 3$",
+        ),
+        (
+            ["--resume", "{tmp}/classes.pt", "--steps", "2"],
+            r"its networks have other classes \(even, odd\) than --data digits \(none\)$",
+        ),
+        (["--resume", "{tmp}/edited-z.pt", "--steps", "2"], r"its weights do not fit the networks of its settings$"),
         (["--resume", "{tmp}/run", "--steps", "1"], r"--steps 1: the checkpoint is at step 1 already"),
         (["--resume", "{tmp}/newer.pt"], r"another version, with settings that this one does not know: colour"),
-        (["--resume", "{tmp}/edited-loss.pt"], r"--loss must be one of hinge, wgan-gp, got foo"),
+        (["--resume", "{tmp}/edited-loss.pt"], r"--loss must be one of hinge, wgan-gp, relativistic, got foo"),
         (["--resume", "{tmp}/edited-lr.pt"], r"--lr-g must be of type float, got None"),
         (["--resume", "{tmp}/edited-steps.pt"], r"--steps must be of type int, got 2\.5"),
         (
@@ -581,11 +660,14 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_errors_are_one_line(arguments, message, troubles):
+def test_errors_are_one_line(arguments, message, troubles, tmp_path, monkeypatch):
+    """And nothing is left in the folder that they are made in."""
+    monkeypatch.chdir(tmp_path)
     arguments = [argument.format(tmp=troubles) for argument in arguments]
     with pytest.raises(SystemExit, match=message) as error:
         train_celeba.main(arguments if "--resume" in arguments else [*TINY, "--data", "digits", *arguments])
     assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -609,8 +691,11 @@ TOO_LARGE = 10**15  # bytes: more than an address can name, so that no memory is
     ids=["torch", "numpy"],
 )
 def test_out_of_memory_is_one_line(fails, message, tmp_path, monkeypatch):
-    for name, told in (("discriminator_step", rf"step 1: {message}.*--accumulate needs less$"), ("draw", message)):
-        monkeypatch.setattr(train_celeba, name, fails)
+    for name, told in (
+        ("training.step.discriminator_step", rf"step 1: {message}.*--grad-accum-steps needs less$"),
+        ("train_celeba.draw", message),
+    ):
+        monkeypatch.setattr(name, fails)
         with pytest.raises(SystemExit, match=rf"^train_celeba\.py: .*{told}") as error:
             train(tmp_path, "--steps", "2", "--sample-every", "1")
         assert "\n" not in str(error.value)
@@ -621,14 +706,14 @@ def test_out_of_memory_on_a_gpu_is_one_line(tmp_path, monkeypatch):
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB.\nSee the documentation")
 
-    monkeypatch.setattr(train_celeba, "discriminator_step", fails)
-    with pytest.raises(SystemExit, match=r"step 1: Tried to allocate 2 GiB\. .*--accumulate") as error:
+    monkeypatch.setattr("training.step.discriminator_step", fails)
+    with pytest.raises(SystemExit, match=r"step 1: Tried to allocate 2 GiB\. .*--grad-accum-steps") as error:
         train(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_celeba, "discriminator_step", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr("training.step.discriminator_step", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         train(tmp_path)
 
@@ -637,7 +722,7 @@ def test_no_compiler_is_one_line(tmp_path, monkeypatch):
     def fails(*_: object) -> None:
         raise torch._dynamo.exc.TorchDynamoException("No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1")
 
-    monkeypatch.setattr(train_celeba, "discriminator_step", fails)
+    monkeypatch.setattr("training.step.discriminator_step", fails)
     with pytest.raises(SystemExit, match=r"--compile: No working C\+\+ compiler found$"):
         train(tmp_path)
 
@@ -673,6 +758,7 @@ def test_help_tells_every_default(capsys):
         "training:",
         "speed:",
         "output:",
+        "evaluation:",
         "(default: 0.0004)",
         "pixels",
         "--resume PATH",
@@ -694,26 +780,27 @@ class Readings(TorchDispatchMode):
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_a_step_reads_no_number_back(pieces):
     # With wgan-gp, since the gradient of D's spectral norm has a way of its own on the CPU that does.
-    run = tiny_run(loss="wgan-gp", accumulate=pieces, lr_decay="linear")
+    state = tiny_state(loss="wgan-gp", grad_accum_steps=pieces, lr_decay="linear")
     with Readings() as readings:
-        train_celeba.training_step(run, iter(images(4).chunk(pieces)))
+        state.advance(noise(state))
     assert readings.count == 0
     with Readings() as readings:
-        run.numbers()
-    assert readings.count == len(run.numbers()["gamma"])
+        state.numbers()
+    assert readings.count == len(state.numbers()["gamma"]) > 0
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_step_never_waits_for_the_gpu(precision):
-    config = train_celeba.Config(image_size=32, base_channels=8, batch_size=8, precision=precision, accumulate=1)
-    run = train_celeba.Run(config, 3, torch.device("cuda"))
-    reals = [torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8).pin_memory() for _ in range(4)]
-    train_celeba.training_step(run, iter([run.to_device(reals[0])]))  # the first one allocates and chooses kernels
+    config = Config(image_size=32, base_channels=8, batch_size=8, precision=precision)
+    state = TrainingState(config, device=torch.device("cuda"))
+    images = [torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8).pin_memory() for _ in range(4)]
+    batches = state.batches(Batch(part, None, {}) for part in images)
+    state.advance(batches)  # the first one allocates and chooses kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for real in reals[1:]:
-            train_celeba.training_step(run, iter([run.to_device(real)]))
+        for _ in images[1:]:
+            state.advance(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from workers import decoded
+from training.workers import decoded
 
 
 class Numbers(Dataset[torch.Tensor]):

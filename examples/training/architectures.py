@@ -1,0 +1,82 @@
+"""The networks of `--architecture`, each with its source.
+
+`dcgan` and `resnet` are the library's own (see `SAGANGenerator`). `mnist` is the TensorFlow tutorial's system for
+28-pixel digits: `dcgan` with an attention layer whose projections are 4×4 convolutions, followed by batch norm and ReLU
+in G. In D they are followed by ReLU alone, and spectral norm replaces the batch norm, with which D wins before G has
+drawn a stroke.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, spectral_norm
+
+ARCHITECTURES = ("dcgan", "resnet", "mnist")
+
+
+def build_generator(
+    architecture: str,
+    image_size: int,
+    *,
+    attention_resolutions: Sequence[int] | None,
+    eps: float = 1e-12,
+    **arguments: Any,
+) -> SAGANGenerator:
+    """The generator, spectrally normalised with `eps`; further arguments are those of `SAGANGenerator`."""
+    if architecture != "mnist":
+        arguments["architecture"] = architecture
+    else:
+        arguments["attention"] = partial(SelfAttention2d, projection=_generator_projection)
+        attention_resolutions = _mnist_resolutions(image_size, attention_resolutions)
+    norm = partial(spectral_norm, eps=eps)
+    return SAGANGenerator(image_size, attention_resolutions=attention_resolutions, spectral_norm=norm, **arguments)
+
+
+def build_discriminator(
+    architecture: str,
+    image_size: int,
+    *,
+    attention_resolutions: Sequence[int] | None,
+    normalize: bool = True,
+    eps: float = 1e-12,
+    **arguments: Any,
+) -> SAGANDiscriminator:
+    """The discriminator, spectrally normalised (with `eps`) if `normalize`; further arguments are
+    `SAGANDiscriminator`'s."""
+    norm = partial(spectral_norm, eps=eps) if normalize else None
+    if architecture != "mnist":
+        arguments["architecture"] = architecture
+    else:
+        arguments["attention"] = partial(
+            SelfAttention2d, projection=partial(_discriminator_projection, normalize=norm or _unchanged)
+        )
+        attention_resolutions = _mnist_resolutions(image_size, attention_resolutions)
+    return SAGANDiscriminator(image_size, attention_resolutions=attention_resolutions, spectral_norm=norm, **arguments)
+
+
+def _mnist_resolutions(image_size: int, resolutions: Sequence[int] | None) -> Sequence[int]:
+    return [image_size // 4] if resolutions is None else resolutions
+
+
+def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, nn.Conv2d]:
+    """The tutorial's 4×4 convolution. The even kernel needs one row and column more at the end."""
+    # This is what TensorFlow calls "same". torch knows that word too, but warns of even kernels.
+    return nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(in_channels, out_channels, kernel_size=4, bias=False)
+
+
+def _generator_projection(in_channels: int, out_channels: int) -> nn.Module:
+    return nn.Sequential(*_convolution(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+def _discriminator_projection(in_channels: int, out_channels: int, normalize: Any) -> nn.Module:
+    pad, convolution = _convolution(in_channels, out_channels)
+    return nn.Sequential(pad, normalize(convolution), nn.ReLU())
+
+
+def _unchanged(module: nn.Module) -> nn.Module:
+    return module

@@ -1,0 +1,80 @@
+"""Differentiable augmentation of every image that the discriminator sees, for small data sets, and instance noise.
+
+DiffAugment (Zhao et al., arXiv:2006.10738): applied to real and to generated images alike, in both steps, so the
+generator is never shown that augmented images are real. Images are (B, C, S, S) in [-1, 1]; each one gets random
+numbers of its own. `noise` is instance noise (Sønderby et al., arXiv:1610.04490).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Augmentation = Callable[[Tensor], Tensor]
+
+
+def color(images: Tensor) -> Tensor:
+    """Brightness moved by up to ±0.5, saturation times 0 to 2, contrast times 0.5 to 1.5, each uniformly."""
+    brightness, saturation, contrast = torch.rand(3, len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
+    images = images + (brightness - 0.5)  # (B, C, S, S)
+    grey = images.mean(1, keepdim=True)  # (B, 1, S, S)
+    images = torch.lerp(grey, images, 2 * saturation)
+    level = images.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    return torch.lerp(level, images, contrast + 0.5)
+
+
+def translation(images: Tensor) -> Tensor:
+    """Moved by up to an eighth of the size in each direction, by whole pixels; what enters is zero, a mid grey."""
+    size = images.shape[-1]
+    reach = round(size / 8)
+    shift = torch.randint(-reach, reach + 1, (2, len(images), 1), device=images.device)  # rows, columns
+    # In an image with a border of one zero pixel, everything outside is that border.
+    rows, columns = (torch.arange(size, device=images.device) + 1 + shift).clamp(0, size + 1)  # (B, S) each
+    padded = F.pad(images, (1, 1, 1, 1)).movedim(1, -1)  # (B, S + 2, S + 2, C)
+    sample = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded[sample, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def cutout(images: Tensor) -> Tensor:
+    """A square of half the size set to zero, its centre anywhere in the image."""
+    size = images.shape[-1]
+    centre = torch.randint(0, size, (2, len(images), 1), device=images.device)
+    offset = torch.arange(size, device=images.device) - centre + size // 4  # (2, B, S)
+    rows, columns = (offset >= 0) & (offset < size // 2)  # (B, S) each
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 0)
+
+
+def noise(images: Tensor, strength: float) -> Tensor:
+    """Normal noise of this standard deviation added."""
+    return images + strength * torch.randn_like(images)
+
+
+POLICIES: dict[str, Augmentation] = {"color": color, "translation": translation, "cutout": cutout}
+
+
+def augmentation(policies: str, noise_strength: float = 0.0) -> Augmentation:
+    """The policies of a list such as `color,translation`, one after the other, then noise; '' or 'none' for none.
+
+    Raises:
+        ValueError: for a policy that does not exist or is named twice.
+    """
+    names = [] if policies in ("", "none") else policies.split(",")
+    for name in names:
+        if name not in POLICIES:
+            raise ValueError(f"expected a list of {', '.join(POLICIES)}, or none, got {name!r}")
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is named twice")
+    steps = [POLICIES[name] for name in names]
+    if noise_strength:
+        steps.append(partial(noise, strength=noise_strength))
+
+    def augment(images: Tensor) -> Tensor:
+        for step in steps:
+            images = step(images)
+        return images
+
+    return augment

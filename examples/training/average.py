@@ -1,0 +1,49 @@
+"""The moving average of the generator's weights, which is what samples, is evaluated and is exported."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from torch_sagan import SAGANGenerator, recalibrate
+
+CALIBRATION = 16, 64  # batches, and latent vectors in each: about a thousand samples fix the batch statistics
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, *, decay: float, steps: int) -> None:
+    """average ← d · average + (1 − d) · model, after `steps` earlier updates of this average; below 0, a copy.
+
+    d = min(decay, (1 + steps) / (10 + steps)): at first the average forgets quickly, so that it does not remember
+    untrained weights for thousands of steps. (`AveragedModel` would wait for the GPU each time, to count.)
+    """
+    decay = min(decay, (1 + steps) / (10 + steps)) if steps >= 0 else 0.0
+    get_ema_multi_avg_fn(decay)(list(average.parameters()), list(model.parameters()), 0)
+    # Buffers (u and v, batch-norm statistics) are copied: averaged ones would not belong to any weights.
+    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        ours.copy_(theirs)
+
+
+def recalibrated(average: SAGANGenerator) -> SAGANGenerator:
+    """A copy of an averaged generator whose sigmas and batch statistics are those of its own weights.
+
+    A function of the weights alone, so that a run and whatever opens its checkpoints get the same generator.
+    """
+    rng = torch.Generator().manual_seed(0)
+    device = next(average.parameters()).device
+
+    def inputs() -> Iterator[tuple[Tensor, Tensor | None]]:
+        batches, size = CALIBRATION
+        for _ in range(batches):
+            z = torch.randn(size, average.z_dim, generator=rng).to(device)  # (64, z_dim)
+            labels = None
+            if average.num_classes is not None:
+                labels = torch.randint(average.num_classes, (size,), generator=rng).to(device)  # (64,)
+            yield z, labels
+
+    generator: SAGANGenerator = copy.deepcopy(average)
+    return recalibrate(generator, inputs())

@@ -1,0 +1,154 @@
+"""Files that are never half written, and checkpoints: the last few of them, and the newest that can be read."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+import torch_sagan
+from training.tensor_files import read
+
+# What a checkpoint holds beside the state dicts.
+CONTENTS = {
+    "config": dict, "classes": dict, "random": dict, "versions": dict, "best": dict, "scores": dict,
+    "step": int, "images": int, "losses": torch.Tensor,
+}  # fmt: skip
+
+# The names of the files that a run writes into its folder, beside `tensorboard`, which is a folder itself. Whatever has
+# another name is somebody else's and is not touched.
+CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.pt")
+IMAGE = re.compile(r"(?:samples|attention)-(\d{6,})\.png")
+FILES = re.compile(rf"{CHECKPOINT.pattern}|{IMAGE.pattern}|checkpoint\.pt|best\.pt|log\.jsonl|config\.json|reals\.png")
+
+
+# Writing.
+
+
+def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Write a new file, wait until it is on the disk, and only then let it take the old one's name."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        if os.name == "posix":  # the name, too, has to reach the disk; elsewhere folders cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except BaseException as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as a RuntimeError
+            raise
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise SystemExit(f"cannot save {path}: {str(cause).splitlines()[0]}") from None
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write one checkpoint."""
+    write(path, lambda file: torch.save(state, file))
+
+
+def save_and_rotate(state: dict[str, Any], out: Path, *, keep_last: int, keep_every: int) -> Path:
+    """Write `checkpoint-<step>.pt`, let `checkpoint.pt` name it, and only then delete what need not be kept."""
+    path = out / f"checkpoint-{state['step']:06d}.pt"
+    save(state, path)
+    with suppress(OSError):  # not all disks have links; the folder's name leads to the newest checkpoint as well
+        link = out / "checkpoint.pt.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, out / "checkpoint.pt")
+    for step, old in _numbered(out, CHECKPOINT)[:-keep_last]:
+        if not (keep_every and step % keep_every == 0):
+            old.unlink()
+    return path
+
+
+def archive_previous_run(out: Path, *, after: int | None = None) -> Path | None:
+    """Move what an earlier run left into a folder of its own; with `after`, only what belongs to later steps.
+
+    Images of later steps than any checkpoint are deleted: the run that is resumed will draw them again.
+    Returns that folder, or None where nothing was moved.
+    """
+    for unfinished in out.glob("*.new"):
+        if FILES.fullmatch(unfinished.stem) and not unfinished.is_dir():
+            unfinished.unlink()
+    if after is None:
+        moved = sorted(path for path in out.iterdir() if FILES.fullmatch(path.name) or path.name == "tensorboard")
+    else:
+        moved, images = ([path for step, path in _numbered(out, name) if step > after] for name in (CHECKPOINT, IMAGE))
+        if moved:
+            moved += images
+            with suppress(SystemExit):  # where it is missing or cannot be read
+                moved += [out / "best.pt"] if load(out / "best.pt")["step"] > after else []
+        else:
+            for image in images:
+                image.unlink()
+    if not moved:
+        return None
+    earlier = next(path for i in range(1, 10**6) if not (path := out / f"earlier-{i}").exists())
+    earlier.mkdir()
+    for path in moved:
+        path.rename(earlier / path.name)
+    return earlier
+
+
+# Reading.
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint is made with."""
+    torchs, ours = str(torch.__version__), torch_sagan.__version__
+    return {"python": platform.python_version(), "torch": torchs, "torch_sagan": ours}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint file, or the newest that can be read in the folder of a run."""
+    if path.is_dir():
+        state = newest(path)
+        if state is None:
+            raise SystemExit(f"cannot resume from {path}: no checkpoint in this folder")
+        return state
+    if not path.exists():
+        raise SystemExit(f"cannot resume from {path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not look at the checksums that torch.save writes
+                raise ValueError("damaged")
+        state = read(path)
+        foreign = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
+    except Exception:  # whatever a damaged or foreign file makes the reader raise
+        raise SystemExit(f"cannot resume from {path}: it cannot be read as a checkpoint") from None
+    if foreign:
+        raise SystemExit(f"cannot resume from {path}: it is not a checkpoint of this trainer ({', '.join(foreign)})")
+    return dict(state)
+
+
+def newest(out: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read, None where there is none; those that cannot are named."""
+    found = _numbered(out, CHECKPOINT)
+    for _, path in reversed(found):
+        try:
+            return load(path)
+        except SystemExit as unreadable:
+            print(f"{unreadable}; trying the one before", file=sys.stderr, flush=True)
+    if found:
+        raise SystemExit(f"cannot resume from {out}: none of its {len(found)} checkpoints can be read")
+    return None
+
+
+def _numbered(out: Path, name: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """The steps and paths of the files in a folder whose names match, oldest first."""
+    matches = ((name.fullmatch(path.name), path) for path in out.iterdir() if path.is_file())
+    return sorted((int(match[1]), path) for match, path in matches if match)

@@ -1,0 +1,235 @@
+"""Several processes that train one model: what `torchrun` starts, on one machine or on many.
+
+Every process holds the same networks and takes its share of each batch; gradients are averaged by
+DistributedDataParallel. Agreements go through gloo, on the CPU, so that no GPU is waited for; tensors of a GPU go
+through NCCL. Without `torchrun` there is one process, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
+
+from training.command_line import fail, line
+from training.memory import out_of_memory
+
+Rows = TypeVar("Rows", Tensor, list[Any])
+
+# What gloo and NCCL say where another process has ended.
+LOST = re.compile(r"onnection closed by peer|onnection reset by peer|roken pipe|remote process exited")
+
+# The first process saves, draws and evaluates while the others wait.
+TIMEOUT = timedelta(hours=3)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: its number `rank` of `world`, and its number on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    launcher: int | None = None  # the process that started it
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether `torchrun` was killed, which no signal tells: its processes would train on beside the next ones."""
+        return self.launcher not in (None, os.getppid())
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def shard(self, batch: Rows) -> Rows:
+        """This process's rows of a batch that all processes know."""
+        size = len(batch) // self.world
+        share: Rows = batch[self.rank * size : (self.rank + 1) * size]
+        return share
+
+    def gather(self, thing: Any) -> list[Any]:
+        """One thing from each process, in the order of ranks."""
+        things = [thing] * self.world
+        if self.world > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
+    def broadcast(self, thing: Any) -> Any:
+        """What the first process has, on all: the machines need no common disk."""
+        things = [thing]
+        if self.world > 1:
+            dist.broadcast_object_list(things)
+        return things[0]
+
+    def all_reduce_max(self, number: int) -> int:
+        """The largest of one number from each process."""
+        numbers = torch.tensor(number)
+        if self.world > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over processes, on the tensor's own device."""
+        if self.world > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+            tensor /= self.world
+        return tensor
+
+    @contextmanager
+    def agreeing(self, *errors: type[Exception]) -> Iterator[None]:
+        """A SystemExit with a line, too little memory, an OSError or one of `errors`, on one process, ends them all."""
+        message = None
+        try:
+            yield
+        except (SystemExit, Exception) as stop:
+            if isinstance(stop, SystemExit) and isinstance(stop.code, str):
+                message = stop.code
+            elif isinstance(stop, (OSError, *errors)):
+                message = line(stop)
+            elif short := out_of_memory(stop):
+                message = line(short)
+            else:
+                raise
+        if self.world == 1 and message:
+            raise SystemExit(message)
+        messages = [text for text in self.gather(message) if text]
+        if messages:
+            if self.first:
+                print(messages[0], file=sys.stderr, flush=True)
+            self.gather(None)  # torchrun ends the others as soon as one has ended: not before the line is printed
+            raise SystemExit(1)
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model as its training calls it: a backward pass through it averages the gradients over processes."""
+        if self.world == 1:
+            return model
+        # A weight with a dimension of one has several strides that mean the same; DDP takes that for a difference.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        on_gpu = next(model.parameters()).is_cuda
+        return DistributedDataParallel(model, device_ids=[self.local_rank] if on_gpu else None)
+
+    def synchronized_batch_norm(self, model: nn.Module) -> nn.Module:
+        """Batch norm over the images of all processes, which PyTorch has on CUDA alone."""
+        if self.world > 1 and next(model.parameters()).is_cuda:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model
+
+    def average_statistics(self, model: nn.Module) -> None:
+        """Where batch norm saw this process's images alone: the mean of all processes' running statistics."""
+        if self.world == 1:
+            return
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]  # SyncBatchNorm is none
+        statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+        if statistics:
+            means = self.mean(torch.cat([tensor for tensor in statistics if tensor is not None]))
+            for tensor in statistics:
+                assert tensor is not None
+                mean, means = means[: len(tensor)], means[len(tensor) :]
+                tensor.copy_(mean)
+
+
+SINGLE_PROCESS = Ranks()
+
+
+def no_sync_unless(model: nn.Module, when: bool) -> AbstractContextManager[object]:
+    """Gradients of forward passes inside stay on this process and add up, unless `when`."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else nullcontext()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without the wrapper that `Ranks.parallel` gives it."""
+    module: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    return module
+
+
+class ShardSampler(Sampler[list[Any]]):
+    """This process's share of each batch, in `parts` pieces, one after another."""
+
+    def __init__(self, batches: Iterable[list[Any]], ranks: Ranks, parts: int) -> None:
+        self.batches, self.ranks, self.parts = batches, ranks, parts
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in self.batches:
+            share: Sequence[Any] = self.ranks.shard(batch)
+            size = len(share) // self.parts
+            for part in range(self.parts):
+                yield list(share[part * size : (part + 1) * size])
+
+
+@contextmanager
+def processes() -> Iterator[Ranks]:
+    """Join the processes that were started together, and leave them; only the first one prints.
+
+    What holds the group, such as a model from `Ranks.parallel`, has to be out of scope when the block ends.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield Ranks()
+        return
+    launcher = os.getppid()
+    # DistributedDataParallel imports it, and from then on its functions hold the group that there was at the import.
+    import torch.distributed.nn.functional
+
+    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), launcher)
+    try:
+        with (
+            open(os.devnull, "w", errors="backslashreplace") as nowhere,
+            nullcontext() if ranks.first else redirect_stdout(nowhere),
+        ):
+            yield ranks
+            ranks.gather(None)  # one that left earlier would be missed by those who still read its last message
+    except BaseException as error:
+        # The others may be waiting for this process, and those who leave a group in order wait for the others.
+        status = error.code if isinstance(error, SystemExit) else 1
+        atexit.register(_leave_at_once, status if isinstance(status, int) else 1)
+        if ranks.world > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
+            fail(f"rank {ranks.rank} lost another process")
+        raise
+    # Gloo's threads end with the last reference to the group. One that still lets go of a tensor when Python ends, for
+    # which it needs Python, aborts the process. DistributedDataParallel holds the group, and lies in reference cycles.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def _leave_at_once(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def pick_device(name: str, ranks: Ranks) -> torch.device:
+    """What `--device` names; on CUDA each process of a machine takes its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu" if name == "mps" and ranks.world > 1 else name
+    if ranks.world > 1:
+        if name not in ("cpu", "cuda"):
+            fail(f"--device {name}: several processes share no device, give cuda (each takes its own) or cpu")
+        name = f"cuda:{ranks.local_rank}" if name == "cuda" else name
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        torch.Generator(device)  # latent vectors are drawn there
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}")  # torch's advice can fill a page
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32: products of 10 bits, sums in float32, several times faster
+    return device

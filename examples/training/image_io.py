@@ -1,0 +1,75 @@
+"""Tensors to files: a grid of images, a figure of where a generator looks, single images and animations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from torch_sagan import AttentionRecord, attention_overlay, mark_queries
+from training.checkpointing import write
+
+GAP = 2  # pixels between two tiles
+
+
+def save_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Write images (B, 1 or 3, H, W) in [-1, 1] as one PNG, row by row."""
+    _save(path, (images.float().cpu() + 1) / 2, columns)
+
+
+def save_attention(
+    path: Path, images: Tensor, attention: Tensor | AttentionRecord, places: Sequence[tuple[float, float]]
+) -> None:
+    """Write one row for each image: itself with the places (row, column as fractions) marked, then where each looks."""
+    images = _enlarged(images)  # (B, C, H, W), before anything is drawn on them: marks shall be fine
+    height, width = images.shape[2:]
+    points = [(int(row * height), int(column * width)) for row, column in places]
+    tiles = torch.cat([mark_queries(images, points).unsqueeze(1), attention_overlay(images, attention, points)], 1)
+    _save(path, tiles.flatten(0, 1).cpu(), 1 + len(points))
+
+
+def save_images(paths: Sequence[Path], images: Tensor) -> None:
+    """Write each of the images (B, 1 or 3, H, W) in [-1, 1] as a PNG of its own, pixel for pixel."""
+    for path, picture in zip(paths, _pictures((images.float().cpu() + 1) / 2), strict=True):
+        _write(path, picture)
+
+
+def save_animation(path: Path, images: Tensor, frames_per_second: float) -> None:
+    """Write images (B, 1 or 3, H, W) in [-1, 1] as the frames of an endless GIF or WebP, as the suffix says."""
+    first, *others = _pictures(_enlarged((images.float().cpu() + 1) / 2))
+    duration = round(1000 / frames_per_second)
+    _write(path, first, save_all=True, append_images=others, duration=duration, loop=0, quality=90)
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    pixels = images.expand(-1, 3, -1, -1).mul(255).round().clamp(0, 255).byte()
+    return [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in pixels]
+
+
+def _enlarged(images: Tensor) -> Tensor:
+    zoom = max(1, 128 // images.shape[-1])  # small images, pixel by pixel, so that a person can see them
+    return images.expand(-1, 3, -1, -1).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+
+
+def _save(path: Path, tiles: Tensor, columns: int) -> None:
+    tiles = _enlarged(tiles)
+    tiles = F.pad(tiles, (GAP, 0, GAP, 0), value=1.0)  # (B, 3, h, w), a white margin left and above
+    tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, -len(tiles) % columns), value=1.0)  # complete the last row
+    _, channels, height, width = tiles.shape
+    sheet = tiles.view(-1, columns, channels, height, width).permute(0, 3, 1, 4, 2)  # (rows, h, columns, w, 3)
+    sheet = F.pad(sheet.reshape(-1, columns * width, channels), (0, 0, 0, GAP, 0, GAP), value=1.0)
+    _write(path, Image.fromarray(sheet.mul(255).round().clamp(0, 255).byte().numpy()))
+
+
+def _write(path: Path, image: Image.Image, **options: Any) -> None:
+    """Write an image completely or not at all, in the format of the suffix."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"unknown file extension: {path.suffix!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, lambda file: image.save(file, format=kind, **options))

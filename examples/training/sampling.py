@@ -1,0 +1,73 @@
+"""What a run shows of its generator: sample grids and attention overlays, always from the same latent vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torch_sagan import SAGANGenerator
+from training.average import recalibrated
+from training.command_line import fail
+from training.data import DataSource, InfiniteBatchSampler
+from training.image_io import save_attention, save_grid
+from training.state import TrainingState
+
+COLUMNS = 8
+CLASSES_SHOWN = 16  # rows of a grid with classes, at most
+
+# The overlay's query positions, (row, column) as fractions: an eye, the mouth, the hair, the background.
+QUERIES = ((0.52, 0.37), (0.73, 0.5), (0.15, 0.5), (0.06, 0.06))
+
+
+def sample_inputs(state: TrainingState) -> tuple[Tensor, Tensor | None]:
+    """The latent vectors of a grid, 8 rows of 8, and with classes a row for each, which has the same 8 vectors."""
+    fixed = torch.Generator().manual_seed(state.config.seed + 2)  # its own, so that drawing changes nothing
+    z = torch.randn(COLUMNS**2, state.config.z_dim, generator=fixed).to(state.device)  # (64, z_dim)
+    if not state.classes:
+        return z, None
+    count = min(len(state.classes), CLASSES_SHOWN)
+    shown = torch.arange(count, device=state.device) * len(state.classes) // count  # spread over all classes
+    return z[:COLUMNS].repeat(count, 1), shown.repeat_interleave(COLUMNS)
+
+
+def image_paths(state: TrainingState, out: Path) -> dict[str, Path]:
+    """What `draw` writes at this step."""
+    kinds = ("samples", "attention") if state.average.attention else ("samples",)
+    return {kind: out / f"{kind}-{state.step:06d}.png" for kind in kinds}
+
+
+def usable_average(state: TrainingState) -> SAGANGenerator:
+    """The averaged generator with the sigmas and batch statistics of its own weights; the run ends if they diverged."""
+    if not all(weight.isfinite().all() for weight in state.average.parameters()):
+        fail(f"step {state.step}: training has diverged, the averaged generator holds infinities or NaN")
+    return recalibrated(state.average)
+
+
+@torch.no_grad()
+def draw(state: TrainingState, out: Path) -> dict[str, Path]:
+    """Write samples of the averaged generator, and what its last attention layer attends to."""
+    generator, paths = usable_average(state), image_paths(state, out)
+    z, labels = sample_inputs(state)
+    parts = zip(z.split(16), [None] * len(z) if labels is None else labels.split(16), strict=False)
+    save_grid(paths["samples"], torch.cat([generator(*part) for part in parts]), columns=COLUMNS)
+    if "attention" in paths:
+        rows = slice(0, 6 * COLUMNS, COLUMNS) if state.classes else slice(6)  # of different classes
+        images, maps = generator(z[rows], None if labels is None else labels[rows], return_attention=True)
+        save_attention(paths["attention"], images, maps[-1], QUERIES)  # (6, C, S, S), (6, N, M)
+    return paths
+
+
+def redraw(state: TrainingState, out: Path) -> None:
+    """Write the images of the step at which a run is resumed, where it was killed before it had drawn them."""
+    due = state.step % state.config.sample_every == 0 or state.step >= state.config.steps
+    if due and not all(path.exists() for path in image_paths(state, out).values()):
+        draw(state, out)
+
+
+def save_reals(data: DataSource, seed: int, path: Path) -> None:
+    """A grid of the run's first images as the discriminator is shown them: cropped, resized, mirrored."""
+    order = InfiniteBatchSampler(len(data), min(64, len(data)), seed=seed, flip=data.flip)
+    images = data[next(iter(order))].images  # (64, C, S, S); what cannot be read is named when the training draws it
+    save_grid(path, images / 127.5 - 1, columns=COLUMNS)

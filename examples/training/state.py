@@ -1,0 +1,215 @@
+"""All that changes while training, which is what a checkpoint holds: networks, optimisers, random states, counts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d
+from training.architectures import build_discriminator, build_generator
+from training.augmentation import augmentation
+from training.average import update_average
+from training.checkpointing import versions
+from training.command_line import resolutions
+from training.configuration import Config
+from training.distributed import SINGLE_PROCESS, Ranks
+from training.image_folder import Batch
+from training.logging import Means
+from training.objectives import objective
+from training.step import GAN, Piece, training_step
+
+
+class TrainingState:
+    """A run at one of its steps. `classes` are the names of its classes, each with its number of images."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        image_channels: int = 3,
+        classes: dict[str, int] | None = None,
+        device: torch.device,
+        ranks: Ranks = SINGLE_PROCESS,
+    ) -> None:
+        torch.manual_seed(config.seed)  # the same weights on every process
+        self.config, self.device, self.ranks, self.classes = config, device, ranks, classes or {}
+        channels_last = device.type == "cuda" if config.channels_last == "auto" else config.channels_last == "yes"
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        generator, discriminator = build_networks(config, image_channels, len(self.classes) or None)
+        for network in (generator, discriminator):
+            network.to(device).to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.average: SAGANGenerator = copy.deepcopy(generator).eval().requires_grad_(False)
+        self.generator = ranks.synchronized_batch_norm(generator) if config.sync_batch_norm else generator
+        self.discriminator = discriminator
+        if config.compile:
+            self.generator.compile(dynamic=False)
+            if not config.has_penalty:  # a compiled graph has no double backward
+                self.discriminator.compile(dynamic=False)
+        self.generator_optimizer = adam(self.generator, config.lr_g, config)
+        self.discriminator_optimizer = adam(self.discriminator, config.lr_d, config)
+        self.generator_scheduler = LambdaLR(self.generator_optimizer, self.lr_factor)
+        self.discriminator_scheduler = LambdaLR(self.discriminator_optimizer, self.lr_factor)
+        # What the step calls: the same networks, with gradients averaged over processes.
+        self.gan = GAN(
+            ranks.parallel(self.generator),
+            ranks.parallel(self.discriminator),
+            self.generator_optimizer,
+            self.discriminator_optimizer,
+            objective(config.loss, config.penalty, augmentation(config.augment, config.noise)),
+            self.autocast,
+        )
+        self.latents = torch.Generator(device).manual_seed(config.seed + 1)  # the same numbers on every process
+        torch.manual_seed(config.seed + 3 + ranks.rank)  # others on each, for penalties, augmentation and noise
+        self.step = 0
+        self.images = 0  # drawn from the data so far, by all processes
+        self.best: dict[str, float] = {}  # the lowest score of an evaluation so far, by the score's name
+        self.scores: dict[str, float] = {}  # of the last evaluation
+        self.means = Means({"G": self.generator, "D": self.discriminator}, ranks)
+
+    def advance(self, batches: Iterator[list[Piece]]) -> Tensor:
+        """One step of G and those of D that go with it. Returns their losses (2,), on the device."""
+        losses = training_step(self.gan, batches, d_steps=self.config.d_steps)
+        self.ranks.average_statistics(self.generator)
+        steps = self.step - self.config.ema_start
+        update_average(self.average, self.generator, decay=self.config.ema_decay, steps=steps)
+        self.generator_scheduler.step()
+        self.discriminator_scheduler.step()
+        self.step += 1
+        return losses
+
+    def batches(self, data: Iterator[Batch]) -> Iterator[list[Piece]]:
+        """This process's batches on the device, in pieces. Data holds the images of one piece at a time."""
+        while True:
+            pieces = []
+            for z in self.sample_latents():
+                images, labels, _ = next(data)
+                labels = None if labels is None else labels.to(self.device, non_blocking=True)
+                pieces.append(Piece(self.to_device(images), z, labels))
+            self.images += self.config.batch_size
+            yield pieces
+
+    def lr_factor(self, step: int) -> float:
+        """What the learning rates are multiplied with."""
+        config = self.config
+        if config.lr_decay == "none" or step < config.decay_from:
+            return 1.0
+        return max(0.0, (config.steps - step) / max(1, config.steps - config.decay_from))
+
+    def sample_latents(self) -> tuple[Tensor, ...]:
+        """This process's latent vectors, in pieces. Each process draws those of all, so their number does not
+        matter."""
+        shape = (self.config.batch_size, self.config.z_dim)
+        z = torch.randn(shape, generator=self.latents, device=self.device)  # (B, z_dim)
+        return self.ranks.shard(z).chunk(self.config.grad_accum_steps)
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """Uint8 (B, C, S, S), pinned where the device is a GPU, to numbers in [-1, 1] there."""
+        images = images.to(self.device, non_blocking=True)
+        return images.to(torch.float32, memory_format=self.memory_format) / 127.5 - 1
+
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def numbers(self) -> dict[str, Any]:
+        """Learning rates, and the gamma of each attention layer, under its network and path."""
+        networks = {"G": self.generator, "D": self.discriminator}
+        gammas = {
+            f"{network}.{path}": module.gamma.item()
+            for network, model in networks.items()
+            for path, module in model.named_modules()
+            if isinstance(module, SelfAttention2d)
+        }
+        (lr_g,), (lr_d,) = self.generator_scheduler.get_last_lr(), self.discriminator_scheduler.get_last_lr()
+        return {"lr_g": lr_g, "lr_d": lr_d, "gamma": gammas}
+
+    def parts(self) -> dict[str, Any]:
+        """What has a state dict, by its name in a checkpoint."""
+        networks = ("generator", "discriminator")
+        names = [f"{network}{part}" for part in ("", "_optimizer", "_scheduler") for network in networks]
+        return {name: getattr(self, name) for name in [*names, "average"]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint: state dicts, tensors and plain values."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {name: part.state_dict() for name, part in self.parts().items()} | {
+            "config": asdict(self.config),
+            "classes": self.classes,
+            "random": {
+                "device": self.device.type,
+                "latents": self.latents.get_state(),
+                "ranks": self.ranks.gather(random),
+            },
+            "versions": versions(),
+            "step": self.step,
+            "images": self.images,
+            "best": self.best,
+            "scores": self.scores,
+            "losses": self.means.losses,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint, on any device and any number of processes."""
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        for network, lr in (("generator", self.config.lr_g), ("discriminator", self.config.lr_d)):
+            # The command line has precedence over the checkpoint: its rates, its betas, its length of the run.
+            getattr(self, f"{network}_scheduler").base_lrs = [lr]
+            (group,) = getattr(self, f"{network}_optimizer").param_groups
+            group["lr"] = lr * self.lr_factor(state["step"])
+            group["betas"] = (self.config.beta1, self.config.beta2)
+        self.step, self.images = state["step"], state["images"]
+        self.best, self.scores = state["best"], state["scores"]
+        self.means.losses = state["losses"].view(-1, 2)
+        random = state["random"]
+        if self.ranks.rank < len(random["ranks"]):
+            torch.set_rng_state(random["ranks"][self.ranks.rank]["cpu"])
+        else:  # the checkpoint was made by fewer processes: this one's numbers start here
+            torch.manual_seed(self.config.seed + 3 + self.ranks.rank + self.step)
+        if self.device.type != random["device"]:
+            self.latents.manual_seed(self.config.seed + 1 + self.step)  # another kind of device, another kind of state
+            return
+        self.latents.set_state(random["latents"])
+        if self.device.type == "cuda" and self.ranks.rank < len(random["ranks"]):
+            torch.cuda.set_rng_state(random["ranks"][self.ranks.rank]["cuda"], self.device)
+
+
+def build_networks(
+    config: Config, image_channels: int, num_classes: int | None
+) -> tuple[SAGANGenerator, SAGANDiscriminator]:
+    """G and D of a run, untrained, on the CPU."""
+    shared: dict[str, Any] = {
+        "base_channels": config.base_channels,
+        "image_channels": image_channels,
+        "num_classes": num_classes,
+        "eps": config.sigma_eps,
+    }
+    generator = build_generator(
+        config.architecture,
+        config.image_size,
+        z_dim=config.z_dim,
+        attention_resolutions=resolutions("g_attention", config.g_attention),
+        **shared,
+    )
+    discriminator = build_discriminator(
+        config.architecture,
+        config.image_size,
+        attention_resolutions=resolutions("d_attention", config.d_attention),
+        # WGAN-GP's penalty wants slopes of 1, the norm keeps them far below: one or the other.
+        normalize=config.loss != "wgan-gp",
+        **shared,
+    )
+    return generator, discriminator
+
+
+def adam(model: nn.Module, lr: float, config: Config) -> torch.optim.Adam:
+    """The optimiser of one network."""
+    return torch.optim.Adam(model.parameters(), lr=lr, betas=(config.beta1, config.beta2), fused=True)

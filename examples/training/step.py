@@ -1,0 +1,135 @@
+"""The training step of every script: the discriminator learns, then the generator.
+
+What differs from one GAN to another is passed in as an `Objective`: losses, a penalty, an augmentation. A process's
+share of a batch passes through the networks in one or several pieces, whose gradients add up to the mean over the
+batch. Each piece is a pass of its own: batch norm takes its statistics from it, and spectral norm iterates once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from training.distributed import no_sync_unless, unwrap
+
+
+class Piece(NamedTuple):
+    """What passes through the networks at once."""
+
+    real: Tensor  # (B, C, S, S) in [-1, 1]
+    z: Tensor  # (B, z_dim)
+    labels: Tensor | None = None  # (B,) the classes of the real images, which are those requested of G as well
+
+
+def no_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
+    """The penalty of an objective without one."""
+    return real.new_zeros(())
+
+
+def no_augmentation(images: Tensor) -> Tensor:
+    """The augmentation of an objective without one."""
+    return images
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the two networks minimise."""
+
+    discriminator_loss: Callable[[Tensor, Tensor], Tensor]  # logits (B,) of real and of generated images -> scalar
+    generator_loss: Callable[[Tensor, Callable[[], Tensor]], Tensor]  # logits of generated, and of real ones on demand
+    penalty: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor] = (
+        no_penalty  # D, real, fake, labels -> scalar
+    )
+    augment: Callable[[Tensor], Tensor] = no_augmentation  # of every image that D sees, in both steps; differentiable
+
+
+@dataclass(frozen=True)
+class GAN:
+    """Two networks as they are called (they may be wrapped for several processes), and how they learn."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+    generator_optimizer: Optimizer
+    discriminator_optimizer: Optimizer
+    objective: Objective
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+def training_step(gan: GAN, batches: Iterator[Sequence[Piece]], *, d_steps: int = 1) -> Tensor:
+    """`d_steps` steps of D and one of G, each of D on a batch of its own. Returns the last losses of D and G (2,).
+
+    They stay on the device: nothing here waits for it.
+    """
+    for turn in range(d_steps):
+        batch = next(batches)
+        # G has not changed when its own step comes, so it can learn from the images that D has just learnt from. In
+        # several pieces it makes them again, or the graphs of all of them would be held at once.
+        reuse = len(batch) == 1 and turn == d_steps - 1
+        fakes = list(generate(gan, batch, learn=True)) if reuse else generate(gan, batch, learn=False)
+        discriminator_loss = discriminator_step(gan, batch, fakes)
+    generator_loss = generator_step(gan, batch, fakes if reuse else generate(gan, batch, learn=True))
+    return torch.stack([discriminator_loss, generator_loss])
+
+
+def generate(gan: GAN, batch: Sequence[Piece], *, learn: bool) -> Iterator[Tensor]:
+    """G's images (B, C, S, S) for each piece, with a graph if G is to learn from them."""
+    for i, piece in enumerate(batch, start=1):
+        with torch.set_grad_enabled(learn), no_sync_unless(gan.generator, i == len(batch)), gan.autocast():
+            fake: Tensor = gan.generator(piece.z, piece.labels)
+        yield fake.to(piece.real.dtype)
+
+
+def discriminator_step(gan: GAN, batch: Sequence[Piece], fakes: Iterable[Tensor]) -> Tensor:
+    """One step of D on real images and on generated ones, which get no gradient. Returns its loss."""
+    gan.discriminator_optimizer.zero_grad()
+    losses = []
+    for i, (piece, fake) in enumerate(zip(batch, fakes, strict=True), start=1):
+        images = gan.objective.augment(torch.cat([piece.real, fake.detach()]))  # (2B, C, S, S)
+        labels = None if piece.labels is None else piece.labels.repeat(2)  # (2B,)
+        with no_sync_unless(gan.discriminator, i == len(batch)):
+            # One pass for both kinds, so that the weights are normalised once.
+            logits = score(gan, gan.discriminator, images, labels)  # (2B,)
+            loss = gan.objective.discriminator_loss(*logits.chunk(2))
+            # Outside of autocast: the gradient of a gradient has no digits to lose.
+            real, generated = images.chunk(2)
+            loss = loss + gan.objective.penalty(unwrap(gan.discriminator), real, generated, piece.labels)
+            loss = loss / len(batch)
+            loss.backward()
+        losses.append(loss.detach())
+    gan.discriminator_optimizer.step()
+    return torch.stack(losses).sum()
+
+
+def generator_step(gan: GAN, batch: Sequence[Piece], fakes: Iterable[Tensor]) -> Tensor:
+    """One step of G on its images. Returns its loss."""
+    discriminator, augment = unwrap(gan.discriminator), gan.objective.augment
+    discriminator.requires_grad_(False)  # gradients flow through D, none to its weights
+    gan.generator_optimizer.zero_grad()
+    losses = []
+    for piece, fake in zip(batch, fakes, strict=True):
+        fake_logits = score(gan, discriminator, augment(fake), piece.labels)  # (B,)
+        real_logits = partial(_score_augmented, gan, discriminator, piece)
+        loss = gan.objective.generator_loss(fake_logits, real_logits) / len(batch)
+        loss.backward()
+        losses.append(loss.detach())
+    gan.generator_optimizer.step()
+    discriminator.requires_grad_(True)
+    return torch.stack(losses).sum()
+
+
+def score(gan: GAN, discriminator: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+    """D's logits (B,), in the precision of the images."""
+    with gan.autocast():
+        logits: Tensor = discriminator(images, labels)
+    return logits.to(images.dtype)
+
+
+def _score_augmented(gan: GAN, discriminator: nn.Module, piece: Piece) -> Tensor:
+    return score(gan, discriminator, gan.objective.augment(piece.real), piece.labels)

@@ -1,0 +1,67 @@
+"""CIFAR-10's archive, written here from its format."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training.cifar10 import is_cifar10, read_cifar10
+
+CLASSES = ["airplane", "cat", "truck"]
+
+
+def archive(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def records(labels: list[int], seed: int) -> tuple[bytes, np.ndarray]:
+    images = np.random.default_rng(seed).integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)
+    return b"".join(bytes([label]) + image.tobytes() for label, image in zip(labels, images, strict=True)), images
+
+
+META = "\n".join(CLASSES).encode() + b"\n\n"
+
+
+def test_images_labels_and_names(tmp_path: Path) -> None:
+    (first, one), (second, other) = records([2, 0], 0), records([1], 1)
+    path = archive(
+        tmp_path / "cifar-10-binary.tar.gz",
+        {"data_batch_2.bin": second, "batches.meta.txt": META, "data_batch_1.bin": first, "test_batch.bin": first},
+    )
+    assert is_cifar10(path)
+    images, labels, classes = read_cifar10(path)
+    assert np.array_equal(images, np.concatenate([one, other]))  # without the test images
+    assert labels.tolist() == [2, 0, 1]
+    assert classes == tuple(CLASSES)
+
+
+def test_other_archives(tmp_path: Path) -> None:
+    good, _ = records([0], 0)
+    for files, message in (
+        ({"notes.txt": b""}, r"expected CIFAR-10's data_batch_1\.bin .* not notes\.txt"),
+        ({"data_batch_1": b"pickled", "batches.meta": b""}, "not batches.meta, data_batch_1"),
+        ({"data_batch_1.bin": good[:-1], "batches.meta.txt": META}, "records of 3073 bytes"),
+        ({"data_batch_1.bin": bytes([9]) + good[1:], "batches.meta.txt": META}, "a label is 9, and there are 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_cifar10(archive(tmp_path / "a.tar.gz", files))
+
+
+def test_a_damaged_archive(tmp_path: Path) -> None:
+    good, _ = records([0] * 4, 0)
+    path = archive(tmp_path / "cifar.tar.gz", {"data_batch_1.bin": good, "batches.meta.txt": META})
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_cifar10(path)
+    path.write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_cifar10(path)

@@ -1,0 +1,101 @@
+"""The recipes: that they parse, state their true costs, and run on data of the form that they are for."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import recipe_costs
+import train_celeba
+from recipe_costs import DATA, RECIPES, estimate, read_recipe
+from training.configuration import check
+from training.model_card import open_generator
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.txt"))
+# Networks a fraction as wide, so that a step takes a second; nothing else of the recipe changes.
+SMALL = ["--base-channels", "2", "--steps", "2", "--batch-size", "4", "--device", "cpu", "--precision", "float32"]
+SMALL += ["--eval-samples", "8", "--no-tensorboard"]
+
+
+def test_every_recipe_has_its_costs() -> None:
+    assert sorted(DATA) == NAMES
+    assert {"biggan-schedule", "celeba64", "cifar10", "digits", "faces-cpu", "paper128", "small-dataset"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_settings_go_together(name: str) -> None:
+    check(read_recipe(RECIPES / f"{name}.txt"), processes=8 if name in ("paper128", "biggan-schedule") else 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_costs_are_those_of_the_networks(name: str) -> None:
+    """Without them written by hand: the lines in the file are what the script computes today."""
+    text = (RECIPES / f"{name}.txt").read_text(encoding="utf-8")
+    lines = list(estimate(read_recipe(RECIPES / f"{name}.txt"), DATA[name]))
+    assert recipe_costs.with_estimate(text, lines) == text
+    assert text.startswith("# ")
+    assert "# Source: " in text
+    assert "# Measured: " in text
+
+
+def test_operations_are_counted_as_by_hand() -> None:
+    """D sees 2 images for each one of the batch, forward and backward, then 1 for G; G draws each once and learns."""
+    config = read_recipe(RECIPES / "faces-cpu.txt")
+    one, other = (
+        recipe_costs.costs(config, data) for data in (DATA["faces-cpu"], DATA["faces-cpu"]._replace(images=1))
+    )
+    assert one.operations == other.operations
+    assert other.cache == 0
+    g, d = recipe_costs.build_networks(config, 3, 6)
+    weights = [sum(p.numel() for p in network.parameters()) for network in (g, d)]
+    assert one.gradients == 4 * sum(weights)
+    # Weights, average, gradient and Adam's two means of G, the same without an average of D, in float32.
+    assert one.state == 4 * (5 * weights[0] + 4 * weights[1])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, str]:
+    """Stand-ins of the right form: class folders, CelebA's size, a CIFAR archive, a small folder."""
+    rng = np.random.default_rng(0)
+
+    def image(path: Path, width: int, height: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+
+    for label in range(1000):  # ImageNet's number of classes
+        image(tmp_path / "imagenet" / f"n{label:08d}" / "0.png", 20, 16)
+    for number in range(6):
+        image(tmp_path / "celeba" / f"{number:06d}.png", 178, 218)
+        image(tmp_path / "small" / f"{number}.png", 70, 80)
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        records = b"".join(bytes([label]) + rng.bytes(3072) for label in range(10))
+        for name, content in (("data_batch_1.bin", records), ("batches.meta.txt", b"a b c d e f g h i j")):
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    imagenet, celeba = str(tmp_path / "imagenet"), str(tmp_path / "celeba")
+    small, cifar = str(tmp_path / "small"), str(tmp_path / "cifar-10-binary.tar.gz")
+    return {
+        "paper128": imagenet,
+        "biggan-schedule": imagenet,
+        "celeba64": celeba,
+        "small-dataset": small,
+        "cifar10": cifar,
+    }
+
+
+@pytest.mark.slow  # a training of each recipe, whose 128-pixel networks take seconds even when they are narrow
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_run(name: str, data: dict[str, str], tmp_path: Path) -> None:
+    given = ["--data", data[name]] if name in data else []
+    out = tmp_path / "run"
+    arguments = [f"@{RECIPES / name}.txt", *given, *SMALL, "--out", str(out), "--num-workers", "0"]
+    assert train_celeba.main(arguments) == 0
+    generator, card = open_generator(out)
+    assert generator.num_classes == (DATA[name].classes or None)
+    assert card["steps"] == 2

@@ -1,0 +1,176 @@
+"""The page of a run: every number and picture that the run left, in one file, from partial runs too."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import math
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+import report
+from report import chart, charts, curves, page, read_log, spread, ticks
+
+
+def line(step: int, **more: object) -> str:
+    values = {"step": step, "images": 4 * step, "loss_d": 1.0 + step, "loss_g": 2.0, "images_per_second": 9.5}
+    return json.dumps(values | {"gamma": {"G.attention.8": 0.1, "D.attention.8": -0.2}} | more) + "\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    run = tmp_path / "first <run>"
+    run.mkdir()
+    (run / "log.jsonl").write_text(line(10) + line(20, scores={"swd": 31.0}) + line(30) + '{"step": 40, "ima')
+    for step in (20, 30):
+        for kind in ("samples", "attention"):
+            Image.new("RGB", (8, 8), (step, 0, 0)).save(run / f"{kind}-{step:06d}.png")
+    return run
+
+
+class Outline(HTMLParser):
+    """Tags that are open, and the pictures' sources."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            self.images.append(dict(attributes)["src"] or "")
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None: ...
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read(html: str) -> Outline:
+    outline = Outline()
+    outline.feed(html)
+    assert outline.open == []
+    return outline
+
+
+def test_the_page_holds_curves_and_pictures_and_needs_nothing_else(folder, capsys):
+    assert report.main([str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "summary.html")
+    html = (folder / "summary.html").read_text()
+    outline = read(html)
+    pictures = [folder / f"{kind}-{step:06d}.png" for kind in ("samples", "attention") for step in (20, 30)]
+    embedded = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in outline.images]
+    assert embedded == [path.read_bytes() for path in pictures]
+    assert not re.search(r"(src|href)=\"(?!data:)|<script|url\(", html)
+    for text in ("first <run>", "step 30, 120 images", "D.attention.8 -0.2", "D 31", "G 2", "scores, swd", "step 20"):
+        assert text in outline.text, text
+    assert html.count("<svg") == 4  # losses, gammas, images per second, the one score
+
+
+def test_what_is_not_a_line_of_the_log_is_left_out(folder):
+    with open(folder / "log.jsonl", "ab") as file:
+        file.write(b"\nnull\n[1]\n\xff\xfe\n" + line(10**20).encode())
+    assert [entry["step"] for entry in read_log(folder / "log.jsonl")] == [10, 20, 30]
+
+
+def test_curves_have_every_number_at_its_step():
+    found = curves(json.loads(text) for text in (line(1), line(2, scores={"swd": 3}), line(5, loss_d=float("nan"))))
+    assert found["loss_d"] == [(1, 2.0), (2, 3.0)]  # a loss that is no number cannot be drawn
+    assert found["scores/swd"] == [(2, 3)]
+    assert found["gamma/G.attention.8"] == [(1, 0.1), (2, 0.1), (5, 0.1)]
+    assert not {"step", "images"} & set(found)
+    shown = charts(found | {"scores/fid": [(2, 9)], "sigma_G/a": [(2, 1)], "sigma_G/b": [(2, 2)]})
+    assert {title: list(lines) for title, lines in shown.items()} == {
+        "losses": ["D", "G"],
+        "images per second": ["images_per_second"],
+        "gammas of the attention layers": ["G.attention.8", "D.attention.8"],
+        "scores, swd": ["swd"],
+        "scores, fid": ["fid"],
+        "sigma G": ["a", "b"],
+    }
+
+
+def test_a_chart_puts_points_where_they_belong():
+    svg = ElementTree.fromstring(chart({"a": [(0, 0.0), (50, 10.0), (100, 5.0)], "b": [(100, 2.0)]}))
+    one, other = (
+        [tuple(map(float, p.split(","))) for p in line.get("points").split()] for line in svg.iter("polyline")
+    )
+    (x0, y0), (x1, y1), (x2, y2) = one
+    assert x0 < x1 < x2
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y1 < y2 < y0  # SVG counts downward
+    assert (y0 - y2) / (y0 - y1) == pytest.approx(0.5, abs=0.01)
+    assert other[0][0] == x2
+    assert (y0 - other[0][1]) / (y0 - y1) == pytest.approx(0.2, abs=0.01)
+    marks = {text.text: float(text.get("y")) for text in svg.iter("text") if text.get("text-anchor") == "end"}
+    assert marks["10"] - 4 == pytest.approx(y1, abs=0.11)
+    assert all(0 <= value <= report.HEIGHT for value in marks.values())
+
+
+@pytest.mark.parametrize("points", [[(5, 1.0)], [(5, 0.0), (6, 0.0)], [(0, 1e9), (1, -1e-9)]])
+def test_charts_of_little(points):
+    ElementTree.fromstring(chart({"a": points}))
+
+
+ABSURD = [math.nan, math.inf, 1e308, -1e308, 10**400, 9e299, -9e299, 5e-324, 1e-310, 1.0, 1 + 2**-52, 1e16, 1e16 + 2]
+
+
+@pytest.mark.parametrize("values", [*itertools.combinations(ABSURD, 1), *itertools.combinations(ABSURD, 2)])
+def test_absurd_numbers_are_drawn_or_left_out(values, tmp_path):
+    text = "".join(line(step, loss_d=value) for step, value in zip((2**53 - 1, 0), values, strict=False))
+    (tmp_path / "log.jsonl").write_text(text)
+    html = page(tmp_path)
+    assert read(html).open == []
+    (losses,) = (ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", html)[:1])
+    for curve in losses.iter("polyline"):
+        for point in curve.get("points").split():
+            x, y = map(float, point.split(","))
+            assert 0 <= x <= report.WIDTH
+            assert 0 <= y <= report.HEIGHT
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 10, [0, 2, 4, 6, 8, 10]), (-0.1, 0.42, [0, 0.2, 0.4]), (989, 1011, [990, 995, 1000, 1005, 1010])],
+)
+def test_ticks_are_round(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_first_and_last_of_many_pictures():
+    assert spread(range(5), 12) == [0, 1, 2, 3, 4]
+    chosen = spread(range(100), 12)
+    assert (len(chosen), chosen[0], chosen[-1]) == (12, 0, 99)
+    assert {b - a for a, b in pairwise(chosen)} == {9}
+
+
+@pytest.mark.parametrize(
+    ("removed", "text"), [("*.png", "None yet."), ("log.jsonl", "No line in the log yet."), ("attention*", "None yet.")]
+)
+def test_partial_runs(removed, text, folder):
+    for path in folder.glob(removed):
+        path.unlink()
+    assert text in read(page(folder)).text
+
+
+def test_errors_are_one_line(tmp_path):
+    for name, message in (("nowhere", "no such folder"), (".", "neither a log.jsonl nor images")):
+        with pytest.raises(SystemExit, match=message) as error:
+            report.main([str(tmp_path / name)])
+        assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match=r"^report\.py: .*required: folder"):
+        report.main([])
+    assert not list(tmp_path.iterdir())
