@@ -8,6 +8,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -120,9 +121,9 @@ def buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
-def assert_close(actual: object, expected: object) -> None:
-    """Equal but for the order of summation in float64."""
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+def assert_close(actual: object, expected: object, *, rtol: float = 1e-9, atol: float = 1e-10) -> None:
+    """Equal but for the order of summation, in float64 unless other tolerances are given."""
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def worst_norm(module: nn.Module) -> float:
@@ -134,19 +135,25 @@ def worst_norm(module: nn.Module) -> float:
 
 
 def assert_compiled_equals_eager(
-    subject: str, training: bool, compiler: Callable[[nn.Module], nn.Module], sizes: list[tuple[int, int]]
+    subject: str,
+    training: bool,
+    compiler: Callable[[nn.Module], nn.Module],
+    sizes: list[tuple[int, int]],
+    dtype: torch.dtype = torch.float64,
+    **tolerances: float,
 ) -> None:
     """In outputs, gradients and buffers, for steps of two passes before one backward."""
-    eager = build(subject).train(training)
+    eager = build(subject, dtype).train(training)
     plain = copy.deepcopy(eager)
     compiled = compiler(plain)
     for step in sizes:
-        batches = [inputs(subject, size) for size in step]
+        batches = [inputs(subject, size, dtype) for size in step]
         expected, actual = ([module(*batch) for batch in batches] for module in (eager, compiled))
-        assert_close(actual, expected)
+        assert_close(actual, expected, **tolerances)
         losses = (sum(score(y).sum() for y in outputs) for outputs in (expected, actual))
-        assert_close(*(gradients(module, loss) for module, loss in zip((eager, plain), losses, strict=True)))
-        assert_close(buffers(plain), buffers(eager))
+        expected, actual = (gradients(module, loss) for module, loss in zip((eager, plain), losses, strict=True))
+        assert_close(actual, expected, **tolerances)
+        assert_close(buffers(plain), buffers(eager), **tolerances)
 
 
 @pytest.mark.slow  # tracing takes seconds
@@ -179,7 +186,9 @@ def test_compile(subject: str, training: bool) -> None:
 @pytest.mark.parametrize("subject", ["official attention", "spectral norm", "discriminator"])
 def test_compile_with_inductor(subject: str) -> None:
     torch._dynamo.reset()
-    assert_compiled_equals_eager(subject, True, lambda m: torch.compile(m, fullgraph=True), [(2, 2)])
+    # In float32, since torch 2.5 writes C++ for softmax's backward in float64 that no compiler takes.
+    compiler = partial(torch.compile, fullgraph=True)
+    assert_compiled_equals_eager(subject, True, compiler, [(2, 2)], torch.float32, rtol=1e-4, atol=1e-5)
 
 
 @leaves_are_deprecated

@@ -165,8 +165,9 @@ class _DivideBySigma(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         weight, u, v, sigma = ctx.saved_tensors
-        if gradient.is_sparse:  # of nn.Embedding(sparse=True): the gradient through sigma reaches every row
-            gradient = gradient.to_dense()
+        # That of nn.Embedding(sparse=True) is sparse, and the gradient through sigma reaches every row; a dense one
+        # stays as it is. A branch on the layout would stop the compiler of torch 2.5.
+        gradient = gradient.to_dense()
         if torch.is_grad_enabled():  # somebody differentiates this backward, where sigma is a function of the weight
             sigma = (u.conj() * v * weight).sum()
         nonzero = sigma.abs() > ctx.eps
