@@ -5,12 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from itertools import count, islice
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+import training.workers
 from training.workers import decoded
 
 
@@ -29,13 +33,12 @@ class Numbers(Dataset[torch.Tensor]):
         return torch.tensor(index)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_to_the_whole_group_are_ignored(number):
+def check_that_signals_to_the_whole_group_are_ignored(number: int) -> None:
     images = decoded(Numbers(number), count(), workers=1)
     assert [next(images).item() for _ in range(10)] == list(range(10))
 
 
-def test_one_sigterm_of_the_parent_ends_a_worker():
+def check_that_one_sigterm_of_the_parent_ends_a_worker() -> None:
     images = decoded(Numbers(signal.SIGTERM), count(), workers=2)
     assert next(images).item() == 0
     workers = multiprocessing.active_children()
@@ -45,6 +48,24 @@ def test_one_sigterm_of_the_parent_ends_a_worker():
     for worker in workers:
         worker.join(timeout=60)
     assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def in_a_process_of_its_own(check: str) -> None:
+    """As the trainer runs: a worker inherits whatever the process has, and this one has what other tests have left."""
+    paths = [str(Path(__file__).parent), str(Path(training.workers.__file__).parents[1])]
+    code = f"import sys; sys.path[:0] = {paths}; import test_workers; test_workers.{check}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.slow  # starts a process
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_the_whole_group_are_ignored(number):
+    in_a_process_of_its_own(f"check_that_signals_to_the_whole_group_are_ignored({int(number)})")
+
+
+@pytest.mark.slow  # starts a process
+def test_one_sigterm_of_the_parent_ends_a_worker():
+    in_a_process_of_its_own("check_that_one_sigterm_of_the_parent_ends_a_worker()")
 
 
 def test_a_source_that_fails_is_one_line():
