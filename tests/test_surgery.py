@@ -133,13 +133,13 @@ class Example(NamedTuple):
     shape: tuple[int, ...]
 
 
-# Attention sees 64×64 positions at most: whole maps of 128×128 take a gigabyte per sample.
+# Attention sees 32×32 positions at most: whole maps of 128×128 take a gigabyte per sample.
 MODELS = {
     "residual generator": Example(
         residual_generator, ["model.9", "model.12", "model.18", "model.10.conv_block"], (3, 32, 32)
     ),
     "patch discriminator": Example(patch_discriminator, ["model.4", "model.7", "model.10"], (3, 32, 32)),
-    "dcgan generator": Example(dcgan_generator, ["model.0", "model.1", "model.5"], (3, 16, 16)),
+    "dcgan generator": Example(dcgan_generator, ["model.0", "model.1", "model.5"], (3, 8, 8)),
     "unet": Example(
         unet,
         ["model.0", "model.1.model.0", "model.1.model.3.model.3", "model.1.model.3", "model.1.model.4"],
