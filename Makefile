@@ -53,19 +53,22 @@ docs: $(VENV)/.stamp-dev ## build the documentation into docs/_build/html, warni
 	@$(BIN)/sphinx-build -q -E -n -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/ and check them
+package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/, check them and the wheel's public types
 	@echo "==> package"
 	@rm -rf dist
 	@$(BIN)/python -m build --outdir dist . > dist.log 2>&1 || { cat dist.log; rm -f dist.log; exit 1; }
 	@rm -f dist.log
 	@$(BIN)/twine check --strict dist/*
+	@rm -rf build/wheel
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target build/wheel dist/*.whl
+	@$(BIN)/python .ci/verify_types.py build/wheel
 
 coverage: $(VENV)/.stamp-dev
 	@echo "==> tests and docstring examples, with line coverage"
 	@$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
 
 clean: ## remove what the targets above made, except .venv and runs
-	rm -rf dist docs/_build .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@echo "==> set up: $(VENV), with $$($(PYTHON) --version)"

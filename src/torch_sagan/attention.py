@@ -97,11 +97,11 @@ class SelfAttention2d(nn.Module):
 
         self.channels = channels
         self.pool = pool
-        self.query = projection(channels, qk_channels)
-        self.key = projection(channels, qk_channels)
-        self.value = projection(channels, value_channels)
-        self.out = projection(value_channels, channels) if out_projection else nn.Identity()
-        self.gamma = nn.Parameter(torch.zeros(1))
+        self.query: nn.Module = projection(channels, qk_channels)
+        self.key: nn.Module = projection(channels, qk_channels)
+        self.value: nn.Module = projection(channels, value_channels)
+        self.out: nn.Module = projection(value_channels, channels) if out_projection else nn.Identity()
+        self.gamma: nn.Parameter = nn.Parameter(torch.zeros(1))
 
     @classmethod
     def paper(cls, channels: int) -> SelfAttention2d:

@@ -59,9 +59,9 @@ class UpBlock(nn.Module):
         padding: int = 1,
     ) -> None:
         super().__init__()
-        self.conv = normalize(nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride, padding))
-        self.norm = _batch_norm(out_channels, num_classes)
-        self.activation = nn.ReLU()
+        self.conv: nn.Module = normalize(nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride, padding))
+        self.norm: nn.Module = _batch_norm(out_channels, num_classes)
+        self.activation: nn.Module = nn.ReLU()
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         y: Tensor = self.activation(_normalize(self.norm, self.conv(x), labels))  # (B, out, 2H, 2W)
@@ -73,8 +73,8 @@ class DownBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, normalize: Normalizer) -> None:
         super().__init__()
-        self.conv = normalize(nn.Conv2d(in_channels, out_channels, kernel_size=4, stride=2, padding=1))
-        self.activation = nn.LeakyReLU(0.1)
+        self.conv: nn.Module = normalize(nn.Conv2d(in_channels, out_channels, kernel_size=4, stride=2, padding=1))
+        self.activation: nn.Module = nn.LeakyReLU(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.activation(self.conv(x))  # (B, out, H/2, W/2)
@@ -86,7 +86,7 @@ class DCGANHead(nn.Module):
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, 1, kernel_size=size)
+        self.conv: nn.Module = nn.Conv2d(channels, 1, kernel_size=size)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         logits: Tensor = self.conv(x).flatten()  # (B,)
@@ -101,7 +101,7 @@ class FlattenHead(nn.Module):
 
     def __init__(self, channels: int, size: int, num_classes: int, normalize: Normalizer) -> None:
         super().__init__()
-        self.projection = ProjectionHead(channels * size * size, num_classes, spectral_norm=normalize)
+        self.projection: ProjectionHead = ProjectionHead(channels * size * size, num_classes, spectral_norm=normalize)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         logits: Tensor = self.projection(x.flatten(1), labels)  # (B,)
@@ -116,8 +116,8 @@ class LatentBlock(nn.Module):
 
     def __init__(self, z_dim: int, out_channels: int, size: int, normalize: Normalizer) -> None:
         super().__init__()
-        self.shape = (out_channels, size, size)
-        self.linear = normalize(_xavier(nn.Linear(z_dim, out_channels * size * size)))
+        self.shape: tuple[int, int, int] = (out_channels, size, size)
+        self.linear: nn.Module = normalize(_xavier(nn.Linear(z_dim, out_channels * size * size)))
 
     def forward(self, z: Tensor, labels: Tensor | None) -> Tensor:
         x: Tensor = self.linear(z.flatten(1))  # (B, out · size²)
@@ -129,11 +129,11 @@ class ResidualUpBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, num_classes: int | None, normalize: Normalizer) -> None:
         super().__init__()
-        self.norm1 = _batch_norm(in_channels, num_classes)
-        self.conv1 = normalize(_conv3x3(in_channels, out_channels))
-        self.norm2 = _batch_norm(out_channels, num_classes)
-        self.conv2 = normalize(_conv3x3(out_channels, out_channels))
-        self.shortcut = normalize(_conv1x1(in_channels, out_channels))
+        self.norm1: nn.Module = _batch_norm(in_channels, num_classes)
+        self.conv1: nn.Module = normalize(_conv3x3(in_channels, out_channels))
+        self.norm2: nn.Module = _batch_norm(out_channels, num_classes)
+        self.conv2: nn.Module = normalize(_conv3x3(out_channels, out_channels))
+        self.shortcut: nn.Module = normalize(_conv1x1(in_channels, out_channels))
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         y = _double(F.relu(_normalize(self.norm1, x, labels)))  # (B, in, 2H, 2W)
@@ -148,9 +148,9 @@ class ResidualDownBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, normalize: Normalizer) -> None:
         super().__init__()
-        self.conv1 = normalize(_conv3x3(in_channels, out_channels))
-        self.conv2 = normalize(_conv3x3(out_channels, out_channels))
-        self.shortcut = normalize(_conv1x1(in_channels, out_channels))
+        self.conv1: nn.Module = normalize(_conv3x3(in_channels, out_channels))
+        self.conv2: nn.Module = normalize(_conv3x3(out_channels, out_channels))
+        self.shortcut: nn.Module = normalize(_conv1x1(in_channels, out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.avg_pool2d(self.conv2(F.relu(self.conv1(F.relu(x)))), 2)  # (B, out, H/2, W/2)
@@ -174,9 +174,9 @@ class ResidualHead(nn.Module):
 
     def __init__(self, channels: int, num_classes: int | None, normalize: Normalizer) -> None:
         super().__init__()
-        self.conv1 = normalize(_conv3x3(channels, channels))
-        self.conv2 = normalize(_conv3x3(channels, channels))
-        self.projection = ProjectionHead(channels, num_classes, spectral_norm=normalize)
+        self.conv1: nn.Module = normalize(_conv3x3(channels, channels))
+        self.conv2: nn.Module = normalize(_conv3x3(channels, channels))
+        self.projection: ProjectionHead = ProjectionHead(channels, num_classes, spectral_norm=normalize)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         x = x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, H, W)

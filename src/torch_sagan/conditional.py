@@ -47,9 +47,9 @@ class ConditionalBatchNorm2d(nn.Module):
     def __init__(self, channels: int, num_classes: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         at_least_one(channels=channels, num_classes=num_classes)
-        self.norm = nn.BatchNorm2d(channels, eps=eps, momentum=momentum, affine=False)
-        self.gamma = nn.Parameter(torch.ones(num_classes, channels))
-        self.beta = nn.Parameter(torch.zeros(num_classes, channels))
+        self.norm: nn.BatchNorm2d = nn.BatchNorm2d(channels, eps=eps, momentum=momentum, affine=False)
+        self.gamma: nn.Parameter = nn.Parameter(torch.ones(num_classes, channels))
+        self.beta: nn.Parameter = nn.Parameter(torch.zeros(num_classes, channels))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         check_labels(labels, len(self.gamma), x.shape[0])
@@ -96,12 +96,12 @@ class ProjectionHead(nn.Module):
         linear = nn.Linear(channels, 1)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
-        self.linear = normalize(linear)
+        self.linear: nn.Module = normalize(linear)
         self.num_classes = num_classes
         if num_classes is not None:
             embedding = nn.Embedding(num_classes, channels)
             nn.init.xavier_uniform_(embedding.weight)
-            self.embedding = normalize(embedding)
+            self.embedding: nn.Module = normalize(embedding)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         check_labels(labels, self.num_classes, features.shape[0])

@@ -119,17 +119,17 @@ class SAGANDiscriminator(nn.Module):
             default_resolutions = [max(size for size in sizes if size <= 32)]
             default_attention = partial(normalized_attention, normalize=normalize)
 
-        self.image_shape = (image_channels, image_size, image_size)
+        self.image_shape: tuple[int, int, int] = (image_channels, image_size, image_size)
         self.num_classes = num_classes
         self.sizes = sizes
-        self.blocks = nn.ModuleList(blocks)
-        self.attention = attention_layers(
+        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
+        self.attention: nn.ModuleDict = attention_layers(
             default_resolutions if attention_resolutions is None else attention_resolutions,
             sizes,
             widths,
             attention or default_attention,
         )
-        self.to_logit = head
+        self.to_logit: nn.Module = head
 
     @overload
     def forward(

@@ -124,15 +124,15 @@ class SAGANGenerator(nn.Module):
         self.z_dim = z_dim
         self.num_classes = num_classes
         self.sizes = sizes
-        self.blocks = nn.ModuleList(blocks)
-        self.attention = attention_layers(
+        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
+        self.attention: nn.ModuleDict = attention_layers(
             default_resolutions if attention_resolutions is None else attention_resolutions,
             sizes,
             widths,
             attention or default_attention,
         )
-        self.to_image = last
-        self.output_activation = output_activation()
+        self.to_image: nn.Module = last
+        self.output_activation: nn.Module = output_activation()
 
     @overload
     def forward(

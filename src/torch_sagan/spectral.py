@@ -82,7 +82,7 @@ class SpectralNorm(nn.Module):
         if not -weight.ndim <= dim < weight.ndim:
             raise ValueError(f"a weight of shape {tuple(weight.shape)} has no dimension {dim}")
         self.n_power_iterations = n_power_iterations
-        self.dim = dim % weight.ndim
+        self.dim: int = dim % weight.ndim
         self.eps = eps
         if weight.ndim > 1:
             h, w = _matrix(weight, self.dim).shape
