@@ -183,7 +183,7 @@ def score(
     args: argparse.Namespace, generator: SAGANGenerator, card: Card, classes: list[int], device: torch.device
 ) -> Card:
     """Scores of the generator against `--score DATA`."""
-    own = "own" if classes and args.score in ("faces", "digits") else "none"
+    own = "own" if classes and args.score.partition(":")[0] in ("faces", "digits") else "none"
     try:
         data = open_data(
             args.score,

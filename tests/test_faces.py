@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from training import faces
+from training.data import open_data
 
 PALETTES = [faces.EYES, faces.EARRINGS, faces.BANDS]
 
@@ -69,3 +70,16 @@ def test_small_faces_are_large_faces_seen_from_afar():
     small, large = (faces.render(people, size).astype(float) for size in (32, 128))
     averaged = large.reshape(20, 3, 32, 4, 32, 4).mean((3, 5))
     assert np.abs(small - averaged).mean() < 3
+
+
+def test_a_range_of_faces_is_data():
+    every, few, later = (open_data(data, size=16, classes="own") for data in ("faces", "faces:200", "faces:100-300"))
+    assert (few.images == every.images[:200]).all()
+    assert (later.images == every.images[100:300]).all()
+    assert (later.labels.numbers == every.labels.numbers[100:300]).all()
+
+
+@pytest.mark.parametrize("data", ["faces:", "faces:0", "faces:5-5", "faces:-5", "faces:many", "faces:1-2-3"])
+def test_a_range_without_faces_is_one_line(data):
+    with pytest.raises(ValueError, match=f"--data {data}: expected faces, faces:200"):
+        open_data(data, size=16)

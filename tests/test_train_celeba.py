@@ -366,7 +366,15 @@ def test_a_dry_run_uses_the_cache_of_the_run(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "out"),
-    [("faces", "faces"), ("~/celeba.zip", "celeba"), (".", "here"), ("..", "above"), ("/", "images"), ("a/..", "here")],
+    [
+        ("faces", "faces"),
+        ("faces:200", "faces-200"),
+        ("~/celeba.zip", "celeba"),
+        (".", "here"),
+        ("..", "above"),
+        ("/", "images"),
+        ("a/..", "here"),
+    ],
 )
 def test_the_folder_is_named_after_the_data(data, out, tmp_path, monkeypatch):
     (tmp_path / "above" / "here").mkdir(parents=True)

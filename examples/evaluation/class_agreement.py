@@ -69,6 +69,7 @@ def _pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def class_agreement(name: str, data: DataSource) -> ClassAgreement | None:
     """A classifier for the built-in data set of this name, on which pixels alone tell the class; None for others."""
-    if name not in CLASSIFIERS or data.labels is None or not isinstance(data, ArrayDataset):
+    kind = name.partition(":")[0]  # faces:200 are faces
+    if kind not in CLASSIFIERS or data.labels is None or not isinstance(data, ArrayDataset):
         return None
-    return ClassAgreement(CLASSIFIERS[name](), data.images, data.labels.numbers)
+    return ClassAgreement(CLASSIFIERS[kind](), data.images, data.labels.numbers)

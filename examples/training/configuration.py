@@ -17,7 +17,7 @@ from training.objectives import DEFAULT_WEIGHT, LOSSES
 class Config:
     """All settings of the trainer. The text of each is its comment here and its help on the command line."""
 
-    data: str = option("faces", "data", "faces, digits, an image folder or zip, MNIST's folder, or CIFAR-10's .tar.gz")
+    data: str = option("faces", "data", "faces, faces:200, digits, an image folder or zip, MNIST's or CIFAR-10's files")
     classes: str = option("none", "data", "none, own (folders, digits, hair …) or attributes:Smiling,Male", fixed=True)
     attributes: str = option("", "data", "CelebA's list_attr_celeba.txt (default: the one in or beside --data)")
     image_size: int = option(64, "data", "width and height, pixels: 4 to 7 doubled several times", fixed=True)
@@ -124,4 +124,5 @@ def _check_penalty(config: Config) -> None:
 def default_out(data: str) -> str:
     """The folder of a run that is not given one."""
     name = Path(os.path.abspath(data)).name.removesuffix(".zip").removesuffix(".tar.gz")  # of . and .. too
+    name = name.replace(":", "-")  # of faces:200, since not every disk takes a colon
     return f"runs/{name or 'images'}"

@@ -7,6 +7,7 @@ seed alone, not on how many processes decode.
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -114,8 +115,8 @@ def open_data(
     if classes not in ("none", "own") and not (named and all(named)):
         raise ValueError(f"--classes {classes}: expected none, own, or {ATTRIBUTES} and names such as Smiling,Male")
     root = Path(data)
-    if data == "faces":
-        source: DataSource = procedural_faces(size)
+    if numbers := face_numbers(data):
+        source: DataSource = procedural_faces(size, len(numbers), first=numbers.start)
     elif data == "digits":
         source = digits(size)
     elif is_cifar10(root):
@@ -133,6 +134,18 @@ def open_data(
     else:
         check_classes(source.labels, f"--classes {classes}")
     return source
+
+
+def face_numbers(data: str) -> range | None:
+    """The numbers of the procedural faces that `--data` names: faces, faces:200 (the first 200), faces:5000-7000."""
+    name, colon, numbers = data.partition(":")
+    if name != "faces" or not colon:
+        return range(FACES) if data == "faces" else None
+    parts = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})", numbers)
+    chosen = range(int(parts[1] or 0), int(parts[2])) if parts else range(0)
+    if not chosen:
+        raise ValueError(f"--data {data}: expected faces, faces:200 (the first 200) or faces:5000-7000")
+    return chosen
 
 
 def procedural_faces(size: int, count: int = FACES, *, first: int = 0) -> ArrayDataset:
