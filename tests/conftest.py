@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import training.threads  # noqa: F401  before torch  # isort: skip
+
+if sys.platform != "win32":
+    import resource
 
 import hypothesis
 import numpy as np
@@ -57,7 +59,9 @@ def _at_most_two_gibibytes() -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has had in memory."""
+    """The most bytes that this process has had in memory; 0 on Windows, where Python cannot ask."""
+    if sys.platform == "win32":
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -300,7 +301,7 @@ def test_importing_loads_torch_and_nothing_else() -> None:
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(new - set(sys.stdlib_module_names)), 'torchvision' in sys.modules)"
     )
-    environment = {"PYTHONPATH": str(PACKAGE.parent)}
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     result = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:torch_sagan", "-c", code],
         capture_output=True,
@@ -315,7 +316,7 @@ def test_importing_loads_torch_and_nothing_else() -> None:
 
 def test_importing_leaves_the_random_state_alone() -> None:
     code = "import torch; s = torch.get_rng_state(); import torch_sagan; assert torch.equal(s, torch.get_rng_state())"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(PACKAGE.parent)})
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)})
 
 
 def test_this_interpreter_has_the_torch_that_is_asked_for() -> None:
