@@ -22,11 +22,11 @@ PACKAGE = Path(torch_sagan.__file__).parent
 
 # From the bottom up. Imports run downwards only; modules of one layer never import each other.
 LAYERS = [
-    {"arguments", "memory_efficient"},
-    {"functional"},
+    {"arguments", "inserted", "legacy_spectral_norm", "memory_efficient", "modes"},
+    {"functional", "layer_selection"},
     {"attention", "spectral", "losses"},
-    {"conditional", "recalibration", "visualization"},
-    {"blocks", "explorer"},
+    {"conditional", "spectral_models", "visualization"},
+    {"blocks", "explorer", "recalibration"},
     {"generator", "discriminator", "surgery"},
     {"checkpoints"},
     {"__init__"},

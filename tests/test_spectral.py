@@ -720,7 +720,7 @@ def test_removing_what_is_not_there() -> None:
 def test_a_weight_that_is_computed() -> None:
     """Pruning keeps the parameter under another name; dividing what is computed from it would last one forward pass."""
     layer = prune.random_unstructured(nn.Linear(3, 4), "weight", amount=2)
-    with pytest.raises(ValueError, match="'weight' of Linear is no parameter"):
+    with pytest.raises(ValueError, match="'weight' of Linear is not a parameter"):
         spectral_norm(layer)
 
 
@@ -875,6 +875,14 @@ def test_an_inserted_layer_is_not_below_the_module_it_follows() -> None:
         ({"exclude": [first, second]}, own),
     ]:
         assert set(spectral_norms(apply_spectral_norm(inserted(), **arguments))) == expected, arguments
+
+
+def test_a_child_that_only_has_the_name_of_an_inserted_layer() -> None:
+    """A model of one's own may call a child so; it is below its container like any other."""
+    block = nn.Sequential(nn.Conv2d(3, 8, 3))
+    block.add_module("inserted_attention", nn.Conv2d(8, 8, 1))
+    network = apply_spectral_norm(nn.Sequential(block, nn.Linear(2, 2)), include="0")
+    assert set(spectral_norms(network)) == {"0.0.weight", "0.inserted_attention.weight"}
 
 
 def test_subclasses_of_layers() -> None:
@@ -1085,14 +1093,14 @@ def with_integers() -> nn.Module:
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], dict[str, object], type[Exception], str]] = {
     "no layers": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), {}, ValueError, "Sequential has no convolution"),
-    "a name that is not there": (model, {"include": "2.1"}, ValueError, r"include: '2\.1' takes no .*nearest: '2\.0'"),
-    "one of several": (model, {"exclude": ["0", "5"]}, ValueError, "exclude: '5' takes no .* of Sequential; nearest: "),
-    "a name of another module": (model, {"exclude": "1"}, ValueError, "exclude: '1' takes no convolution"),
-    "a pattern": (model, {"exclude": "features.*"}, ValueError, r"exclude: 'features\.\*' takes no"),
-    "the empty name": (model, {"include": ""}, ValueError, "include: '' takes no"),
-    "the name of a weight": (model, {"include": "0.weight"}, ValueError, r"'0\.weight' takes no .*nearest: .*'0'"),
+    "a name that is not there": (model, {"include": "2.1"}, ValueError, r"include: '2\.1' matches .*nearest: '2\.0'"),
+    "one of several": (model, {"exclude": ["0", "5"]}, ValueError, "exclude: '5' matches .* of Sequential; nearest: "),
+    "a name of another module": (model, {"exclude": "1"}, ValueError, "exclude: '1' matches no convolution"),
+    "a pattern": (model, {"exclude": "features.*"}, ValueError, r"exclude: 'features\.\*' matches no"),
+    "the empty name": (model, {"include": ""}, ValueError, "include: '' matches no"),
+    "the name of a weight": (model, {"include": "0.weight"}, ValueError, r"'0\.weight' matches no .*nearest: .*'0'"),
     "no names": (model, {"include": []}, ValueError, "leave none of the 3 layers of Sequential"),
-    "a function that takes none": (model, {"include": lambda *_: False}, ValueError, "leave none of the 3 layers"),
+    "a function that matches none": (model, {"include": lambda *_: False}, ValueError, "leave none of the 3 layers"),
     "all excluded": (model, {"exclude": "*"}, ValueError, "leave none of the 3 layers of Sequential to normalise"),
     "a class": (model, {"exclude": nn.Linear}, TypeError, "exclude takes dotted names, or a function .* got type"),
     "a number": (model, {"exclude": 4}, TypeError, "got int"),
@@ -1101,7 +1109,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], dict[str, object], type[Exceptio
     "iterations": (model, {"n_power_iterations": 0}, ValueError, "^n_power_iterations must be at least 1, got 0"),
     "implementation": (model, {"implementation": "jax"}, ValueError, "^implementation must be .*'jax'"),
     "a lazy layer": (with_lazy, {}, ValueError, r"^1\.0: .*LazyConv2d has no shape yet.*exclude='1\.0'"),
-    "a pruned layer": (with_pruned, {}, ValueError, "^1: 'weight' of Linear is no parameter.*exclude='1'"),
+    "a pruned layer": (with_pruned, {}, ValueError, "^1: 'weight' of Linear is not a parameter.*exclude='1'"),
     "a weight of integers": (with_integers, {}, TypeError, r"^1: expected .*floating-point.*int8.*exclude='1'"),
 }  # fmt: skip
 

@@ -2,11 +2,12 @@
 
 from torch_sagan import functional
 from torch_sagan.attention import AttentionRecord, SelfAttention2d
-from torch_sagan.checkpoints import convert_legacy_spectral_norm, load_reference_state_dict
+from torch_sagan.checkpoints import load_reference_state_dict
 from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
 from torch_sagan.discriminator import SAGANDiscriminator
 from torch_sagan.explorer import AttentionExplorer, explore_attention
 from torch_sagan.generator import SAGANGenerator
+from torch_sagan.legacy_spectral_norm import convert_legacy_spectral_norm
 from torch_sagan.losses import (
     gradient_penalty,
     hinge_discriminator_loss,
@@ -18,12 +19,11 @@ from torch_sagan.losses import (
     zero_centered_gradient_penalty,
 )
 from torch_sagan.recalibration import recalibrate
-from torch_sagan.spectral import (
-    SpectralNorm,
+from torch_sagan.spectral import SpectralNorm, spectral_norm
+from torch_sagan.spectral_models import (
     apply_spectral_norm,
     remove_spectral_norm,
     reset_power_iteration,
-    spectral_norm,
     spectral_norms,
 )
 from torch_sagan.surgery import insert_self_attention, record_attention, remove_self_attention

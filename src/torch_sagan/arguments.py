@@ -1,12 +1,15 @@
-"""Checks of arguments that several rooms make."""
+"""Checks of arguments that several modules make."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["at_least_one", "check_labels", "one_of"]
+__all__ = ["at_least_one", "check_labels", "nearest_names", "one_of"]
 
 
 def at_least_one(**sizes: int) -> None:
@@ -21,6 +24,11 @@ def one_of(choices: tuple[str, ...], **values: str) -> None:
     for name, value in values.items():
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def nearest_names(name: str, names: Iterable[str]) -> str:
+    """The names that come closest to one that does not exist, as an error lists them."""
+    return ", ".join(map(repr, difflib.get_close_matches(name, names, cutoff=0)))
 
 
 def check_labels(labels: object, num_classes: int | None, batch: int, *, on_device: bool = False) -> None:

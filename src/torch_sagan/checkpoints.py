@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from itertools import groupby
@@ -18,10 +17,7 @@ from torch_sagan.blocks import FirstResidualDownBlock, LatentBlock
 from torch_sagan.discriminator import SAGANDiscriminator
 from torch_sagan.generator import SAGANGenerator
 
-__all__ = ["convert_legacy_spectral_norm", "load_reference_state_dict"]
-
-# PyTorch's older hook -> its parametrization, within the name of a weight.
-LEGACY = {"_orig": "original", "_u": "0._u", "_v": "0._v"}
+__all__ = ["load_reference_state_dict"]
 
 # Our names -> theirs: parts of a name, replaced one after the other.
 REFERENCE = {
@@ -194,55 +190,6 @@ def load_reference_state_dict(
         if channel_order != "rgb":
             _reverse_channels(model, converted)
     model.load_state_dict({ours: value.view_as(targets[ours]) for ours, value in converted.items()})
-
-
-def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename what the older :func:`torch.nn.utils.spectral_norm` saves to the keys of :func:`spectral_norm`.
-
-    =================  =======================================
-    its key            key here
-    =================  =======================================
-    ``X.weight_orig``  ``X.parametrizations.weight.original``
-    ``X.weight_u``     ``X.parametrizations.weight.0._u``
-    ``X.weight_v``     ``X.parametrizations.weight.0._v``
-    =================  =======================================
-
-    So for any module path X, with a ``module.`` before it or none, and for weights of any name. All other entries and
-    their order stay. The outputs in evaluation are the same.
-
-    Args:
-        state_dict: the state dict of a model, or of its wrapper; it is left as it is.
-
-    Returns:
-        A new state dict with the same tensors.
-
-    Raises:
-        ValueError: when there is a ``weight_u`` and no ``weight_v``, as in the first form that PyTorch saved.
-        TypeError: when it is no state dict, but a model or a file's name.
-
-    >>> from torch.nn.utils import spectral_norm as legacy
-    >>> sorted(convert_legacy_spectral_norm(legacy(nn.Linear(2, 2, bias=False)).state_dict()))
-    ['parametrizations.weight.0._u', 'parametrizations.weight.0._v', 'parametrizations.weight.original']
-    """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"expected a state dict, got {type(state_dict).__name__}")
-    names = [key.removesuffix("_orig") for key in state_dict if key.endswith("_orig")]
-    names = [name for name in names if f"{name}_u" in state_dict]  # pruning has keys in _orig too
-    without_v = [f"{name}_v" for name in names if f"{name}_v" not in state_dict]
-    if without_v:
-        raise ValueError(
-            f"missing: {', '.join(without_v)}. PyTorch derives it when such a state dict is loaded into a model with "
-            "torch.nn.utils.spectral_norm: do so, and convert that model's state dict"
-        )
-    renamed: dict[str, str] = {}
-    for name in names:
-        path, dot, weight = name.rpartition(".")
-        prefix = f"{path}{dot}parametrizations.{weight}"
-        renamed |= {f"{name}{theirs}": f"{prefix}.{ours}" for theirs, ours in LEGACY.items()}
-    converted = copy.copy(state_dict)  # with the versions of the modules, which PyTorch keeps in an attribute
-    converted.clear()
-    converted.update({renamed.get(key, key): value for key, value in state_dict.items()})
-    return converted
 
 
 def _is_residual(model: nn.Module) -> TypeGuard[SAGANGenerator | SAGANDiscriminator]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torch_sagan.spectral import align_power_iteration
+from torch_sagan.modes import evaluation_mode
+from torch_sagan.spectral_models import align_power_iteration
 
 __all__ = ["recalibrate"]
 
@@ -46,6 +47,7 @@ def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None
     >>> generator = SAGANGenerator(16)  # with averaged weights
     >>> generator = recalibrate(generator, [torch.randn(64, 128) for _ in range(16)])
     """
+    # The base class, without a public name: synchronised batch norms outside of PyTorch derive from it too.
     norms = {
         path: module
         for path, module in model.named_modules()
@@ -59,19 +61,18 @@ def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None
     if inputs is not None and not norms:
         raise ValueError(f"{kind} has no batch norm with running statistics: leave inputs out")
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms.values()]
     try:
         align_power_iteration(model)
-        model.eval()
-        for norm in norms.values():
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over batches, instead of a moving average
-            norm.train()
-        batches = 0
-        for batch in inputs or ():
-            model(batch) if isinstance(batch, Tensor) else model(*batch)
-            batches += 1
+        with evaluation_mode(model):
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean over batches, instead of a moving average
+                norm.training = True
+            batches = 0
+            for batch in inputs or ():
+                model(batch) if isinstance(batch, Tensor) else model(*batch)
+                batches += 1
         if norms and not batches:
             raise ValueError("inputs holds no batch")
         for path, norm in norms.items():
@@ -84,6 +85,4 @@ def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None
     finally:
         for norm, momentum in momenta:
             norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
     return model

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from torch_sagan.attention import AttentionRecord, SelfAttention2d
+from torch_sagan.inserted import MARK, NAME
 
 __all__ = ["insert_self_attention", "record_attention", "remove_self_attention"]
 
 M = TypeVar("M", bound=nn.Module)
-
-NAME = "inserted_attention"  # of the layer, as a child of the module that it follows
-MARK = "_is_inserted_attention"  # an attribute of the layer, since models may have children of that name themselves
 
 
 def insert_self_attention(

@@ -1,0 +1,267 @@
+"""Spectral normalisation of whole models: apply it, remove it, measure it, start its power iteration anew."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from torch_sagan import functional
+from torch_sagan.arguments import at_least_one, one_of
+from torch_sagan.layer_selection import Layers, select_layers
+from torch_sagan.legacy_spectral_norm import LegacySpectralNorm, legacy_hooks, remove_legacy_hook
+from torch_sagan.modes import evaluation_mode
+from torch_sagan.spectral import Norm, SpectralNorm, find_norm, make_norm, unfold
+
+__all__ = [
+    "align_power_iteration",
+    "apply_spectral_norm",
+    "remove_spectral_norm",
+    "reset_power_iteration",
+    "spectral_norms",
+]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def apply_spectral_norm(
+    model: M,
+    *,
+    include: Layers | None = None,
+    exclude: Layers | None = None,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    implementation: Literal["sagan", "torch"] = "sagan",
+) -> M:
+    """Normalise the weight of every convolution (transposed too), linear layer and embedding of a model, in place.
+
+    Subclasses of these are included; other modules (recurrent ones, norms, the input projection of
+    ``nn.MultiheadAttention``) are not. Weights that are normalised already, by this library, by PyTorch's
+    parametrization or by its older hook, are left alone, and a warning names them unless ``exclude`` does.
+
+    Args:
+        model: the model, or a single layer.
+        include: the layers to normalise. Default: all. Either dotted names, in which ``*``, ``?`` and ``[...]`` are
+            wildcards (``*`` runs over dots too) and the name of a container takes everything below it; or a function
+            of the dotted name and the layer. A layer that is reached by several names is taken by any of them.
+            Attention that was inserted after a module is beside it, not below it.
+        exclude: the layers to leave out of these, in the same way.
+        n_power_iterations: as in :func:`spectral_norm`.
+        eps: as in :func:`spectral_norm`.
+        implementation: as in :func:`spectral_norm`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: when there is no layer to normalise, a name takes none (the nearest are listed), or a weight has no
+            shape yet, is computed by a hook, or is tied to another. The model is then as it was.
+        TypeError: when ``include`` or ``exclude`` is neither names nor a function, or a weight is of integers.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(1))
+    >>> model = apply_spectral_norm(model, exclude="4")
+    >>> list(spectral_norms(model))
+    ['0.weight', '2.weight']
+    """
+    one_of(("sagan", "torch"), implementation=implementation)
+    at_least_one(n_power_iterations=n_power_iterations)
+    layers = select_layers(model, include, exclude)
+    done = [path for path, layer in layers.items() if find_norm(layer, "weight") is not None]
+    new = {path: layer for path, layer in layers.items() if path not in done}
+    _check_untied(model, new)
+    # Made first and registered afterwards, so that an error leaves the model as it was.
+    norms = []
+    for path, layer in new.items():
+        try:
+            norms.append(make_norm(layer, "weight", n_power_iterations, eps, None, implementation))
+        except (TypeError, ValueError) as error:
+            if not path:
+                raise
+            raise type(error)(f"{path}: {error} (exclude={path!r} leaves it out)") from error
+    if done:
+        warnings.warn(
+            f"spectrally normalised already, and left alone: {', '.join(map(repr, done))} (named in exclude, they are "
+            "left alone without this warning)",
+            stacklevel=2,
+        )
+    for layer, norm in zip(new.values(), norms, strict=True):
+        parametrize.register_parametrization(layer, "weight", norm)
+    return model
+
+
+def remove_spectral_norm(model: M, name: str | None = None) -> M:
+    """Undo spectral normalisation in a layer or a whole model: the weights of its evaluation stay, to the bit.
+
+    Those of :func:`spectral_norm` (either implementation) and of the older :func:`torch.nn.utils.spectral_norm`. Each
+    becomes a plain parameter again, the same object that an optimiser holds already.
+
+    Args:
+        model: a layer or a model.
+        name: only weights of this name. Default: all.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: when nothing is spectrally normalised, or a weight carries other parametrizations as well (removing
+            one of several is not possible in PyTorch). The model is then as it was.
+    """
+    found = [weight for weight in _normalized_weights(model) if name in (None, weight.name)]
+    if not found:
+        what = "weight" if name is None else repr(name)
+        raise ValueError(f"{type(model).__name__} has no spectrally normalised {what}")
+    for weight in found:
+        if not isinstance(weight.norm, LegacySpectralNorm) and (n := len(weight.parametrizations())) > 1:
+            raise ValueError(
+                f"{weight.path!r} has {n} parametrizations, expected one: "
+                "torch.nn.utils.parametrize.remove_parametrizations removes them all"
+            )
+    with evaluation_mode(model):
+        for weight in found:
+            if isinstance(weight.norm, LegacySpectralNorm):
+                remove_legacy_hook(weight.module, weight.name)
+            else:
+                parametrize.remove_parametrizations(weight.module, weight.name, leave_parametrized=True)
+    return model
+
+
+@torch.no_grad()
+def reset_power_iteration(model: nn.Module) -> None:
+    """Draw u and v of every normalised weight of a model anew and warm them up on what is there now.
+
+    Call it after the raw weights were changed behind the parametrization's back, for example by
+    ``nn.init.orthogonal_(module.parametrizations.weight.original)``. It does so for every implementation.
+    """
+    for weight in _normalized_weights(model):
+        raw = weight.raw()
+        if raw.ndim > 1:
+            fresh = SpectralNorm(raw, dim=weight.norm.dim, eps=weight.norm.eps)
+            u, v = weight.vectors()
+            u.copy_(fresh._u)
+            v.copy_(fresh._v)
+
+
+@torch.no_grad()
+def spectral_norms(model: nn.Module) -> dict[str, float]:
+    """The largest singular value of every normalised weight of a model, exactly (by singular value decomposition).
+
+    Values near 1 say that the power iteration keeps up with training. u and v are not touched.
+
+    Returns:
+        A dictionary from the weight's dotted name to its spectral norm, whichever implementation it has; NaN for a
+        weight that holds infinities or NaN.
+    """
+    values = {}
+    for weight in _normalized_weights(model):
+        value = weight.in_evaluation()
+        matrix = _in_double(unfold(value, weight.norm.dim) if value.ndim > 1 else value[:, None])  # (h, w)
+        # The decomposition of what is not finite does not converge, and its error would not name the weight.
+        finite = bool(matrix.isfinite().all())
+        values[weight.path] = torch.linalg.matrix_norm(matrix, ord=2).item() if finite else math.nan
+    return values
+
+
+@torch.no_grad()
+def align_power_iteration(model: nn.Module) -> None:
+    """Turn u and v of every normalised weight of a model to its first singular vectors, whatever they were before.
+
+    They come from an eigendecomposition in float64. An iteration might need hundreds of steps where the first two
+    singular values are close, and would never leave a u that is orthogonal to the first singular vector.
+
+    Raises:
+        ValueError: for a weight that holds infinities or NaN. Nothing is changed then.
+    """
+    found = []
+    for weight in _normalized_weights(model):
+        raw = weight.raw()
+        if not raw.isfinite().all():
+            raise ValueError(f"{weight.path!r} holds infinities or NaN, which have no singular vectors")
+        if raw.ndim > 1:
+            found.append((weight, raw))
+    for weight, raw in found:
+        u, v = weight.vectors()
+        matrix = _in_double(unfold(raw, weight.norm.dim).cpu())  # (h, w); some devices have no float64
+        wide = matrix.shape[0] <= matrix.shape[1]
+        (near, far), matrix = ((u, v), matrix) if wide else ((v, u), matrix.mH)  # near has the smaller dimension
+        first = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]  # eigenvalues ascend
+        # One step gives the other vector, or leaves it where the weight is zero.
+        new_near, new_far, _ = functional.power_iteration(matrix, first, far.to(matrix), eps=weight.norm.eps)
+        near.copy_(new_near)
+        far.copy_(new_far)
+
+
+class _NormalizedWeight(NamedTuple):
+    """A spectrally normalised weight of a model, the same to its user whichever implementation normalises it."""
+
+    path: str  # from the model to the weight
+    module: nn.Module
+    name: str  # in the module
+    norm: Norm
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """The buffers u and v."""
+        if isinstance(self.norm, LegacySpectralNorm):
+            return self.module.get_buffer(f"{self.name}_u"), self.module.get_buffer(f"{self.name}_v")
+        return self.norm.get_buffer("_u"), self.norm.get_buffer("_v")
+
+    def in_evaluation(self) -> Tensor:
+        """What the module's forward pass uses in evaluation mode."""
+        if isinstance(self.norm, LegacySpectralNorm):
+            value: Tensor = self.norm.compute_weight(self.module, do_power_iteration=False)
+        else:
+            with evaluation_mode(self.module):
+                value = getattr(self.module, self.name)
+        return value
+
+    def raw(self) -> Tensor:
+        """What the norm divides: the parameter, or what parametrizations before the norm make of it."""
+        if isinstance(self.norm, LegacySpectralNorm):
+            return self.module.get_parameter(f"{self.name}_orig")
+        chain = self.parametrizations()
+        names = ["original"] if chain.is_tensor else [f"original{i}" for i in range(chain.ntensors)]
+        values = [getattr(chain, name) for name in names]
+        with evaluation_mode(self.module):
+            for part in chain:
+                if part is self.norm:
+                    break
+                values = [part(*values)]
+        return values[0]
+
+    def parametrizations(self) -> parametrize.ParametrizationList:
+        chain = self.module.parametrizations[self.name]  # type: ignore[index]
+        assert isinstance(chain, parametrize.ParametrizationList)
+        return chain
+
+
+def _normalized_weights(model: nn.Module) -> Iterator[_NormalizedWeight]:
+    for path, module in model.named_modules():
+        parametrized = list(module.parametrizations) if parametrize.is_parametrized(module) else []
+        for name in [*parametrized, *legacy_hooks(module)]:
+            norm = find_norm(module, name)
+            if norm is not None:
+                yield _NormalizedWeight(f"{path}.{name}" if path else name, module, name, norm)
+
+
+def _in_double(matrix: Tensor) -> Tensor:
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float64))  # complex weights stay complex
+
+
+def _check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Raise when a weight to be normalised is another parameter of the model too."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            names.setdefault(parameter, []).append(f"{path}.{name}" if path else name)
+    weights = {f"{path}.weight" for path in layers}
+    for tied in names.values():
+        if len(tied) > 1 and not weights.isdisjoint(tied):
+            raise ValueError(
+                f"{' and '.join(map(repr, tied))} are one parameter, and normalising would untie them: leave their "
+                "layers out by exclude"
+            )
