@@ -93,7 +93,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     score.add_argument("--attributes", default="", help="CelebA's list_attr_celeba.txt, as the trainer's")
     score.add_argument("--samples", type=int, default=2048, help="images of each kind (default: 2048)")
-    score.add_argument("--crop", default="auto", help="centre crop, as the trainer's (default: auto)")
+    score.add_argument("--crop", help="centre crop, as the trainer's (default: that of the generator's run)")
     score.add_argument("--inception", type=Path, metavar="PATH", help="its weights (default: where torch.hub has them)")
     return parser.parse_args(arguments)
 
@@ -112,9 +112,9 @@ def check(args: argparse.Namespace, generator: SAGANGenerator) -> None:
         fail(f"--fps must be from 0.01 to 100, got {args.fps}")
     if args.labels is not None and generator.num_classes is None:
         fail("--labels: this generator has no classes")
-    crop_setting(args.crop)
-    if not args.score and (args.classes != "auto" or args.attributes):
-        fail("--classes and --attributes: without --score there are no real images that could have classes")
+    crop_setting(args.crop or "auto")
+    if not args.score and (args.classes != "auto" or args.attributes or args.crop is not None):
+        fail("--classes, --attributes and --crop: without --score there are no real images to read")
     if args.classes not in ("auto", "none") and generator.num_classes is None:
         fail(f"--classes {args.classes}: this generator has no classes")
 
@@ -188,7 +188,7 @@ def score(
         data = open_data(
             args.score,
             size=card["generator"]["image_size"],
-            crop=crop_setting(args.crop),
+            crop=crop_setting(args.crop or card.get("crop", "auto")),
             classes=own if args.classes == "auto" else args.classes,
             attributes=args.attributes,
         )

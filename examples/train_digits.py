@@ -26,7 +26,7 @@ import torch
 import train_celeba
 from evaluation.class_agreement import ClassAgreement, kernel_classifier
 from training.command_line import read_arguments, script
-from training.configuration import Config
+from training.configuration import Config, default_out
 from training.data import ArrayDataset, open_data
 from training.mnist import is_mnist
 from training.model_card import open_generator
@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(f"train_digits.py: --data {args['data']} is neither 'digits' nor a folder with MNIST's files")
     status = train_celeba.main(arguments)
     if status == 0 and not args["dry_run"] and int(os.environ.get("RANK", "0")) == 0:
-        ask(Path(args["out"]))
+        resumed = train_celeba.folder_to_resume(args["resume"], args)
+        ask(Path(args.get("out") or resumed or default_out(args["data"])))
     return status
 
 

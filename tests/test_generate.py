@@ -45,12 +45,17 @@ def shaken(**more: object) -> SAGANGenerator:
 
 
 def checkpoint(
-    path: Path, generator: SAGANGenerator, average: SAGANGenerator | None = None, architecture: str = "dcgan"
+    path: Path,
+    generator: SAGANGenerator,
+    average: SAGANGenerator | None = None,
+    *,
+    architecture: str = "dcgan",
+    crop: str = "auto",
 ) -> Path:
     """A checkpoint as far as the trainer's has to do with its generator."""
     config = {"image_size": 16, "z_dim": 8, "base_channels": 4, "data": "/home/somebody/faces", "g_attention": "auto"}
     state = {
-        "config": config | {"architecture": architecture},
+        "config": config | {"architecture": architecture, "crop": crop},
         "classes": {} if generator.num_classes is None else ANIMALS,
         "scores": {"swd": 12.34567},
         "generator": generator.state_dict(),
@@ -321,6 +326,7 @@ def test_export_and_back(arguments, tmp_path):
     assert rebuilt.num_classes == generator.num_classes
     assert (card["steps"], card["images"], card["data"], card["averaged"]) == (12, 48, "faces", True)
     assert card["classes"] == (ANIMALS if generator.num_classes else {})
+    assert card["crop"] == "auto"
     assert card["scores"] == {"swd": 12.3457}  # of the trainer's last evaluation
     assert set(card["versions"]) == {"torch_sagan", "torch"}
     before = (tmp_path / "before" / "grid.png").read_bytes()
@@ -360,6 +366,21 @@ def test_the_drift_of_an_average(tmp_path, capsys, monkeypatch):
     assert before.startswith("before  sigma ")
     assert after.startswith("after   sigma 1.0000 to 1.0000, gap ")
     assert float(after.split()[-1]) < 0.3 * float(before.split()[-1])  # what is left is the chance of a batch
+
+
+@pytest.mark.parametrize(("flags", "crop"), [([], 40), (["--crop", "0"], 0), (["--crop", "auto"], None)])
+def test_real_images_are_cropped_as_those_of_the_run_unless_told_otherwise(flags, crop, tmp_path, monkeypatch):
+    asked = []
+
+    def open_data(*_: object, **settings: object) -> None:
+        asked.append(settings["crop"])
+        raise ValueError("seen")
+
+    monkeypatch.setattr(generate, "open_data", open_data)
+    path = checkpoint(tmp_path / "checkpoint.pt", shaken(), crop="40")
+    with pytest.raises(SystemExit, match="seen"):
+        run(path, tmp_path, "--score", "images", *flags)
+    assert asked == [crop]
 
 
 def test_scores_go_into_the_card(trained, tmp_path, capsys):
@@ -464,7 +485,8 @@ def test_a_save_that_fails_leaves_the_old_files(failing, tmp_path, monkeypatch):
             r"--labels 1,4: expected classes \(cat, dog, 3; or numbers from 0 to 2\), got '4'",
         ),
         (["{classes}", "--labels", "horse"], r"--labels horse: expected classes .*got 'horse'"),
-        (["{model}", "--classes", "own"], r"--classes and --attributes: without --score"),
+        (["{model}", "--classes", "own"], r"--classes, --attributes and --crop: without --score"),
+        (["{model}", "--crop", "0"], r"--classes, --attributes and --crop: without --score"),
         (["{model}", "--score", "digits", "--classes", "own"], r"--classes own: this generator has no classes"),
         (["{classes}", "--score", "digits"], r"--score digits: its classes \(0, 1, .*\) are not .*\(cat, dog, 3\)"),
         (["{model}", "--attention"], r"unrecognized arguments: --attention"),

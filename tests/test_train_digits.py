@@ -73,6 +73,19 @@ def test_the_settings_are_those_of_the_recipe(tmp_path, monkeypatch):
     assert generator.num_classes == 10
 
 
+@pytest.mark.parametrize("resume", ["auto", "runs/earlier", "runs/earlier/checkpoint.pt"])
+def test_a_resumed_run_stays_in_its_folder(resume, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_digits, "ask", asked.append)
+    monkeypatch.chdir(tmp_path)
+    train_digits.main([*TINY, *(() if resume == "auto" else ("--out", "runs/earlier"))])
+    folder = asked.pop()
+    train_digits.main([*TINY, "--steps", "3", "--resume", resume])
+    assert asked == [folder]
+    assert checkpoint(folder)["step"] == 3
+    assert [path.name for path in Path("runs").iterdir()] == [folder.name]
+
+
 def test_nothing_is_asked_of_a_dry_run_or_a_run_that_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(train_digits, "ask", lambda run: pytest.fail("asked"))
     train_digits.main([*TINY, "--out", str(tmp_path), "--dry-run"])

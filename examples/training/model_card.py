@@ -112,6 +112,7 @@ def from_checkpoint(path: Path, *, average: bool = True) -> tuple[Weights, Card]
             "generator": _arguments(config, weights, state["classes"]),
             "averaged": average,
             "data": Path(config["data"]).name,  # not the folders above it, which are nobody's business
+            "crop": config["crop"],
             "classes": dict(state["classes"]),
             "steps": state["step"],
             "images": state["images"],
