@@ -1,9 +1,10 @@
-"""What a trained generator attends to: samples with query positions on them, and beside them one map for each position.
+"""What a trained generator attends to, as a figure and as a page to explore.
 
     python examples/show_attention.py runs/faces                        # the checkpoint of that run
     python examples/show_attention.py runs/faces/checkpoint.pt --query 33,24 --query 0.92,0.5 --samples 6 --seed 3
 
-As in the figure of the paper, the colour of a position says which map is its own: maps stand in the order of positions.
+The figure has samples with query positions on them, and beside them what each position attends to, framed in its
+colour. The page, an HTML file beside it, shows what any position attends to, in every layer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from torch_sagan import record_attention
 from training.command_line import Parser, script
-from training.image_io import save_attention
+from training.image_io import save_attention, save_explorer
 from training.labels import parse_labels
 from training.model_card import open_generator
 
@@ -41,11 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="a query position: pixels (33,24) or fractions of the image (0.52,0.37), from its upper left corner; "
         f"repeat for more (default: {' '.join(QUERIES)})",
     )  # fmt: skip
-    parser.add_argument("--layer", help="an attention layer of the generator (default: the last one)")
+    parser.add_argument("--layer", help="the attention layer of the figure (default: the last one)")
     parser.add_argument("--samples", type=int, default=4, help="images, one row each (default: %(default)s)")
     parser.add_argument("--labels", metavar="A,B,…", help="classes in turn, by name or number (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="fixes the latent vectors (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/attention.png"), help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/attention.png"),
+        help="the figure; the page has its name with .html (default: %(default)s)",
+    )  # fmt: skip
     given = parser.parse_args(arguments)
     if given.samples < 1:
         parser.error(f"--samples must be at least 1, got {given.samples}")
@@ -72,11 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError:
             parser.error(f"--query {query}: expected pixels from 0,0 to {size - 1},{size - 1}, or fractions below 1")
         positions.append((row, column))
+    page = given.out.with_suffix(".html")
     try:
         save_attention(given.out, images, records[layer][0], positions)
+        explored = save_explorer(page, images, records)
     except (ValueError, OSError) as error:
         raise SystemExit(f"show_attention.py: --out {given.out}: {error}") from None
-    print(f"{layer} of {given.samples} samples: {given.out}")
+    print(f"figure    {given.out}: {layer} of {given.samples} samples")
+    print(f"explorer  {page}: {', '.join(records)} of {explored} samples")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
     python examples/train_celeba.py --dry-run                          # a few steps, to see that everything works
     torchrun --nproc-per-node 8 examples/train_celeba.py --data ~/img_align_celeba.zip --batch-size 512 --precision bf16
 
-The folder `--out` receives sample grids, attention overlays, `log.jsonl`, TensorBoard's files and checkpoints. A run
+The folder `--out` receives sample grids, attention maps, `log.jsonl`, TensorBoard's files and checkpoints. A run
 that was stopped (by Ctrl-C, SIGTERM, or the power) and resumed continues as if it had never stopped: on the CPU,
 bitwise.
 

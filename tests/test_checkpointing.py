@@ -39,7 +39,8 @@ KINDS = (("checkpoint", "pt"), ("samples", "png"), ("attention", "png"))
 
 
 def images(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.glob("*.png")}
+    """What a run draws: images, and the page to explore them."""
+    return {path.name: path.read_bytes() for path in out.glob("*.*") if path.suffix in (".png", ".html")}
 
 
 def names(out: Path, pattern: str = "checkpoint-*.pt") -> list[str]:
@@ -140,8 +141,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, how, t
     out, err = capsys.readouterr()
     assert "checkpoint-000004.pt: it cannot be read as a checkpoint; trying the one before" in err
     assert "training  steps 3 to 5" in out
-    images = ["attention-000004.png", "samples-000004.png"]
-    assert names(tmp_path, "earlier-1/*") == [images[0], "checkpoint-000004.pt", images[1]]
+    drawn = ["attention-000004.html", "attention-000004.png", "samples-000004.png"]
+    assert names(tmp_path, "earlier-1/*") == sorted([*drawn, "checkpoint-000004.pt"])
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
     with pytest.raises(SystemExit, match=r"cannot be read as a checkpoint"):
         resume(tmp_path / "earlier-1" / "checkpoint-000004.pt")
@@ -164,8 +165,8 @@ def test_a_new_run_keeps_what_an_earlier_one_left(tmp_path, capsys):
     assert checkpoint(tmp_path)["step"] == 3
     assert [checkpoint(tmp_path / f"earlier-{i}", f"checkpoint-00000{3 - i}.pt")["step"] for i in (1, 2)] == [2, 1]
     assert names(tmp_path, "earlier-1/*") == [
-        "attention-000002.png", "checkpoint-000002.pt", "checkpoint.pt", "config.json", "log.jsonl", "reals.png",
-        "samples-000002.png", "tensorboard",
+        "attention-000002.html", "attention-000002.png", "checkpoint-000002.pt", "checkpoint.pt", "config.json",
+        "log.jsonl", "reals.png", "samples-000002.png", "tensorboard",
     ]  # fmt: skip
     assert [line["step"] for line in lines(tmp_path)] == [3]
 
@@ -190,16 +191,18 @@ def test_going_on_from_an_older_checkpoint_sets_what_came_later_aside(best, tmp_
     assert names(tmp_path) == [f"checkpoint-00000{step}.pt" for step in (1, 2, 3)]
     assert names(tmp_path, "samples-*") == [f"samples-00000{step}.png" for step in (1, 2, 3)]
     later = [f"{name}-00000{step}.{kind}" for name, kind in KINDS for step in (3, 4)]
-    assert names(tmp_path, "earlier-1/*") == sorted(later + ["best.pt"] * (best == 4))
+    assert names(tmp_path, "earlier-1/*") == sorted([*later, "attention-000004.html"] + ["best.pt"] * (best == 4))
     assert (tmp_path / "best.pt").exists() is (best == 2)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
 def test_images_that_no_checkpoint_knows_are_drawn_again(tmp_path):
     train(tmp_path, "--steps", "2", "--sample-every", "1")
-    (tmp_path / "samples-000003.png").write_bytes(b"of a run that was killed")
+    for name in ("samples-000003.png", "attention-000003.html"):
+        (tmp_path / name).write_bytes(b"of a run that was killed")
     resume(tmp_path, "--steps", "4", "--sample-every", "2")
     assert names(tmp_path, "samples-*") == [f"samples-00000{step}.png" for step in (1, 2, 4)]
+    assert names(tmp_path, "*.html") == [f"attention-00000{step}.html" for step in (2, 4)]  # a page for each end
     assert not list(tmp_path.glob("earlier-*"))
 
 
@@ -218,6 +221,7 @@ def test_files_of_others_are_not_touched(tmp_path):
         "mine.new",
         "weights.pt.new",
         "samples-of-mine.png",
+        "samples-000001.html",
         "samples-1.png.new",
         "best.pt.bak",
         "checkpoint-9.pt",
@@ -226,7 +230,7 @@ def test_files_of_others_are_not_touched(tmp_path):
         (tmp_path / name).write_text("mine")
     for name in ("folder.new", "checkpoint-000009.pt.new"):
         (tmp_path / name).mkdir()
-    for name in ("samples-000003.png.new", "log.jsonl.new"):
+    for name in ("samples-000003.png.new", "attention-000003.html.new", "log.jsonl.new"):
         (tmp_path / name).write_text("of a run that was killed")
     for arguments in ([], [], ["--resume", "auto"]):
         train(tmp_path, "--steps", "2", *arguments)
@@ -263,9 +267,9 @@ def test_an_image_is_never_half_written(name, tmp_path, monkeypatch):
 def test_a_complete_run_draws_what_is_missing(tmp_path, capsys):
     train(tmp_path, "--steps", "2")
     before = images(tmp_path)
-    drawn = ["samples-000002.png", "attention-000002.png"]
+    drawn = ["samples-000002.png", "attention-000002.png", "attention-000002.html"]
     assert sorted(before) == sorted([*drawn, "reals.png"])
-    for missing in ([drawn[0]], [drawn[1]], drawn):
+    for missing in (*([name] for name in drawn), drawn):
         for name in missing:
             (tmp_path / name).unlink()
         train(tmp_path, "--resume", "auto", "--steps", "2")
@@ -292,6 +296,7 @@ def test_interrupted_between_two_halves_of_a_step(number, tmp_path, monkeypatch,
     assert signal.getsignal(number) is handler
     monkeypatch.undo()
     assert checkpoint(tmp_path / "a")["step"] == 3
+    assert names(tmp_path / "a", "attention*") == ["attention-000003.png"]  # the page is drawn at the end of the run
     assert lines(tmp_path / "a") == []  # the mean of fewer steps than those of a line is not logged
     resume(tmp_path / "a", "--steps", "5")
     train(tmp_path / "b", "--steps", "5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +16,11 @@ import attention_in_cyclegan
 import attention_in_dcgan
 import show_attention
 import train_celeba
-from torch_sagan import AttentionRecord, SAGANGenerator
+from torch_sagan import AttentionRecord, SAGANGenerator, explore_attention, record_attention
+from training import image_io, model_card
+from training.average import recalibrated
 from training.configuration import Config
-from training.image_io import GAP, save_attention
+from training.image_io import GAP, TILE, save_attention
 
 
 def sheet(columns: int, rows: int, tile: int = 128) -> tuple[int, int]:
@@ -70,12 +73,50 @@ def test_attention_of_a_checkpoint(kind, generators, tmp_path, capsys):
     show_attention.main([str(path), *arguments])
     assert str(out) in capsys.readouterr().out
     picture = opened(out)
-    assert (picture.shape[1], picture.shape[0]) == sheet(3, 3)
+    assert (picture.shape[1], picture.shape[0]) == sheet(3, 3, TILE)
     assert picture.std() > 5
+    page = out.with_suffix(".html").read_bytes()
     show_attention.main([str(tmp_path), *arguments])  # the run's folder is as good, and nothing is left to chance
     assert np.array_equal(opened(out), picture)
+    assert out.with_suffix(".html").read_bytes() == page
     show_attention.main([str(path), *arguments, "--seed", "1"])
     assert not np.array_equal(opened(out), picture)
+    assert out.with_suffix(".html").read_bytes() != page
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "folder", "export"])
+def test_the_explorer_holds_the_maps_of_the_model(source, generators, tmp_path):
+    generator = generators["plain"]
+    path = checkpoint(tmp_path, generator)
+    if source == "export":
+        exported, card = model_card.open_generator(path)
+        path = tmp_path / "faces.safetensors"
+        model_card.save(exported.state_dict(), card, path)
+    elif source == "folder":
+        path = tmp_path
+    out = tmp_path / "figure.png"
+    show_attention.main([str(path), "--samples", "2", "--seed", "4", "--out", str(out)])
+    z = torch.randn(2, 8, generator=torch.Generator().manual_seed(4))
+    generator = recalibrated(generator).eval()
+    with record_attention(generator) as records, torch.no_grad():
+        images = generator(z)
+    assert out.with_suffix(".html").read_text(encoding="utf-8") == explore_attention(images, records).page
+
+
+def test_a_page_holds_as_many_images_as_fit(generators, tmp_path, capsys, monkeypatch):
+    """Two layers of 16² and 64² weights: 8704 bytes an image, by the estimate of two bytes a weight."""
+    path = str(checkpoint(tmp_path, generators["plain"]))
+    out = tmp_path / "figure.png"
+    for limit, count in ((10**6, 4), (3 * 8704, 3), (3 * 8704 - 1, 2), (1, 1)):
+        monkeypatch.setattr(image_io, "PAGE_BYTES", limit)
+        show_attention.main([path, "--out", str(out)])
+        assert opened(out).shape == (*sheet(5, 4, TILE)[::-1], 3)  # the figure has all four
+        assert capsys.readouterr().out.splitlines() == [
+            f"figure    {out}: attention.8 of 4 samples",
+            f"explorer  {out.with_suffix('.html')}: attention.4, attention.8 of {count} samples",
+        ]
+        (data,) = re.findall(r'id="data">(.*?)</script>', out.with_suffix(".html").read_text(encoding="utf-8"))
+        assert len(json.loads(data)["images"]) == count
 
 
 def test_attention_of_the_trainers_own_checkpoint(tmp_path, capsys):
@@ -83,8 +124,9 @@ def test_attention_of_the_trainers_own_checkpoint(tmp_path, capsys):
     train_celeba.main([*tiny, "--data", "digits", "--steps", "1", "--out", str(tmp_path)])
     capsys.readouterr()
     show_attention.main([str(tmp_path), "--query", "8,8", "--out", str(tmp_path / "where.png")])
-    assert capsys.readouterr().out == f"attention.8 of 4 samples: {tmp_path / 'where.png'}\n"
-    assert opened(tmp_path / "where.png").shape == (*sheet(2, 4)[::-1], 3)
+    figure, _ = capsys.readouterr().out.splitlines()
+    assert figure == f"figure    {tmp_path / 'where.png'}: attention.8 of 4 samples"
+    assert opened(tmp_path / "where.png").shape == (*sheet(2, 4, TILE)[::-1], 3)
 
 
 def test_layers_labels_and_points_matter(generators, tmp_path):
@@ -122,7 +164,7 @@ def test_mistakes_are_one_line(kind, arguments, message, generators, tmp_path):
     with pytest.raises(SystemExit, match=r"^show_attention\.py: .*" + re.escape(message)) as stopped:
         show_attention.main([str(path), "--out", str(tmp_path / "x.png"), *arguments])
     assert "\n" not in str(stopped.value)
-    assert not (tmp_path / "x.png").exists()
+    assert not list(tmp_path.glob("x.*"))
 
 
 @pytest.mark.parametrize("name", ["", "x.figure", "file/x.png"])
@@ -154,14 +196,25 @@ def test_the_figure_shows_the_map_of_each_point(tmp_path):
     record = AttentionRecord(attention, (2, 2), (2, 2))
     save_attention(tmp_path / "x.png", torch.zeros(1, 1, 32, 32), record, [(0.1, 0.9), (0.9, 0.1)])
     picture = opened(tmp_path / "x.png").astype(float)
-    image, first, second = (picture[GAP:-GAP, at : at + 128] for at in (GAP, 2 * GAP + 128, 3 * GAP + 256))
-    assert picture.shape[:2] == sheet(3, 1)[::-1]
-    assert first[90:98, 30:38].mean() > first[30:38, 90:98].mean() + 50
-    assert second[30:38, 90:98].mean() > second[90:98, 30:38].mean() + 50
-    mine, other = image[12, 110], image[115, 17]  # on two rings in two colours, which come back around their maps
+    image, first, second = (picture[GAP:-GAP, at : at + TILE] for at in range(GAP, 3 * (GAP + TILE), GAP + TILE))
+    assert picture.shape[:2] == sheet(3, 1, TILE)[::-1]
+    assert first[135:147, 45:57].mean() > first[45:57, 135:147].mean() + 50
+    assert second[45:57, 135:147].mean() > second[135:147, 45:57].mean() + 50
+    # On two rings of radius 8 (2.6 · 192 / 64) in two colours, which come back around their maps.
+    mine, other = image[19, 172 - 8], image[172, 19 - 8]
     assert np.abs(mine - other).max() > 100
-    assert np.array_equal(first[12, 110], mine)
-    assert np.array_equal(second[115, 17], other)
+    assert np.array_equal(first[19, 172 - 8], mine)
+    assert np.array_equal(second[172, 19 - 8], other)
+
+
+@pytest.mark.parametrize("size", [16, 50, 64, 191, 192, 200])
+def test_tiles_of_overlays_are_large_enough_to_be_seen(size, tmp_path):
+    save_attention(tmp_path / "x.png", torch.zeros(1, 3, size, size), torch.ones(1, 4, 1), [(0.5, 0.5)])
+    height, width, _ = opened(tmp_path / "x.png").shape
+    tile = height - 2 * GAP
+    assert (width, height) == sheet(2, 1, tile)
+    assert tile % size == 0
+    assert 192 <= tile < 192 + size
 
 
 # --- attention in models that exist ----------------------------------------------------------------------------------
@@ -170,8 +223,8 @@ def test_the_figure_shows_the_map_of_each_point(tmp_path):
 @pytest.mark.parametrize(
     ("example", "figures"),
     [
-        (attention_in_dcgan, {"samples.png": sheet(8, 4), "attention.png": sheet(4, 4)}),
-        (attention_in_cyclegan, {"samples.png": sheet(8, 3), "attention.png": sheet(4, 4)}),
+        (attention_in_dcgan, {"samples.png": sheet(8, 4), "attention.png": sheet(4, 4, TILE)}),
+        (attention_in_cyclegan, {"samples.png": sheet(8, 3), "attention.png": sheet(4, 4, TILE)}),
     ],
 )
 def test_attention_in_a_model_that_exists(example, figures, tmp_path, capsys, monkeypatch):

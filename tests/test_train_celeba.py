@@ -61,7 +61,8 @@ def test_a_folder_with_broken_files_names_them_and_goes_on(folder, tmp_path, cap
     out, err = capsys.readouterr()
     assert err.count("cut-off.jpg") == 1
     assert err.count("notes.txt") == 1
-    for name in ("samples-000006.png", "attention-000006.png", "checkpoint-000006.pt", "log.jsonl"):
+    drawn = ("samples-000006.png", "attention-000006.png", "attention-000006.html")
+    for name in (*drawn, "checkpoint-000006.pt", "log.jsonl"):
         assert str(tmp_path / name) in out
         assert (tmp_path / name).stat().st_size > 0
     assert [(line["step"], line["images"]) for line in lines(tmp_path)] == [(2, 8), (4, 16), (6, 24)]
@@ -334,10 +335,10 @@ def test_digits_have_one_channel_and_are_not_mirrored(tmp_path, monkeypatch):
 
 def test_dry_run_writes_everything(tmp_path, capsys):
     assert train(tmp_path, "--dry-run") == 0
-    out, *made = [Path(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[-6:]]
+    out, *made = [Path(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[-7:]]
     assert out == tmp_path / "dry-run"
-    names = ["samples-000003.png", "attention-000003.png", "checkpoint-000003.pt", "log.jsonl", "best.pt"]
-    assert made == [out / name for name in names]
+    names = ["samples-000003.png", "attention-000003.png", "attention-000003.html", "checkpoint-000003.pt"]
+    assert made == [out / name for name in [*names, "log.jsonl", "best.pt"]]
     assert all(path.exists() for path in made)
     assert checkpoint(tmp_path / "dry-run")["step"] == 3
 

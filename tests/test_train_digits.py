@@ -54,7 +54,7 @@ def test_a_run_writes_what_it_names_and_asks(classes, tmp_path, capsys):
     flags = ["--labels", "7,3", "--columns", "4"] if classes == "own" else ["--count", "8", "--columns", "4"]
     assert generate.main([str(out), "--out", str(tmp_path), "--grid", *flags]) == 0
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (4 * (4 * 28 + 2) + 2, 2 * (4 * 28 + 2) + 2)
+        assert grid.size == (4 * (5 * 28 + 2) + 2, 2 * (5 * 28 + 2) + 2)  # tiles of 128 pixels or more
         assert np.asarray(grid)[3:100, 3:100].std() > 1
 
 

@@ -27,7 +27,11 @@ CONTENTS = {
 # another name is somebody else's and is not touched.
 CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.pt")
 IMAGE = re.compile(r"(?:samples|attention)-(\d{6,})\.png")
-FILES = re.compile(rf"{CHECKPOINT.pattern}|{IMAGE.pattern}|checkpoint\.pt|best\.pt|log\.jsonl|config\.json|reals\.png")
+EXPLORER = re.compile(r"attention-(\d{6,})\.html")
+NUMBERED = (CHECKPOINT, IMAGE, EXPLORER)
+FILES = re.compile(
+    "|".join(name.pattern for name in NUMBERED) + r"|checkpoint\.pt|best\.pt|log\.jsonl|config\.json|reals\.png"
+)
 
 
 # Writing.
@@ -87,14 +91,15 @@ def archive_previous_run(out: Path, *, after: int | None = None) -> Path | None:
     if after is None:
         moved = sorted(path for path in out.iterdir() if FILES.fullmatch(path.name) or path.name == "tensorboard")
     else:
-        moved, images = ([path for step, path in _numbered(out, name) if step > after] for name in (CHECKPOINT, IMAGE))
+        later = {name: [path for step, path in _numbered(out, name) if step > after] for name in NUMBERED}
+        moved, drawn = later[CHECKPOINT], later[IMAGE] + later[EXPLORER]
         if moved:
-            moved += images
+            moved += drawn
             with suppress(SystemExit):  # where it is missing or cannot be read
                 moved += [out / "best.pt"] if load(out / "best.pt")["step"] > after else []
         else:
-            for image in images:
-                image.unlink()
+            for path in drawn:
+                path.unlink()
     if not moved:
         return None
     earlier = next(path for i in range(1, 10**6) if not (path := out / f"earlier-{i}").exists())

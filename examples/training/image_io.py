@@ -1,8 +1,9 @@
-"""Tensors to files: a grid of images, a figure of where a generator looks, single images and animations."""
+"""Tensors to files: grids of images, figures and pages of what a generator attends to, single images, animations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from torch_sagan import AttentionRecord, attention_overlay, mark_queries
+from torch_sagan import AttentionRecord, attention_overlay, explore_attention, mark_queries
 from training.checkpointing import write
 
 GAP = 2  # pixels between two tiles
+TILE = 192  # pixels of an overlay, at least: its marks and positions are to be seen
+PAGE_BYTES = 8_000_000  # that a page of several images may have
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> None:
@@ -23,14 +26,28 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
 
 
 def save_attention(
-    path: Path, images: Tensor, attention: Tensor | AttentionRecord, places: Sequence[tuple[float, float]]
+    path: Path, images: Tensor, attention: Tensor | AttentionRecord, queries: Sequence[tuple[float, float]]
 ) -> None:
-    """Write one row for each image: itself with the places (row, column as fractions) marked, then where each looks."""
-    images = _enlarged(images)  # (B, C, H, W), before anything is drawn on them: marks shall be fine
+    """Write a row for each image: itself with the query positions (fractions) marked, then what each attends to."""
+    images = _enlarged(images, TILE)  # (B, C, H, W), before anything is drawn on them: marks should be fine
     height, width = images.shape[2:]
-    points = [(int(row * height), int(column * width)) for row, column in places]
+    points = [(int(row * height), int(column * width)) for row, column in queries]
     tiles = torch.cat([mark_queries(images, points).unsqueeze(1), attention_overlay(images, attention, points)], 1)
     _save(path, tiles.flatten(0, 1).cpu(), 1 + len(points))
+
+
+def save_explorer(path: Path, images: Tensor, records: Mapping[str, Sequence[AttentionRecord]]) -> int:
+    """Write a page to explore attention in, with as many of the images as 8 MB hold, one at least. Returns how many."""
+    weights = sum(record.attention[0].numel() for calls in records.values() for record in calls)  # of an image
+    count = max(1, min(len(images), PAGE_BYTES // (2 * weights)))  # a weight takes 4/3 bytes; the rest is small
+    first = {
+        name: [record._replace(attention=record.attention[:count]) for record in calls]
+        for name, calls in records.items()
+    }
+    page = explore_attention(images[:count], first, max_bytes=sys.maxsize).page.encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, lambda file: file.write(page))
+    return count
 
 
 def save_images(paths: Sequence[Path], images: Tensor) -> None:
@@ -41,7 +58,7 @@ def save_images(paths: Sequence[Path], images: Tensor) -> None:
 
 def save_animation(path: Path, images: Tensor, frames_per_second: float) -> None:
     """Write images (B, 1 or 3, H, W) in [-1, 1] as the frames of an endless GIF or WebP, as the suffix says."""
-    first, *others = _pictures(_enlarged((images.float().cpu() + 1) / 2))
+    first, *others = _pictures(_enlarged((images.float().cpu() + 1) / 2, 128))
     duration = round(1000 / frames_per_second)
     _write(path, first, save_all=True, append_images=others, duration=duration, loop=0, quality=90)
 
@@ -51,13 +68,14 @@ def _pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in pixels]
 
 
-def _enlarged(images: Tensor) -> Tensor:
-    zoom = max(1, 128 // images.shape[-1])  # small images, pixel by pixel, so that a person can see them
+def _enlarged(images: Tensor, least: int) -> Tensor:
+    """Images of so many pixels at least: small ones would hardly be seen."""
+    zoom = -(-least // images.shape[-1])
     return images.expand(-1, 3, -1, -1).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
 
 
 def _save(path: Path, tiles: Tensor, columns: int) -> None:
-    tiles = _enlarged(tiles)
+    tiles = _enlarged(tiles, 128)
     tiles = F.pad(tiles, (GAP, 0, GAP, 0), value=1.0)  # (B, 3, h, w), a white margin left and above
     tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, -len(tiles) % columns), value=1.0)  # complete the last row
     _, channels, height, width = tiles.shape

@@ -1,4 +1,4 @@
-"""What a run shows of its generator: sample grids and attention overlays, always from the same latent vectors."""
+"""What a run shows of its generator: sample grids and attention maps, always from the same latent vectors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torch_sagan import SAGANGenerator
+from torch_sagan import SAGANGenerator, record_attention
 from training.average import recalibrated
 from training.command_line import fail
 from training.data import DataSource, InfiniteBatchSampler
-from training.image_io import save_attention, save_grid
+from training.image_io import save_attention, save_explorer, save_grid
 from training.state import TrainingState
 
 COLUMNS = 8
@@ -34,8 +34,12 @@ def sample_inputs(state: TrainingState) -> tuple[Tensor, Tensor | None]:
 
 def image_paths(state: TrainingState, out: Path) -> dict[str, Path]:
     """What `draw` writes at this step."""
-    kinds = ("samples", "attention") if state.average.attention else ("samples",)
-    return {kind: out / f"{kind}-{state.step:06d}.png" for kind in kinds}
+    names = {"samples": "samples-{:06d}.png"}
+    if state.average.attention:
+        names["attention"] = "attention-{:06d}.png"
+        if state.step >= state.config.steps:  # a page takes megabytes: one for a run
+            names["explorer"] = "attention-{:06d}.html"
+    return {kind: out / name.format(state.step) for kind, name in names.items()}
 
 
 def usable_average(state: TrainingState) -> SAGANGenerator:
@@ -47,15 +51,19 @@ def usable_average(state: TrainingState) -> SAGANGenerator:
 
 @torch.no_grad()
 def draw(state: TrainingState, out: Path) -> dict[str, Path]:
-    """Write samples of the averaged generator, and what its last attention layer attends to."""
+    """Write samples of the averaged generator, what its last attention layer attends to and, at the end, all layers."""
     generator, paths = usable_average(state), image_paths(state, out)
     z, labels = sample_inputs(state)
     parts = zip(z.split(16), [None] * len(z) if labels is None else labels.split(16), strict=False)
     save_grid(paths["samples"], torch.cat([generator(*part) for part in parts]), columns=COLUMNS)
     if "attention" in paths:
         rows = slice(0, 6 * COLUMNS, COLUMNS) if state.classes else slice(6)  # of different classes
-        images, maps = generator(z[rows], None if labels is None else labels[rows], return_attention=True)
-        save_attention(paths["attention"], images, maps[-1], QUERIES)  # (6, C, S, S), (6, N, M)
+        with record_attention(generator) as records:
+            images = generator(z[rows], None if labels is None else labels[rows])  # (6, C, S, S)
+        *_, (last,) = records.values()
+        save_attention(paths["attention"], images, last, QUERIES)
+        if "explorer" in paths:
+            save_explorer(paths["explorer"], images, records)
     return paths
 
 

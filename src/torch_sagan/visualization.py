@@ -15,8 +15,9 @@ __all__ = ["attention_overlay", "mark_queries"]
 
 # Violet, orange, pale yellow: over a grey image, what has a colour is attended to.
 RAMP = ((0.45, 0.08, 0.43), (0.95, 0.45, 0.15), (0.99, 1.0, 0.75))
-# Green, magenta, blue, white, teal, sky: none lies on the ramp, and to the red-green blind the first five differ too.
-MARKS = ((0.1, 1.0, 0.2), (1.0, 0.1, 0.85), (0.1, 0.2, 1.0), (1.0, 1.0, 1.0), (0.1, 0.65, 0.55), (0.3, 0.8, 1.0))
+# Green, magenta, blue, teal, sky: none lies on the ramp, none is lost on a white page or a black one, and to the
+# red-green blind the first four differ too.
+MARKS = ((0.1, 1.0, 0.2), (1.0, 0.1, 0.85), (0.1, 0.2, 1.0), (0.1, 0.65, 0.55), (0.3, 0.8, 1.0))
 
 LUMA = (0.299, 0.587, 0.114)
 
@@ -110,7 +111,7 @@ def mark_queries(images: Tensor, queries: Query | Sequence[Query]) -> Tensor:
     """The images with query positions on them, each in the colour that :func:`attention_overlay` gives it.
 
     A mark is a ring, in proportion to the image, so that the position itself stays visible; from 64 pixels on it has
-    black edges. The colours repeat after the sixth.
+    black edges. The colours repeat after the fifth.
 
     Args:
         images: (B, 3, H, W) or (B, 1, H, W), in [-1, 1].
