@@ -225,7 +225,7 @@ class _NormalizedWeight(NamedTuple):
             return self.module.get_parameter(f"{self.name}_orig")
         chain = self.parametrizations()
         names = ["original"] if chain.is_tensor else [f"original{i}" for i in range(chain.ntensors)]
-        values = [getattr(chain, name) for name in names]
+        values: list[Tensor] = [getattr(chain, name) for name in names]
         with evaluation_mode(self.module):
             for part in chain:
                 if part is self.norm:
