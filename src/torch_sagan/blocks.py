@@ -16,18 +16,21 @@ from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
 
 __all__ = [
     "DCGANHead",
+    "DCGANProjectionHead",
     "DownBlock",
     "FirstResidualDownBlock",
-    "FlattenHead",
     "LatentBlock",
     "ResidualDownBlock",
     "ResidualHead",
     "ResidualUpBlock",
     "UpBlock",
+    "attend",
     "attention_layers",
     "feature_map_sizes",
-    "normalized_attention",
+    "residual_resolutions",
+    "spectral_norm_attention",
     "stage_widths",
+    "to_image",
 ]
 
 Normalizer = Callable[[nn.Module], nn.Module]
@@ -44,7 +47,7 @@ WIDEST = 16
 class UpBlock(nn.Module):
     """Transposed 4×4 convolution, batch norm, ReLU: twice the size.
 
-    With ``kernel_size=k, stride=1, padding=0`` the 1×1 latent becomes a k×k map.
+    With ``kernel_size=k, stride=1, padding=0`` the 1×1 latent becomes a k×k feature map.
     """
 
     def __init__(
@@ -52,28 +55,30 @@ class UpBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         num_classes: int | None,
-        normalize: Normalizer,
+        spectral_norm: Normalizer,
         *,
         kernel_size: int = 4,
         stride: int = 2,
         padding: int = 1,
     ) -> None:
         super().__init__()
-        self.conv: nn.Module = normalize(nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride, padding))
+        self.conv: nn.Module = spectral_norm(
+            nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride, padding)
+        )
         self.norm: nn.Module = _batch_norm(out_channels, num_classes)
         self.activation: nn.Module = nn.ReLU()
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        y: Tensor = self.activation(_normalize(self.norm, self.conv(x), labels))  # (B, out, 2H, 2W)
+        y: Tensor = self.activation(_apply_norm(self.norm, self.conv(x), labels))  # (B, out, 2H, 2W)
         return y
 
 
 class DownBlock(nn.Module):
     """4×4 convolution of stride 2, leaky ReLU of slope 0.1: half the size."""
 
-    def __init__(self, in_channels: int, out_channels: int, normalize: Normalizer) -> None:
+    def __init__(self, in_channels: int, out_channels: int, spectral_norm: Normalizer) -> None:
         super().__init__()
-        self.conv: nn.Module = normalize(nn.Conv2d(in_channels, out_channels, kernel_size=4, stride=2, padding=1))
+        self.conv: nn.Module = spectral_norm(nn.Conv2d(in_channels, out_channels, kernel_size=4, stride=2, padding=1))
         self.activation: nn.Module = nn.LeakyReLU(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ class DownBlock(nn.Module):
 
 
 class DCGANHead(nn.Module):
-    """The logit of a map: a convolution over the whole of it, not normalised, as in the PyTorch reference."""
+    """The logit of a feature map: a convolution over all of it, not normalised, as in the PyTorch reference."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
@@ -93,15 +98,16 @@ class DCGANHead(nn.Module):
         return logits
 
 
-class FlattenHead(nn.Module):
-    """The logit of a map with a class: a :class:`torch_sagan.ProjectionHead` of all its values, flattened.
+class DCGANProjectionHead(nn.Module):
+    """The logit of a feature map with a class: a :class:`torch_sagan.ProjectionHead` of all its values, flattened.
 
     Its linear part is the convolution of :class:`DCGANHead`, normalised; the class has as many weights.
     """
 
-    def __init__(self, channels: int, size: int, num_classes: int, normalize: Normalizer) -> None:
+    def __init__(self, channels: int, size: int, num_classes: int, spectral_norm: Normalizer) -> None:
         super().__init__()
-        self.projection: ProjectionHead = ProjectionHead(channels * size * size, num_classes, spectral_norm=normalize)
+        features = channels * size * size
+        self.projection: ProjectionHead = ProjectionHead(features, num_classes, spectral_norm=spectral_norm)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         logits: Tensor = self.projection(x.flatten(1), labels)  # (B,)
@@ -112,12 +118,12 @@ class FlattenHead(nn.Module):
 
 
 class LatentBlock(nn.Module):
-    """The latent (B, z_dim, 1, 1) to the first map, by a linear layer."""
+    """The latent (B, z_dim, 1, 1) to the first feature map, by a linear layer."""
 
-    def __init__(self, z_dim: int, out_channels: int, size: int, normalize: Normalizer) -> None:
+    def __init__(self, z_dim: int, out_channels: int, size: int, spectral_norm: Normalizer) -> None:
         super().__init__()
         self.shape: tuple[int, int, int] = (out_channels, size, size)
-        self.linear: nn.Module = normalize(_xavier(nn.Linear(z_dim, out_channels * size * size)))
+        self.linear: nn.Module = spectral_norm(_xavier(nn.Linear(z_dim, out_channels * size * size)))
 
     def forward(self, z: Tensor, labels: Tensor | None) -> Tensor:
         x: Tensor = self.linear(z.flatten(1))  # (B, out · size²)
@@ -127,30 +133,30 @@ class LatentBlock(nn.Module):
 class ResidualUpBlock(nn.Module):
     """Norm, ReLU, nearest ×2, 3×3, norm, ReLU, 3×3, beside nearest ×2, 1×1: twice the size."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_classes: int | None, normalize: Normalizer) -> None:
+    def __init__(self, in_channels: int, out_channels: int, num_classes: int | None, spectral_norm: Normalizer) -> None:
         super().__init__()
         self.norm1: nn.Module = _batch_norm(in_channels, num_classes)
-        self.conv1: nn.Module = normalize(_conv3x3(in_channels, out_channels))
+        self.conv1: nn.Module = spectral_norm(_conv3x3(in_channels, out_channels))
         self.norm2: nn.Module = _batch_norm(out_channels, num_classes)
-        self.conv2: nn.Module = normalize(_conv3x3(out_channels, out_channels))
-        self.shortcut: nn.Module = normalize(_conv1x1(in_channels, out_channels))
+        self.conv2: nn.Module = spectral_norm(_conv3x3(out_channels, out_channels))
+        self.shortcut: nn.Module = spectral_norm(_conv1x1(in_channels, out_channels))
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        y = _double(F.relu(_normalize(self.norm1, x, labels)))  # (B, in, 2H, 2W)
-        y = F.relu(_normalize(self.norm2, self.conv1(y), labels))  # (B, out, 2H, 2W)
+        y = _upsample2x(F.relu(_apply_norm(self.norm1, x, labels)))  # (B, in, 2H, 2W)
+        y = F.relu(_apply_norm(self.norm2, self.conv1(y), labels))  # (B, out, 2H, 2W)
         # A 1×1 convolution and a repetition commute: before the repetition it costs a quarter.
-        residual: Tensor = self.conv2(y) + _double(self.shortcut(x))  # (B, out, 2H, 2W)
+        residual: Tensor = self.conv2(y) + _upsample2x(self.shortcut(x))  # (B, out, 2H, 2W)
         return residual
 
 
 class ResidualDownBlock(nn.Module):
     """ReLU, 3×3, ReLU, 3×3, mean of 2×2, beside 1×1, mean of 2×2: half the size."""
 
-    def __init__(self, in_channels: int, out_channels: int, normalize: Normalizer) -> None:
+    def __init__(self, in_channels: int, out_channels: int, spectral_norm: Normalizer) -> None:
         super().__init__()
-        self.conv1: nn.Module = normalize(_conv3x3(in_channels, out_channels))
-        self.conv2: nn.Module = normalize(_conv3x3(out_channels, out_channels))
-        self.shortcut: nn.Module = normalize(_conv1x1(in_channels, out_channels))
+        self.conv1: nn.Module = spectral_norm(_conv3x3(in_channels, out_channels))
+        self.conv2: nn.Module = spectral_norm(_conv3x3(out_channels, out_channels))
+        self.shortcut: nn.Module = spectral_norm(_conv1x1(in_channels, out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.avg_pool2d(self.conv2(F.relu(self.conv1(F.relu(x)))), 2)  # (B, out, H/2, W/2)
@@ -160,7 +166,7 @@ class ResidualDownBlock(nn.Module):
 
 
 class FirstResidualDownBlock(ResidualDownBlock):
-    """3×3, ReLU, 3×3, mean of 2×2, beside mean of 2×2, 1×1: the same for images, which no ReLU may cut."""
+    """3×3, ReLU, 3×3, mean of 2×2, beside mean of 2×2, 1×1: without the first ReLU, which would cut images at zero."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.avg_pool2d(self.conv2(F.relu(self.conv1(x))), 2)  # (B, out, H/2, W/2)
@@ -169,14 +175,14 @@ class FirstResidualDownBlock(ResidualDownBlock):
 
 
 class ResidualHead(nn.Module):
-    """The logit of a map: a last residual block of the same size and width, ReLU, and the sum over positions in a
+    """The logit of a feature map: a residual block of the same size and width, ReLU, and the sum over positions in a
     :class:`torch_sagan.ProjectionHead`."""
 
-    def __init__(self, channels: int, num_classes: int | None, normalize: Normalizer) -> None:
+    def __init__(self, channels: int, num_classes: int | None, spectral_norm: Normalizer) -> None:
         super().__init__()
-        self.conv1: nn.Module = normalize(_conv3x3(channels, channels))
-        self.conv2: nn.Module = normalize(_conv3x3(channels, channels))
-        self.projection: ProjectionHead = ProjectionHead(channels, num_classes, spectral_norm=normalize)
+        self.conv1: nn.Module = spectral_norm(_conv3x3(channels, channels))
+        self.conv2: nn.Module = spectral_norm(_conv3x3(channels, channels))
+        self.projection: ProjectionHead = ProjectionHead(channels, num_classes, spectral_norm=spectral_norm)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         x = x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, H, W)
@@ -184,19 +190,19 @@ class ResidualHead(nn.Module):
         return logits
 
 
-def normalized_attention(channels: int, normalize: Normalizer) -> SelfAttention2d:
+def spectral_norm_attention(channels: int, spectral_norm: Normalizer) -> SelfAttention2d:
     """The layer of the paper's released code, its projections Xavier-uniform and normalised."""
     layer = SelfAttention2d.official(channels)
     for name in ("query", "key", "value", "out"):
         projection = getattr(layer, name)
         nn.init.xavier_uniform_(projection.weight)
-        setattr(layer, name, normalize(projection))
+        setattr(layer, name, spectral_norm(projection))
     return layer
 
 
-def to_image(in_channels: int, image_channels: int, normalize: Normalizer) -> nn.Sequential:
+def to_image(in_channels: int, image_channels: int, spectral_norm: Normalizer) -> nn.Sequential:
     """Batch norm, ReLU, 3×3 to the image."""
-    return nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(), normalize(_conv3x3(in_channels, image_channels)))
+    return nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(), spectral_norm(_conv3x3(in_channels, image_channels)))
 
 
 # The plan of the stack.
@@ -236,7 +242,7 @@ def stage_widths(base_channels: int, n_stages: int) -> list[int]:
 
 
 def attention_layers(
-    resolutions: Iterable[int], sizes: Sequence[int], widths: Sequence[int], make: AttentionFactory
+    resolutions: Iterable[int], sizes: Sequence[int], widths: Sequence[int], attention: AttentionFactory
 ) -> nn.ModuleDict:
     """One attention layer for each of the named resolutions, under the resolution's name.
 
@@ -248,20 +254,48 @@ def attention_layers(
     if unknown:
         raise ValueError(f"attention_resolutions {unknown} do not occur: its feature maps have the sizes {list(sizes)}")
     return nn.ModuleDict(
-        {str(size): make(width) for size, width in zip(sizes, widths, strict=True) if size in resolutions}
+        {str(size): attention(width) for size, width in zip(sizes, widths, strict=True) if size in resolutions}
     )
+
+
+def residual_resolutions(sizes: Iterable[int]) -> list[int]:
+    """Where the residual networks have attention: at 32 pixels, or at the largest feature map below."""
+    return [max(size for size in sizes if size <= 32)]
+
+
+def attend(layers: nn.ModuleDict, size: int, x: Tensor, maps: list[Tensor] | None) -> Tensor:
+    """Pass a feature map through the attention layer of its size, if there is one.
+
+    Args:
+        layers: what :func:`attention_layers` returns.
+        size: S, a number of its own because that of a traced tensor is not one.
+        x: (B, C, S, S).
+        maps: where the layer's attention map (B, N, M) is appended, or None to compute none.
+
+    Returns:
+        (B, C, S, S).
+    """
+    if str(size) not in layers:
+        return x
+    layer = layers[str(size)]
+    if maps is None:
+        y: Tensor = layer(x)  # (B, C, S, S)
+    else:
+        y, attention_map = layer(x, return_attention=True)  # (B, C, S, S), (B, N, M)
+        maps.append(attention_map)
+    return y
 
 
 def _batch_norm(channels: int, num_classes: int | None) -> nn.Module:
     return nn.BatchNorm2d(channels) if num_classes is None else ConditionalBatchNorm2d(channels, num_classes)
 
 
-def _normalize(norm: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+def _apply_norm(norm: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
     y: Tensor = norm(x) if labels is None else norm(x, labels)
     return y
 
 
-def _double(x: Tensor) -> Tensor:
+def _upsample2x(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 

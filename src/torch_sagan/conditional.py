@@ -69,7 +69,7 @@ class ProjectionHead(nn.Module):
     Args:
         channels: C, the length of h.
         num_classes: how many classes there are, or None for the linear part alone.
-        spectral_norm: ``spectral_norm(module) -> module``, or None for none.
+        spectral_norm: ``spectral_norm(module) -> module``, or None to leave both plain.
 
     Raises:
         ValueError, TypeError: in ``forward``, for labels that are missing or given when not wanted, or of another
@@ -91,17 +91,17 @@ class ProjectionHead(nn.Module):
         spectral_norm: Callable[[nn.Module], nn.Module] | None = spectral_norm,
     ) -> None:
         super().__init__()
-        at_least_one(channels=channels, num_classes=1 if num_classes is None else num_classes)
-        normalize = spectral_norm or (lambda module: module)
+        at_least_one(channels=channels, num_classes=num_classes)
+        spectral_norm = spectral_norm or (lambda module: module)
         linear = nn.Linear(channels, 1)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
-        self.linear: nn.Module = normalize(linear)
+        self.linear: nn.Module = spectral_norm(linear)
         self.num_classes = num_classes
         if num_classes is not None:
             embedding = nn.Embedding(num_classes, channels)
             nn.init.xavier_uniform_(embedding.weight)
-            self.embedding: nn.Module = normalize(embedding)
+            self.embedding: nn.Module = spectral_norm(embedding)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         check_labels(labels, self.num_classes, features.shape[0])

@@ -14,15 +14,17 @@ from torch_sagan.attention import SelfAttention2d
 from torch_sagan.blocks import (
     AttentionFactory,
     DCGANHead,
+    DCGANProjectionHead,
     DownBlock,
     FirstResidualDownBlock,
-    FlattenHead,
     Normalizer,
     ResidualDownBlock,
     ResidualHead,
+    attend,
     attention_layers,
     feature_map_sizes,
-    normalized_attention,
+    residual_resolutions,
+    spectral_norm_attention,
     stage_widths,
 )
 from torch_sagan.spectral import spectral_norm
@@ -93,31 +95,30 @@ class SAGANDiscriminator(nn.Module):
         spectral_norm: Normalizer | None = spectral_norm,
     ) -> None:
         super().__init__()
-        at_least_one(base_channels=base_channels, image_channels=image_channels)
-        at_least_one(num_classes=1 if num_classes is None else num_classes)
+        at_least_one(base_channels=base_channels, image_channels=image_channels, num_classes=num_classes)
         one_of(("dcgan", "resnet"), architecture=architecture)
-        normalize = spectral_norm or (lambda module: module)
+        spectral_norm = spectral_norm or (lambda module: module)
         sizes = feature_map_sizes(image_size)[::-1]
         widths = stage_widths(base_channels, len(sizes))[::-1]
 
         if architecture == "dcgan":
             blocks: list[nn.Module] = [
-                DownBlock(narrow, wide, normalize) for narrow, wide in pairwise([image_channels, *widths])
+                DownBlock(narrow, wide, spectral_norm) for narrow, wide in pairwise([image_channels, *widths])
             ]
             # A convolution that nothing bounds would outgrow the class's part of the logit, which is normalised.
             head: nn.Module = (
                 DCGANHead(widths[-1], sizes[-1])
                 if num_classes is None
-                else FlattenHead(widths[-1], sizes[-1], num_classes, normalize)
+                else DCGANProjectionHead(widths[-1], sizes[-1], num_classes, spectral_norm)
             )
             default_resolutions = sizes[-2:]
             default_attention: AttentionFactory = SelfAttention2d
         else:
-            blocks = [FirstResidualDownBlock(image_channels, widths[0], normalize)]
-            blocks += [ResidualDownBlock(narrow, wide, normalize) for narrow, wide in pairwise(widths)]
-            head = ResidualHead(widths[-1], num_classes, normalize)
-            default_resolutions = [max(size for size in sizes if size <= 32)]
-            default_attention = partial(normalized_attention, normalize=normalize)
+            blocks = [FirstResidualDownBlock(image_channels, widths[0], spectral_norm)]
+            blocks += [ResidualDownBlock(narrow, wide, spectral_norm) for narrow, wide in pairwise(widths)]
+            head = ResidualHead(widths[-1], num_classes, spectral_norm)
+            default_resolutions = residual_resolutions(sizes)
+            default_attention = partial(spectral_norm_attention, spectral_norm=spectral_norm)
 
         self.image_shape: tuple[int, int, int] = (image_channels, image_size, image_size)
         self.num_classes = num_classes
@@ -144,7 +145,7 @@ class SAGANDiscriminator(nn.Module):
     def forward(
         self, images: Tensor, labels: Tensor | None = None, *, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Judge images.
+        """Compute the logits of images.
 
         Args:
             images: (B, image_channels, S, S), in the range of the generator's.
@@ -159,16 +160,9 @@ class SAGANDiscriminator(nn.Module):
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"expected images (B, {expected}), got {tuple(images.shape)}")
         check_labels(labels, self.num_classes, images.shape[0], on_device=True)
-        maps = []
+        maps: list[Tensor] | None = [] if return_attention else None
         x = images
         for size, block in zip(self.sizes, self.blocks, strict=True):
-            x = block(x)  # (B, width, size, size)
-            if str(size) in self.attention:
-                layer = self.attention[str(size)]
-                if return_attention:
-                    x, attention = layer(x, return_attention=True)
-                    maps.append(attention)  # (B, N, M)
-                else:
-                    x = layer(x)  # (B, width, size, size)
+            x = attend(self.attention, size, block(x), maps)  # (B, width, size, size)
         logits: Tensor = self.to_logit(x, labels)  # (B,)
-        return (logits, maps) if return_attention else logits
+        return logits if maps is None else (logits, maps)

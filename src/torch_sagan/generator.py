@@ -17,9 +17,11 @@ from torch_sagan.blocks import (
     Normalizer,
     ResidualUpBlock,
     UpBlock,
+    attend,
     attention_layers,
     feature_map_sizes,
-    normalized_attention,
+    residual_resolutions,
+    spectral_norm_attention,
     stage_widths,
     to_image,
 )
@@ -98,28 +100,27 @@ class SAGANGenerator(nn.Module):
         output_activation: Callable[[], nn.Module] = nn.Tanh,
     ) -> None:
         super().__init__()
-        at_least_one(z_dim=z_dim, base_channels=base_channels, image_channels=image_channels)
-        at_least_one(num_classes=1 if num_classes is None else num_classes)
+        at_least_one(z_dim=z_dim, base_channels=base_channels, image_channels=image_channels, num_classes=num_classes)
         one_of(("dcgan", "resnet"), architecture=architecture)
-        normalize = spectral_norm or (lambda module: module)
+        spectral_norm = spectral_norm or (lambda module: module)
         sizes = feature_map_sizes(image_size)
         widths = stage_widths(base_channels, len(sizes))
 
         if architecture == "dcgan":
             blocks: list[nn.Module] = [
-                UpBlock(z_dim, widths[0], num_classes, normalize, kernel_size=sizes[0], stride=1, padding=0)
+                UpBlock(z_dim, widths[0], num_classes, spectral_norm, kernel_size=sizes[0], stride=1, padding=0)
             ]
-            blocks += [UpBlock(wide, narrow, num_classes, normalize) for wide, narrow in pairwise(widths)]
+            blocks += [UpBlock(wide, narrow, num_classes, spectral_norm) for wide, narrow in pairwise(widths)]
             last: nn.Module = nn.ConvTranspose2d(widths[-1], image_channels, kernel_size=4, stride=2, padding=1)
             default_resolutions = [size for size in sizes if 16 <= size <= 32] or sizes[-1:]
             default_attention: AttentionFactory = SelfAttention2d
         else:
             sizes, widths = [*sizes, image_size], [widths[0], *widths]
-            blocks = [LatentBlock(z_dim, widths[0], sizes[0], normalize)]
-            blocks += [ResidualUpBlock(wide, narrow, num_classes, normalize) for wide, narrow in pairwise(widths)]
-            last = to_image(widths[-1], image_channels, normalize)
-            default_resolutions = [max(size for size in sizes if size <= 32)]
-            default_attention = partial(normalized_attention, normalize=normalize)
+            blocks = [LatentBlock(z_dim, widths[0], sizes[0], spectral_norm)]
+            blocks += [ResidualUpBlock(wide, narrow, num_classes, spectral_norm) for wide, narrow in pairwise(widths)]
+            last = to_image(widths[-1], image_channels, spectral_norm)
+            default_resolutions = residual_resolutions(sizes)
+            default_attention = partial(spectral_norm_attention, spectral_norm=spectral_norm)
 
         self.z_dim = z_dim
         self.num_classes = num_classes
@@ -161,16 +162,9 @@ class SAGANGenerator(nn.Module):
         if z.shape[1:] not in ((self.z_dim,), (self.z_dim, 1, 1)):
             raise ValueError(f"expected z (B, {self.z_dim}) or (B, {self.z_dim}, 1, 1), got {tuple(z.shape)}")
         check_labels(labels, self.num_classes, z.shape[0], on_device=True)
-        maps = []
+        maps: list[Tensor] | None = [] if return_attention else None
         x = z.reshape(z.shape[0], self.z_dim, 1, 1)  # (B, z_dim, 1, 1)
         for size, block in zip(self.sizes, self.blocks, strict=True):
-            x = block(x, labels)  # (B, width, size, size)
-            if str(size) in self.attention:
-                layer = self.attention[str(size)]
-                if return_attention:
-                    x, attention = layer(x, return_attention=True)
-                    maps.append(attention)  # (B, N, M)
-                else:
-                    x = layer(x)  # (B, width, size, size)
+            x = attend(self.attention, size, block(x, labels), maps)  # (B, width, size, size)
         images: Tensor = self.output_activation(self.to_image(x))  # (B, image_channels, S, S)
-        return (images, maps) if return_attention else images
+        return images if maps is None else (images, maps)
