@@ -22,9 +22,9 @@ PACKAGE = Path(torch_sagan.__file__).parent
 
 # From the bottom up. Imports run downwards only; modules of one layer never import each other.
 LAYERS = [
-    {"arguments", "inserted", "legacy_spectral_norm", "memory_efficient", "modes"},
-    {"functional", "layer_selection"},
-    {"attention", "spectral", "losses"},
+    {"dispatch", "inserted", "legacy_spectral_norm", "memory_efficient", "modes"},
+    {"arguments", "functional"},
+    {"attention", "layer_selection", "losses", "spectral"},
     {"conditional", "spectral_models", "visualization"},
     {"blocks", "explorer", "recalibration"},
     {"generator", "discriminator", "surgery"},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torch_sagan.dispatch import is_autocast, is_transformed
 from torch_sagan.memory_efficient import attention_backward, memory_efficient_attention
 
 __all__ = ["attention", "attention_map", "power_iteration", "spectral_normalize"]
@@ -64,7 +65,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     plain = _only_plain_operations(query, key, value)
     if not (plain or _map_is_held(query, key)):
         return memory_efficient_attention(query, key, value)  # (B, E, N)
-    if plain or torch.compiler.is_compiling() or _is_autocast(query.device.type):
+    if plain or torch.compiler.is_compiling() or is_autocast(query.device.type):
         return torch.bmm(value, attention_map(query, key).mT)  # (B, E, N)
     attended: Tensor = _HeldMap.apply(query, key, value)  # type: ignore[no-untyped-call]
     return attended  # (B, E, N)
@@ -193,7 +194,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     dtypes = [tensor.dtype for tensor in (query, key, value)]
     # Autocast makes them alike, but for float64, which it leaves alone.
-    alike = len(set(dtypes)) == 1 or (_is_autocast(query.device.type) and torch.float64 not in dtypes)
+    alike = len(set(dtypes)) == 1 or (is_autocast(query.device.type) and torch.float64 not in dtypes)
     if not (alike and all(dtype.is_floating_point for dtype in dtypes)):
         raise TypeError(
             f"expected query, key and value in one floating-point dtype, got {dtypes[0]}, {dtypes[1]} and {dtypes[2]}"
@@ -207,16 +208,11 @@ def _map_is_held(query: Tensor, key: Tensor) -> bool:
     return query.device.type == "cpu" and query.shape[0] * query.shape[2] * key.shape[2] <= SMALL_MAP
 
 
-def _is_autocast(device_type: str) -> bool:
-    # Some devices, the meta device among them, know no autocast and refuse to be asked.
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
 def _only_plain_operations(*tensors: Tensor) -> bool:
     # Functions with a backward of their own have no vmap and no forward mode, and a trace with them cannot be saved.
     if torch.compiler.is_compiling():
         return False
-    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+    if is_transformed() or torch._C._get_tracing_state() is not None:
         return True
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 

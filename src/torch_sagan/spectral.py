@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from torch_sagan import functional
 from torch_sagan.arguments import at_least_one, one_of
+from torch_sagan.dispatch import no_autocast
 from torch_sagan.legacy_spectral_norm import LegacySpectralNorm, legacy_hooks
 
 __all__ = ["Norm", "SpectralNorm", "find_norm", "make_norm", "spectral_norm", "unfold"]
@@ -78,7 +78,7 @@ class SpectralNorm(nn.Module):
             norm = torch.linalg.vector_norm(weight)
             return weight / torch.where(norm > self.eps, norm, 1.0)
         # In half precision, or under autocast, a norm would overflow or lose the direction.
-        with _no_autocast(weight.device.type):
+        with no_autocast(weight.device.type):
             weight = _at_least_single(weight)
             u, v, sigma = self._iterate(weight, self.n_power_iterations if self.training else 0)
             normalized = functional.spectral_normalize(weight, u, v, sigma, dim=self.dim, eps=self.eps)
@@ -101,7 +101,7 @@ class SpectralNorm(nn.Module):
             self._warm_up(weight)
 
     def _warm_up(self, weight: Tensor) -> None:
-        with _no_autocast(weight.device.type):
+        with no_autocast(weight.device.type):
             self._iterate(_at_least_single(weight), WARM_UP_ITERATIONS)
 
     @torch.no_grad()
@@ -208,11 +208,3 @@ def unfold(weight: Tensor, dim: int) -> Tensor:
 
 def _at_least_single(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    # Some devices, the meta device among them, know no autocast and refuse to disable it. A compiler may not ask.
-    available = device_type != "meta" and (
-        torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    )
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
