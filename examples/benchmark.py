@@ -1,7 +1,7 @@
 """How fast the layers are, as ratios against the plain way of writing them, measured in one process.
 
     python examples/benchmark.py                          # everything, some ten minutes on two CPU cores
-    python examples/benchmark.py attention                # one part: attention, growth, spectral, step, residual, data
+    python examples/benchmark.py attention                # one part; --help lists them
     python examples/benchmark.py --device cuda --json benchmark.json --plot growth.png
 
 Each number is the median of repeats that take turns with the baseline's, so that a machine whose speed drifts does not
@@ -42,6 +42,7 @@ from training.objectives import objective
 from training.step import GAN, Piece, no_augmentation, training_step
 
 ATTENTION_SHAPES = [(16, 256, 8), (16, 128, 16), (16, 64, 32), (4, 64, 64), (1, 32, 128)]  # B, C, H = W
+PENALTY_SHAPES = [(16, 128, 16), (16, 64, 32), (1, 32, 64), (4, 64, 64)]
 MEMORY_FROM = 32 * 32  # positions; below, the process's own noise is larger than the map
 
 Run = Callable[[], object]
@@ -88,6 +89,20 @@ def forward_backward(module: nn.Module, x: Tensor, gradient: Tensor) -> Run:
     return run
 
 
+def gradient_penalty(module: nn.Module, x: Tensor, gradient: Tensor) -> Run:
+    """The gradients of WGAN-GP's penalty: a backward pass, and the backward pass of that."""
+    x = x.clone().requires_grad_()
+    # The biases of value and output have no influence on the gradient of the input.
+    inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
+
+    def run() -> None:
+        (slope,) = torch.autograd.grad(module(x), x, gradient, create_graph=True)
+        penalty = (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        torch.autograd.grad(penalty, inputs, allow_unused=True)
+
+    return run
+
+
 def forward_only(module: nn.Module, x: Tensor) -> Run:
     def run() -> None:
         with torch.no_grad():
@@ -115,19 +130,29 @@ def can_measure_memory(device: torch.device) -> bool:
     return device.type == "cuda" or sys.platform == "linux"
 
 
-def peak_memory(kind: str, shape: tuple[int, int, int], device: torch.device) -> float:
-    """MiB that one forward and backward take beyond what was there before, in a process of its own."""
+def peak_memory(
+    kind: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    make: Callable[[nn.Module, Tensor, Tensor], Run] = forward_backward,
+) -> float:
+    """MiB that one run takes beyond what was there before, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (kind, shape, device))
+        return pool.apply(_peak_memory, (kind, shape, device, make))
 
 
-def _peak_memory(kind: str, shape: tuple[int, int, int], device: torch.device) -> float:
+def _peak_memory(
+    kind: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    make: Callable[[nn.Module, Tensor, Tensor], Run],
+) -> float:
     batch, channels, size = shape
     layer = attention_layers(channels, device)[kind]
     small = torch.randn(1, channels, 40, 40, device=device)
-    forward_backward(layer, small, torch.ones_like(small))()  # libraries make their own buffers at first use
+    make(layer, small, torch.ones_like(small))()  # libraries make their own buffers at first use
     x = torch.randn(batch, channels, size, size, device=device)
-    run = forward_backward(layer, x, torch.ones_like(x))
+    run = make(layer, x, torch.ones_like(x))
     if device.type == "cuda":
         allocated = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -208,6 +233,28 @@ def attention(watch: Stopwatch, dtype: torch.dtype, rate: dict[str, float]) -> l
             row["MiB plain"], row["sdpa"], row["ours"] = (
                 peak_memory(kind, shape, watch.device) for kind in ("plain", "sdpa", "ours")
             )
+        rows.append(row)
+        show(rows[-1:], header=len(rows) == 1)
+    return rows
+
+
+def penalty(watch: Stopwatch) -> list[dict[str, Any]]:
+    """WGAN-GP's penalty through the layer, which differentiates attention twice: time and memory."""
+    rows = []
+    for shape in PENALTY_SHAPES:
+        batch, channels, size = shape
+        layers = attention_layers(channels, watch.device)
+        del layers["sdpa"]  # PyTorch's fused kernels have no second derivative
+        x = torch.randn(batch, channels, size, size, device=watch.device)
+        gradient = torch.randn_like(x)
+        seconds = watch(**{name: gradient_penalty(layer, x, gradient) for name, layer in layers.items()})
+        row: dict[str, Any] = {"B, C, H×W": f"{batch}, {channels}, {size}×{size}"}
+        row |= {f"{name} ms": 1e3 * value for name, value in seconds.items()}
+        row["plain/ours"] = seconds["plain"] / seconds["ours"]
+        if size * size >= MEMORY_FROM and can_measure_memory(watch.device):
+            memory = {name: peak_memory(name, shape, watch.device, gradient_penalty) for name in layers}
+            row |= {"MiB plain": memory["plain"], "MiB ours": memory["ours"]}
+            row["MiB ours/plain"] = memory["ours"] / memory["plain"]
         rows.append(row)
         show(rows[-1:], header=len(rows) == 1)
     return rows
@@ -457,7 +504,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("rates", "attention", "growth", "spectral", "step", "residual", "data")
+    parts = ("rates", "attention", "penalty", "growth", "spectral", "step", "residual", "data")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each comparison (default: 5)")
@@ -495,6 +542,9 @@ def main() -> None:
             label = str(dtype).removeprefix("torch.")
             print(f"\nSelfAttention2d, {label} (both = forward + backward)")
             results[f"attention, {label}"] = attention(watch, dtype, rate)
+    if "penalty" in chosen:
+        print("\nWGAN-GP's penalty through SelfAttention2d, float32")
+        results["penalty"] = penalty(watch)
     if "growth" in chosen:
         print("\nGrowth of one training pass, float32")
         results["growth"] = growth(watch)

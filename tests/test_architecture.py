@@ -22,7 +22,8 @@ PACKAGE = Path(torch_sagan.__file__).parent
 
 # From the bottom up. Imports run downwards only; modules of one layer never import each other.
 LAYERS = [
-    {"dispatch", "inserted", "legacy_spectral_norm", "memory_efficient", "modes"},
+    {"dispatch", "double_backward", "inserted", "legacy_spectral_norm", "modes"},
+    {"memory_efficient"},
     {"arguments", "functional"},
     {"attention", "layer_selection", "losses", "spectral"},
     {"conditional", "spectral_models", "visualization"},

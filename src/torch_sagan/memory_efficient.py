@@ -13,9 +13,6 @@ FlashAttention, in tensor operations). A tile costs one exponential and some mat
 * Tiles of as many samples as there are threads are multiplied at once: each core works on a sample of its own and
   finds its tile in its own cache.
 
-The backward can be differentiated itself, as a gradient penalty does: it is then repeated in plain operations, which
-hold the map for that while.
-
 Sources: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, arXiv:2112.05682; Dao et al.,
 *FlashAttention*, arXiv:2205.14135.
 """
@@ -28,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from torch_sagan.double_backward import differentiable_gradients
 
 __all__ = ["attention_backward", "memory_efficient_attention"]
 
@@ -181,9 +180,10 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tenso
 
 def _backward(ctx: Any, d_attended: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value, *of_forward = ctx.saved_tensors
+    with torch.no_grad():
+        gradients: tuple[Tensor, Tensor, Tensor] = _tiled_backward(d_attended, query, key, value, *of_forward)
     if torch.is_grad_enabled():
-        return attention_backward(d_attended, query, key, value)
-    gradients: tuple[Tensor, Tensor, Tensor] = _tiled_backward(d_attended, query, key, value, *of_forward)
+        return differentiable_gradients(gradients, d_attended, query, key, value)
     return gradients
 
 
@@ -271,7 +271,7 @@ def _sum_repeats(tensor: Tensor, splits: int) -> Tensor:
     return tensor.view(-1, splits, *tensor.shape[1:]).sum(dim=1) if splits > 1 else tensor
 
 
-# On CUDA: PyTorch's fused kernels, with the double backward that they lack.
+# On CUDA: PyTorch's fused kernels.
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The fused kernel with its own small graph inside, and plain operations for the backward of the backward."""
+    """The fused kernel, with its own small graph inside."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -300,10 +300,10 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         (d_attended,) = gradients
+        d_query, d_key, d_value = torch.autograd.grad(ctx.attended, ctx.inputs, d_attended, retain_graph=True)
         if torch.is_grad_enabled():
-            return attention_backward(d_attended, *ctx.saved_tensors)
-        gradients = torch.autograd.grad(ctx.attended, ctx.inputs, d_attended, retain_graph=True)
-        return gradients
+            return differentiable_gradients((d_query, d_key, d_value), d_attended, *ctx.saved_tensors)
+        return d_query, d_key, d_value
 
 
 def attention_backward(
