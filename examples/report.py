@@ -1,9 +1,10 @@
-"""A run of the trainer on one page: curves of its log, and its images over time.
+"""A run of the trainer on one page: its settings, curves of its log, and its images over time.
 
     python examples/report.py runs/faces          # writes runs/faces/summary.html
 
-The page is one file without scripts: curves are SVG and images are inside it, so it can be sent or kept as it is. It
-works while the run goes on, with whatever is there.
+The page is one file without scripts: curves are SVG and images are inside it, so it can be sent or kept as it is. Only
+the attention explorer, where the run has written one, stays a file of its own, which the page links to. It works while
+the run goes on, with whatever is there.
 """
 
 from __future__ import annotations
@@ -13,35 +14,45 @@ import training.threads  # noqa: F401  before torch  # isort: skip
 import base64
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import quote
 
 from training.checkpointing import write
-from training.command_line import Parser, script
+from training.command_line import Parser, flag, script
+from training.configuration import Config
 
 Item = TypeVar("Item")
 Points = list[tuple[float, float]]  # (step, value)
 
-TITLES = {"loss": "losses", "gamma": "gammas of the attention layers", "images_per_second": "images per second"}
-COLOURS = ("#3b6fb6", "#c8553d", "#3f8f5b", "#8a5fb0", "#b98a1f", "#4aa3a8", "#b84f86", "#6b6b6b")
-WIDTH, HEIGHT = 560, 240  # of a chart, pixels
-LEFT, RIGHT, ABOVE, BELOW = 58, 24, 10, 24  # what surrounds its curves
+TITLES = {"loss": "losses", "gamma": "gammas of the attention layers", "images_per_second": "speed"}
+UNITS = {"losses": "loss", "gammas of the attention layers": "gamma", "speed": "images per second"}
+COLORS = ("#3b78c8", "#d0603f", "#3f9a62", "#9468bd", "#b98a1f", "#4aa3a8", "#c4588f", "#808080")
+WIDTH, HEIGHT = 400, 230  # of a chart; a phone shows it hardly smaller, so that its numbers can be read
+LEFT, RIGHT, ABOVE, BELOW = 58, 20, 26, 40  # what surrounds its curves
 MOST = 12  # images of a kind: first, last, and evenly many between
 MOST_STEPS = 2**53  # up to here a float is exact
 LARGEST = 1e300  # of the values that are drawn: sums and differences of such values are finite
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 540px), 1fr)); gap: 0 1.5rem; }
-figure { margin: 0; }
-figcaption { font-size: .85rem; } .key { margin-right: 1em; white-space: nowrap; }
-svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: currentColor; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1rem; }
-img { width: 100%; image-rendering: pixelated; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 1.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; } dl { margin: 0; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; } h3 { font-size: 1rem; margin: .5rem 0 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 210px), 1fr)); gap: .2rem 1.5rem; }
+dl div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid #8884; }
+dt { white-space: nowrap; } dd { margin: 0; font-weight: 600; text-align: right; overflow-wrap: anywhere; }
+summary { margin: .5rem 0; cursor: pointer; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 1rem 1.5rem; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); gap: 1rem; }
+.images > :first-child { grid-column: 1 / -1; }
+figure { margin: 0; } figcaption { font-size: .85rem; } .key { margin-right: 1em; display: inline-block; }
+svg { display: block; width: 100%; height: auto; } svg text { font-size: 12px; fill: currentColor; }
+img { display: block; max-width: 100%; height: auto; }
 """
 
 
@@ -92,6 +103,12 @@ def charts(found: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
     return grouped
 
 
+def varies(points: Points) -> bool:
+    """Whether a curve is more than a horizontal line, as far as an eye can tell."""
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    return high - low > 1e-9 * max(abs(low), abs(high), 1e-6)
+
+
 def spread(items: Sequence[Item], most: int) -> list[Item]:
     """At most so many of the items: first and last, and evenly many between."""
     if len(items) <= most:
@@ -110,14 +127,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(lines: Mapping[str, Points]) -> str:
-    """Curves over steps as SVG."""
+def chart(lines: Mapping[str, Points], unit: str) -> str:
+    """Curves over steps as SVG, one of which varies at least."""
     points = [point for line in lines.values() for point in line]
     first, last = min(step for step, _ in points), max(step for step, _ in points)
     last = max(last, first + 1)  # a single step gets room
     low, high = min(value for _, value in points), max(value for _, value in points)
-    flat = high - low <= 1e-9 * max(abs(low), abs(high), 1e-6)  # to the eye; then rounding would move its ticks
-    margin = 0.05 * max(abs(high), 2e-5) if flat else 0.05 * (high - low)
+    margin = 0.05 * (high - low)
     low, high = low - margin, high + margin
 
     def x(step: float) -> float:
@@ -126,48 +142,71 @@ def chart(lines: Mapping[str, Points]) -> str:
     def y(value: float) -> float:
         return HEIGHT - BELOW - (value - low) / (high - low) * (HEIGHT - BELOW - ABOVE)
 
-    parts = []
+    parts = [f'<text x="{LEFT}" y="14">{escape(unit)}</text>']
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">step</text>')
     for value in ticks(low, high):
         parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="currentColor" opacity=".15"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
-    for step in ticks(first, last):
-        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{step:.6g}</text>')
+    for step in ticks(first, last, 4):
+        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 23}" text-anchor="middle">{step:.6g}</text>')
     for i, points in enumerate(lines.values()):
-        colour = COLOURS[i % len(COLOURS)]
+        color = COLORS[i % len(COLORS)]
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
         if len(points) <= 20:  # few points are seen better, a single one at all
-            parts += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="2.5" fill="{colour}"/>' for s, v in points]
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+            parts += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="2.5" fill="{color}"/>' for s, v in points]
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(unit)}">{"".join(parts)}</svg>'
 
 
 def figure(title: str, lines: Mapping[str, Points]) -> str:
     """A chart with its title, and the last value of each curve."""
     keys = " ".join(
-        f'<span class="key"><span style="color:{COLOURS[i % len(COLOURS)]}">■</span> '
+        f'<span class="key"><span style="color:{COLORS[i % len(COLORS)]}">■</span> '
         f"{escape(name)} {points[-1][1]:.4g}</span>"
         for i, (name, points) in enumerate(lines.items())
     )
-    return f"<figure><h2>{escape(title)}</h2>{chart(lines)}<figcaption>{keys}</figcaption></figure>"
+    drawn = chart(lines, UNITS.get(title, title.removeprefix("scores, ")))
+    return f"<figure><h3>{escape(title)}</h3>{drawn}<figcaption>{keys}</figcaption></figure>"
 
 
-def picture(path: Path) -> str:
-    """A PNG inside the page."""
+def image(path: Path) -> str:
+    """A PNG inside the page, never larger than it is: enlarged or shrunk pixel by pixel, its grid would lose lines."""
     content = base64.b64encode(path.read_bytes()).decode()
     step = path.stem.rpartition("-")[2]
     caption = f"step {int(step):,}" if step.isdecimal() else path.stem
-    image = f'<img src="data:image/png;base64,{content}" alt="{escape(path.name)}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+    shown = f'<img src="data:image/png;base64,{content}" alt="{escape(path.name)}">'
+    return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def page(folder: Path) -> str:
-    """The page of a run's folder, HTML.
+def settings(path: Path) -> str:
+    """The settings of a run: the data and what is not the default, and all of them behind a click."""
+    try:
+        config = json.loads(path.read_bytes())
+        given = {name: value for name, value in config.items() if name != "out"}
+    except (OSError, ValueError, AttributeError):  # missing, or cut off by a kill
+        return "<p>No config.json yet.</p>"
+    defaults = asdict(Config())
+    changed = {name: value for name, value in given.items() if name == "data" or value != defaults.get(name)}
+
+    def listed(values: Mapping[str, Any]) -> str:
+        shown = {True: "yes", False: "no", "": "–"}
+        return "".join(
+            f"<div><dt>{escape(flag(name))}</dt>"
+            f"<dd>{escape(str(shown.get(value, value) if isinstance(value, (bool, str)) else value))}</dd></div>"
+            for name, value in values.items()
+        )
+
+    return f"<dl>{listed(changed)}</dl><details><summary>All settings</summary><dl>{listed(given)}</dl></details>"
+
+
+def page(folder: Path, beside: Path | None = None) -> str:
+    """The page of a run's folder, HTML, for a file in the folder `beside`, or else in the run's own.
 
     Raises:
         ValueError: where the folder holds neither a log nor images.
     """
     lines = read_log(folder / "log.jsonl")
-    samples, overlays = (sorted(folder.glob(f"{kind}-*.png")) for kind in ("samples", "attention"))
+    samples, overlays = (sorted(folder.glob(f"{kind}-*.png"), reverse=True) for kind in ("samples", "attention"))
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if not (lines or samples or overlays):
@@ -178,12 +217,30 @@ def page(folder: Path) -> str:
         last = lines[-1]
         seen = f", {last['images']:,} images" if isinstance(last.get("images"), int) else ""
         parts.append(f"<p>at step {last['step']:,}{seen}</p>")
-    drawn = "".join(figure(title, group) for title, group in charts(curves(lines)).items())
-    parts.append(f'<div class="charts">{drawn}</div>' if drawn else "<p>No line in the log yet.</p>")
-    for title, pictures in (("samples", samples), ("what the last attention layer attends to", overlays)):
-        shown = "".join(picture(path) for path in spread(pictures, MOST))
-        parts.append(f"<h2>{title}</h2>" + (f'<div class="pictures">{shown}</div>' if shown else "<p>None yet.</p>"))
-    head = f'<meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
+    parts.append("<h2>settings</h2>" + settings(folder / "config.json"))
+
+    found = charts(curves(lines))
+    drawn = {title: group for title, group in found.items() if any(map(varies, group.values()))}
+    constant = {curve: points for title in found.keys() - drawn.keys() for curve, points in found[title].items()}
+    parts.append("<h2>curves</h2>" if found else "<p>No line in the log yet.</p>")
+    parts.append(f'<div class="charts">{"".join(figure(title, group) for title, group in drawn.items())}</div>')
+    if constant:
+        values = ", ".join(f"{escape(curve)} {points[-1][1]:.4g}" for curve, points in sorted(constant.items()))
+        parts.append(f"<p>The same at every step: {values}.</p>")
+
+    link = ""
+    if pages := sorted(folder.glob("attention-*.html")):
+        address = quote(Path(os.path.relpath(pages[-1], beside or folder)).as_posix())
+        link = f'<p><a href="{address}">Explore what every position attends to</a></p>'
+    for title, above, paths in (("samples", "", samples), ("what the last attention layer attends to", link, overlays)):
+        shown = "".join(image(path) for path in spread(paths, MOST))
+        parts.append(
+            f"<h2>{title}</h2>{above}" + (f'<div class="images">{shown}</div>' if shown else "<p>None yet.</p>")
+        )
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name}</title><style>{STYLE}</style>"
+    )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{"".join(parts)}\n</body></html>\n'
 
 
@@ -193,13 +250,13 @@ def fail(message: object) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser("report.py", description="Write a run of the trainer as one page: curves and images.")
+    parser = Parser("report.py", description="Write a run of the trainer as one page: settings, curves, images.")
     parser.add_argument("folder", type=Path, help="the run's folder, what was --out of the trainer")
     parser.add_argument("--out", type=Path, help="the page (default: summary.html in that folder)")
     given = parser.parse_args(arguments)
     out = given.out or given.folder / "summary.html"
     try:
-        content = page(given.folder).encode(errors="backslashreplace")  # a name need not be UTF-8
+        content = page(given.folder, out.parent).encode(errors="backslashreplace")  # a name need not be UTF-8
     except (ValueError, OSError) as error:
         fail(error)
     write(out, lambda file: file.write(content))
