@@ -1,16 +1,33 @@
 """Configuration of the documentation: MyST pages, autodoc for the API, furo to show it."""
 
+import sys
+import zlib
+from pathlib import Path
+
 import torch_sagan
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_extensions"))
 
 project = "torch-sagan"
 author = "torch-sagan authors"
 copyright = "torch-sagan authors"
 release = version = torch_sagan.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "mathml",
+    "site_files",
+]
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -19,16 +36,41 @@ autodoc_inherit_docstrings = False
 python_maximum_signature_line_length = 88
 # `name` in a docstring is code, as it is in Markdown.
 default_role = "code"
+# What is only indented, a diagram or a command, is not Python.
+highlight_language = "none"
 
-# The pages build without a network, so names of other projects have nothing to link to.
+
+def inventory(name: str) -> str:
+    """The file of a project's names for intersphinx, from the list in inventories/.
+
+    The pages build without a network, so the names that they link to are in the repository, one in a line; intersphinx
+    reads compressed files.
+    """
+    path = HERE / "_build" / f"{name}.inv"
+    path.parent.mkdir(exist_ok=True)
+    header = f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n# The rest is compressed using zlib.\n"
+    path.write_bytes(header.encode() + zlib.compress((HERE / "inventories" / f"{name}.txt").read_bytes()))
+    return str(path)
+
+
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3", inventory("python")),
+    "torch": ("https://docs.pytorch.org/docs/stable", inventory("torch")),
+}
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|collections|typing|os)\..*"),
-    # The type variable of functions that return the module they get.
-    (r"py:.*", r"torch_sagan\.(recalibration|spectral|surgery)\.M"),
+    # The type variable of functions that return the module that they get.
+    (r"py:class", r"torch_sagan\.\w+\.M"),
 ]
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_title = f"torch-sagan {release}"
+html_baseurl = "https://torch-sagan.github.io/torch-sagan/"
+html_logo = html_favicon = "_static/logo.svg"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "source_repository": "https://github.com/torch-sagan/torch-sagan",
     "source_branch": "main",

@@ -144,7 +144,8 @@ def load_reference_state_dict(
 
     >>> import torch
     >>> attention = SelfAttention2d(64)
-    >>> load_reference_state_dict(attention, torch.load("attention.pt", weights_only=True))  # doctest: +SKIP
+    >>> weights = torch.load("attention.pt", weights_only=True)  # doctest: +SKIP
+    >>> load_reference_state_dict(attention, weights)  # doctest: +SKIP
     """
     if not isinstance(model, SAGANGenerator | SAGANDiscriminator | SelfAttention2d):
         name = type(model).__name__

@@ -44,7 +44,8 @@ class SAGANDiscriminator(nn.Module):
 
     ``architecture="resnet"`` is the paper's released code, at 128 pixels::
 
-        3@128 -> 64@64 -> 128@32, attention -> 256@16 -> 512@8 -> 1024@4 -> 1024@4 -> ReLU, sum over positions -> 1
+        3@128 -> 64@64 -> 128@32, attention -> 256@16 -> 512@8 -> 1024@4
+              -> 1024@4 -> ReLU, sum over positions -> 1
 
     Each stage is a residual block (two 3×3 convolutions, mean of 2×2, a 1×1 shortcut), the attention is
     :meth:`SelfAttention2d.official`, and every weight is normalised. Weights start Xavier-uniform and biases zero,

@@ -42,7 +42,8 @@ class SAGANGenerator(nn.Module):
 
     ``architecture="resnet"`` is the paper's released code, at 128 pixels::
 
-        z 128 -> 1024@4 -> 1024@8 -> 512@16 -> 256@32, attention -> 128@64 -> 64@128 -> 3@128, tanh
+        z 128 -> 1024@4 -> 1024@8 -> 512@16 -> 256@32, attention
+              -> 128@64 -> 64@128 -> 3@128, tanh
 
     Each stage is a residual block (nearest ×2, two 3×3 convolutions, a 1×1 shortcut), the attention is
     :meth:`SelfAttention2d.official`, and every weight is normalised. Weights start Xavier-uniform and biases zero,
@@ -80,7 +81,9 @@ class SAGANGenerator(nn.Module):
     >>> images, maps = generator(torch.randn(2, 128), return_attention=True)
     >>> images.shape, [attention.shape[1:] for attention in maps]
     (torch.Size([2, 3, 64, 64]), [torch.Size([256, 256]), torch.Size([1024, 1024])])
-    >>> digits = SAGANGenerator(28, image_channels=1, num_classes=10, attention_resolutions=(7,))
+    >>> digits = SAGANGenerator(
+    ...     28, image_channels=1, num_classes=10, attention_resolutions=(7,)
+    ... )
     >>> digits(torch.randn(2, 128), torch.tensor([3, 8])).shape
     torch.Size([2, 1, 28, 28])
     """

@@ -58,8 +58,11 @@ def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Ten
         TypeError: when it is no state dict, but a model or a file's name.
 
     >>> from torch.nn.utils import spectral_norm as legacy
-    >>> sorted(convert_legacy_spectral_norm(legacy(nn.Linear(2, 2, bias=False)).state_dict()))
-    ['parametrizations.weight.0._u', 'parametrizations.weight.0._v', 'parametrizations.weight.original']
+    >>> layer = legacy(nn.Linear(2, 2, bias=False))
+    >>> sorted(convert_legacy_spectral_norm(layer.state_dict()))
+    ['parametrizations.weight.0._u',
+     'parametrizations.weight.0._v',
+     'parametrizations.weight.original']
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"expected a state dict, got {type(state_dict).__name__}")

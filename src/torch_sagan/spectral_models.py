@@ -64,7 +64,8 @@ def apply_spectral_norm(
         TypeError: when ``include`` or ``exclude`` is neither names nor a function, or a weight is of integers.
 
     >>> from torch import nn
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(1))
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3),
+    ...                       nn.Flatten(), nn.LazyLinear(1))
     >>> model = apply_spectral_norm(model, exclude="4")
     >>> list(spectral_norms(model))
     ['0.weight', '2.weight']

@@ -63,7 +63,9 @@ def insert_self_attention(
         TypeError: when ``after`` holds something else than paths, ``example_input`` is neither a tensor nor a tuple nor
             a mapping, or ``attention`` is no function or returns no module.
 
-    >>> model = nn.Sequential(nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(64, 1, 4))
+    >>> model = nn.Sequential(
+    ...     nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(64, 1, 4)
+    ... )
     >>> x = torch.randn(2, 3, 32, 32)
     >>> before = model(x)
     >>> model = insert_self_attention(model, after="1", example_input=x)
@@ -150,7 +152,8 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionRecor
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), SelfAttention2d.official(16))
     >>> with record_attention(model) as records:
     ...     y = model(torch.randn(2, 3, 8, 12))
-    >>> records["1"][0].attention.shape, records["1"][0].query_size, records["1"][0].key_size
+    >>> record = records["1"][0]
+    >>> record.attention.shape, record.query_size, record.key_size
     (torch.Size([2, 96, 24]), (8, 12), (4, 6))
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, SelfAttention2d)}
