@@ -1,8 +1,9 @@
-"""Does attention help? The same GAN with and without it, on faces whose far-apart places have to agree.
+"""Does attention help? The same GAN with and without it, on faces whose far-apart positions have to agree.
 
     python examples/long_range.py                # 5 seeds, both arms: 38 minutes on two busy cores
     python examples/long_range.py --seeds 8      # three more pairs of runs: what is there is kept
-    python examples/long_range.py --report       # table and plot again, from the results that are there
+    python examples/long_range.py --report       # table and chart again, from the results that are there
+    python examples/long_range.py --draw docs/images/long-range.json     # a chart from a summary, here that of the docs
 
 Both arms are SAGAN's networks with the same weights to begin with, trained on the same images and latent vectors for
 the same number of steps. They differ in one thing, a layer in G and one in D:
@@ -31,13 +32,11 @@ import math
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -270,26 +269,66 @@ def table(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any]) ->
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def plot(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any], path: Path) -> None:
-    """Each seed's two arms, joined, for the disagreement relative to chance and for the distance."""
-    from matplotlib import pyplot as plt
+def summarize(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """What the chart shows of each pair: how far apart it lies, and how often it differs, in per cent."""
+    summary: dict[str, Any] = {}
+    for i, pair in enumerate(PAIRS):
+        summary[pair.name] = {
+            "pixels apart": math.dist(pair.here, pair.there) / 2 * settings.image_size,
+            "chance": 100 * marks["real faces"]["pairs"][pair.name]["chance"],
+            "real faces": numbers(marks["real faces"])[i],
+        }
+        for arm, results in found.items():
+            differ = [numbers(result)[i] for result in results.values()]
+            deviation = statistics.stdev(differ) if len(differ) > 1 else 0.0
+            summary[pair.name][arm] = {"mean": statistics.mean(differ), "deviation": deviation}
+    return summary
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
-    titles = ("places that differ, relative to chance", "sliced Wasserstein distance")
-    for axis, key, title in zip(axes, ("relative", "swd"), titles, strict=True):
-        for seed in sorted(found["attention"].keys() & found["local"].keys()):
-            axis.plot([0, 1], [found[arm][seed][key] for arm in ("local", "attention")], "o-", color="0.6", ms=4)
-        for x, arm in enumerate(("local", "attention")):
-            reached = [result[key] for result in found[arm].values()]
-            axis.plot([x - 0.12, x + 0.12], [statistics.mean(reached)] * 2, color="C3", lw=2.5)
-        axis.axhline(marks["real faces"][key], color="C2", ls=":", label="real faces")
-        if key == "relative":
-            axis.axhline(1, color="C1", ls=":", label="chance")
-            axis.legend(loc="center")
-        axis.set(title=title, xticks=[0, 1], xticklabels=["local", "attention"], xlim=(-0.4, 1.4))
-        axis.set_ylim(bottom=0)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+# On a white page as on a black one.
+COLORS = {"attention": "#e8813a", "local": "#6f8fc0", "chance": "#c0508a", "real faces": "#2f9e6e"}
+INK = "#777777"
+WIDTH, HEIGHT, LEFT, ABOVE, BELOW, BAR = 560, 350, 46, 58, 46, 38
+
+
+def chart(summary: dict[str, Any]) -> str:
+    """The pairs as SVG, near ones first: a bar with standard deviation for each arm; chance and real faces as lines."""
+    step = (WIDTH - LEFT) / len(summary)
+
+    def y(percent: float) -> float:
+        return HEIGHT - BELOW - percent / 100 * (HEIGHT - BELOW - ABOVE)
+
+    parts = [f'<text x="{LEFT}" y="14">generated faces in which the two differ in colour, %</text>']
+    for i, (name, text) in enumerate(
+        zip(COLORS, ("attention", "local (control)", "chance", "real faces"), strict=True)
+    ):
+        left = LEFT + (0, 100, 230, 310)[i]
+        shape = f"M{left} 24h14v10h-14z" if name in ARMS else f"M{left} 28h14v3h-14z"
+        parts.append(f'<path d="{shape}" fill="{COLORS[name]}"/><text x="{left + 20}" y="34">{text}</text>')
+    for percent in range(0, 101, 20):
+        parts.append(f'<path d="M{LEFT} {y(percent):.1f}H{WIDTH}" stroke="{INK}" opacity=".3"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y(percent) + 5:.1f}" text-anchor="end">{percent}</text>')
+    for i, (name, pair) in enumerate(sorted(summary.items(), key=lambda item: item[1]["pixels apart"])):
+        middle = LEFT + (i + 0.5) * step
+        for arm, x in zip(ARMS, (middle - BAR - 3, middle + 3), strict=True):
+            mean, deviation = pair[arm]["mean"], pair[arm]["deviation"]
+            low, high = y(max(mean - deviation, 0)), y(min(mean + deviation, 100))
+            bar = (
+                f'<rect x="{x:.1f}" y="{y(mean):.1f}" width="{BAR}" height="{y(0) - y(mean):.1f}" fill="{COLORS[arm]}">'
+            )
+            parts.append(f"{bar}<title>{name}, {arm}: {mean:.3g} ± {deviation:.2g} %</title></rect>")
+            center = x + BAR / 2
+            spread = f"M{center:.1f} {low:.1f}V{high:.1f}M{center - 5:.1f} {low:.1f}h10M{center - 5:.1f} {high:.1f}h10"
+            parts.append(f'<path d="{spread}" stroke="{INK}" stroke-width="2" fill="none"/>')
+        for mark in ("chance", "real faces"):
+            line = f"M{middle - BAR - 12:.1f} {y(pair[mark]):.1f}H{middle + BAR + 12:.1f}"
+            parts.append(f'<path d="{line}" stroke="{COLORS[mark]}" stroke-width="3"/>')
+        parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 24}" text-anchor="middle">{name}</text>')
+        apart = f"{pair['pixels apart']:.0f} px apart"
+        parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 7}" text-anchor="middle" font-size="12">{apart}</text>')
+    style = f'font-family="system-ui, sans-serif" font-size="14" fill="{INK}"'
+    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -315,7 +354,10 @@ def read_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace,
     files = parser.add_argument_group("running")
     files.add_argument("--out", type=Path, default=Path("runs/long-range"), help="folder (default: %(default)s)")
     files.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
-    files.add_argument("--report", action="store_true", help="only table and plot, from the results that are there")
+    files.add_argument("--report", action="store_true", help="only table and chart, from the results that are there")
+    files.add_argument(
+        "--draw", type=Path, metavar="SUMMARY", help="only the chart, from a summary.json that a run wrote"
+    )
     args = parser.parse_args(arguments)
     for name in ("seeds", "processes", *(setting.name for setting in fields(Settings))):
         if not getattr(args, name) > 0:
@@ -323,8 +365,22 @@ def read_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace,
     return args, Settings(**{setting.name: getattr(args, setting.name) for setting in fields(Settings)})
 
 
+def draw(summary: Path) -> int:
+    """Write the chart of a summary beside it."""
+    path = summary.with_suffix(".svg")
+    try:
+        text = chart(json.loads(summary.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{summary}: it cannot be read as a summary ({error!r})")
+    write(path, lambda file: file.write(text.encode()))
+    print(path)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args, settings = read_arguments(arguments)
+    if args.draw:
+        return draw(args.draw)
     out: Path = args.out
     try:
         networks("local", settings)
@@ -352,10 +408,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = table(found, marks)
     write(out / "table.md", lambda file: file.write(text.encode()))
     print(text, end="")
-    if find_spec("matplotlib"):
-        plot(found, marks, out / "long_range.png")
-    else:
-        print("without the plot: matplotlib is not installed", file=sys.stderr)
+    _write_json(summarize(found, marks, settings), out / "summary.json")
+    draw(out / "summary.json")
     print(f"results, table and images are in {out}")
     return 0
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -201,6 +205,76 @@ def test_the_table_holds_means_spreads_and_the_paired_difference():
     assert len({len(row.split(" | ")) for row in rows}) == 1
 
 
+def drawn(svg: str, tag: str, fill: str) -> list[dict[str, str]]:
+    elements = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}" + tag)
+    return [element.attrib for element in elements if fill in (element.get("fill"), element.get("stroke"))]
+
+
+def test_the_chart_shows_means_spreads_and_baselines_of_each_pair():
+    found = {
+        "attention": {seed: result("attention", seed, 0.2 + 0.1 * seed) for seed in range(3)},
+        "local": {seed: result("local", seed, 0.5) for seed in range(3)},
+    }
+    marks = {"real faces": result("", 0, 0.0), "halves of different faces": result("", 0, 1.0)}
+    summary = long_range.summarize(found, marks, Settings())
+    assert list(summary) == [pair.name for pair in PAIRS]
+    assert summary["eyes"] == {
+        "pixels apart": pytest.approx(0.51 * 16),
+        "chance": pytest.approx(80),
+        "real faces": 0,
+        "attention": {"mean": pytest.approx(24), "deviation": pytest.approx(8)},  # 16, 24, 32 %
+        "local": {"mean": pytest.approx(40), "deviation": pytest.approx(0)},
+    }
+    summary["band and shirt"]["attention"]["mean"] = 80.0
+    svg = long_range.chart(summary)
+    bars = {arm: drawn(svg, "rect", long_range.COLORS[arm]) for arm in long_range.ARMS}
+    unit = float(bars["local"][0]["height"]) / 40  # pixels of a per cent
+    assert [float(bar["height"]) / unit for bar in bars["attention"]] == pytest.approx([24, 24, 24, 80], abs=0.1)
+    assert [float(bar["x"]) for bar in bars["local"]] == sorted(float(bar["x"]) for bar in bars["local"])
+    bottom = float(bars["local"][0]["y"]) + float(bars["local"][0]["height"])
+    for mark, percent in (("chance", 80), ("real faces", 0)):
+        heights = [
+            float(re.findall(r"M[\d.]+ ([\d.]+)H", line["d"])[0])
+            for line in drawn(svg, "path", long_range.COLORS[mark])[1:]
+        ]
+        assert heights == pytest.approx([bottom - percent * unit] * 4, abs=0.2)
+    spreads = [re.findall(r"M[\d.]+ ([\d.]+)V([\d.]+)", line["d"]) for line in drawn(svg, "path", long_range.INK)]
+    low, high = (float(at) for at in next(filter(None, spreads))[0])
+    assert ((bottom - low) / unit, (bottom - high) / unit) == (pytest.approx(16, abs=0.2), pytest.approx(32, abs=0.2))
+    names = [text.text for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert [name for name in names if name in summary] == ["eyes", "cheeks", "earrings", "band and shirt"]  # near first
+
+
+def test_the_chart_of_the_docs_is_drawn_from_the_numbers_of_its_table(tmp_path, capsys):
+    docs = Path(__file__).parent.parent / "docs"
+    recorded = docs / "images" / "long-range.json"
+    (tmp_path / "copy.json").write_text(recorded.read_text())
+    assert long_range.main(["--draw", str(tmp_path / "copy.json")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'copy.svg'}\n"
+    assert (tmp_path / "copy.svg").read_text() == recorded.with_suffix(".svg").read_text()
+    rows = [
+        row.strip("| ").split(" | ") for row in (docs / "does-attention-help.md").read_text().splitlines() if "|" in row
+    ]
+    cells = {name.strip("*"): values for name, *values in rows}
+    for i, pair in enumerate(PAIRS):
+        of_pair = json.loads(recorded.read_text())[pair.name]
+        assert of_pair["pixels apart"] == pytest.approx(math.dist(pair.here, pair.there) * 16)
+        for name in ("chance", "real faces"):
+            assert f"{of_pair[name]:.3g}" == cells[name][i]
+        for arm in long_range.ARMS:
+            assert f"{of_pair[arm]['mean']:.3g} ± {of_pair[arm]['deviation']:.2g}" == cells[arm][i]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"eyes": {}}'])
+def test_what_is_no_summary_is_one_line(text, tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"^long_range\.py: .*summary\.json: it cannot be read as a summary") as error:
+        long_range.main(["--draw", str(path)])
+    assert "\n" not in str(error.value)
+    assert not path.with_suffix(".svg").exists()
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer faces to read and to train on, and runs in this process."""
@@ -227,7 +301,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_leaves_results_and_the_next_one_goes_on_with_them(small, tmp_path, capsys):
     assert long_range.main([*TINY, "--seeds", "1", "--out", str(tmp_path)]) == 0
     names = {f"{arm}-0.{kind}" for arm in ("attention", "local") for kind in ("json", "png")}
-    assert {path.name for path in tmp_path.iterdir()} >= names | {"baselines.json", "table.md"}
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == names | {"baselines.json", "table.md", "summary.json", "summary.svg"}
     first = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
     long_range.main([*TINY, "--seeds", "2", "--out", str(tmp_path)])
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in names} == first
