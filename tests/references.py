@@ -72,6 +72,28 @@ def self_attention_by_loops(x: Tensor, weights: Mapping[str, Tensor], pool: int 
     return weights["gamma"].detach().double() * out + x, attention
 
 
+def l2_self_attention_by_loops(x: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same of the layer whose logits are negative squared distances, all from the features of one projection."""
+    x = x.detach().double()
+    features = one_by_one(x, weights["query.weight"], weights.get("query.bias"))
+    value = one_by_one(features, weights["value.weight"], weights.get("value.bias")).flatten(2).numpy()
+    g = features.flatten(2).numpy()
+    batch, _, positions = g.shape
+    attention = np.zeros((batch, positions, positions))
+    attended = np.zeros((batch, value.shape[1], positions))
+    for b in range(batch):
+        for j in range(positions):
+            distances = [sum((g[b, :, i] - g[b, :, j]) ** 2) for i in range(positions)]
+            exps = [np.exp(-distance) for distance in distances]  # that to itself is 0, so the sum is at least 1
+            for i in range(positions):
+                attention[b, j, i] = exps[i] / sum(exps)
+                attended[b, :, j] += attention[b, j, i] * value[b, :, i]
+    out = torch.from_numpy(attended).unflatten(2, x.shape[2:])
+    if "out.weight" in weights:
+        out = one_by_one(out, weights["out.weight"], weights.get("out.bias"))
+    return weights["gamma"].detach().double() * out + x, torch.from_numpy(attention)
+
+
 # --- spectral norm -----------------------------------------------------------------------------------------------
 
 

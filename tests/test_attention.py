@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from references import (
     attention_by_loops,
     attention_shapes,
     filled,
+    l2_self_attention_by_loops,
+    largest_singular_value,
     max_pool_by_loops,
     official_attention_shapes,
     rand,
@@ -33,6 +37,7 @@ VARIANTS: dict[str, Build] = {
     "no bias": lambda channels: SelfAttention2d(channels, bias=False),
     "own sizes": lambda channels: SelfAttention2d(channels, qk_channels=3, value_channels=5),
     "projected": lambda channels: SelfAttention2d(channels, out_projection=True),
+    "l2": partial(SelfAttention2d, similarity="l2"),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -69,8 +74,11 @@ class TutorialProjection(nn.Sequential):
 def test_is_the_equation(variant: str, batch: int, channels: int, height: int, width: int) -> None:
     layer = build(variant, channels)
     x = torch.randn(batch, channels, height, width, dtype=torch.float64)
-    pool = 2 if variant in ("official", "pooled") else 1
-    expected, expected_map = self_attention_by_loops(x, layer.state_dict(), pool)
+    if variant == "l2":
+        expected, expected_map = l2_self_attention_by_loops(x, layer.state_dict())
+    else:
+        pool = 2 if variant in ("official", "pooled") else 1
+        expected, expected_map = self_attention_by_loops(x, layer.state_dict(), pool)
     y, attention = layer(x, return_attention=True)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
@@ -97,6 +105,78 @@ def test_pooling_and_sizes(
     assert attention.shape == (2, height * width, (height // pool) * (width // pool))
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
+
+
+@given(qk_channels=st.integers(1, 5), value_channels=st.integers(1, 5), bias=st.booleans(), scale=st.floats(0.1, 30))
+def test_l2_sizes(qk_channels: int, value_channels: int, bias: bool, scale: float) -> None:
+    sizes = {"qk_channels": qk_channels, "value_channels": value_channels}
+    layer = SelfAttention2d(4, similarity="l2", out_projection=True, bias=bias, **sizes).double()
+    with torch.no_grad():
+        layer.gamma.fill_(-1.3)
+    x = scale * torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    expected, expected_map = l2_self_attention_by_loops(x, layer.state_dict())
+    y, attention = layer(x, return_attention=True)
+    # The logits are rounded at the size of the squared norms, 1e-16 of some thousands.
+    torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-9)
+
+
+def l2_bound(layer: SelfAttention2d, positions: int) -> float:
+    """The bound of docs/variants.md. c exp(c + 1) = positions - 1 is solved by bisection."""
+    low, high = 0.0, float(positions)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle * math.exp(middle + 1) < positions - 1 else (low, middle)
+    projections = [layer.query, layer.value] + [layer.out] * isinstance(layer.out, nn.Conv2d)
+    norms = math.prod(largest_singular_value(projection.weight) for projection in projections)
+    return 1 + abs(layer.gamma.item()) * norms * math.sqrt(positions) * (4 * low + 1)
+
+
+def jacobian_norm(layer: SelfAttention2d, x: Tensor) -> float:
+    jacobian = torch.autograd.functional.jacobian(layer, x).reshape(x.numel(), x.numel())
+    return float(torch.linalg.matrix_norm(jacobian, 2))
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 3.0, 10.0, 100.0])
+@pytest.mark.parametrize("qk_channels", [1, 4])
+def test_l2_is_bounded(qk_channels: int, scale: float) -> None:
+    """On inputs of every size, and also where positions differ most in directions that the query does not see."""
+    arguments = {"qk_channels": qk_channels, "value_channels": 3, "bias": False}
+    layer = SelfAttention2d(4, similarity="l2", **arguments).double()
+    with torch.no_grad():
+        layer.gamma.fill_(2.0)
+    bound = l2_bound(layer, 9)
+    for _ in range(5):
+        x = torch.randn(1, 4, 3, 3, dtype=torch.float64)
+        seen = torch.linalg.pinv(layer.query.weight.flatten(1)) @ layer.query.weight.flatten(1)
+        unseen = torch.einsum("oc,bchw->bohw", torch.eye(4).double() - seen, x)
+        for point in (scale * x, x + scale * unseen):
+            assert jacobian_norm(layer, point.detach()) <= bound
+
+
+def test_dot_products_exceed_the_l2_bound() -> None:
+    """One position at zero attends to all others alike, and moves with their variance."""
+    layer, bounded = (SelfAttention2d(4, qk_channels=4, similarity=kind, bias=False).double() for kind in ("dot", "l2"))
+    weights = {name: torch.eye(4).double()[..., None, None] for name in ("query.weight", "key.weight", "value.weight")}
+    layer.load_state_dict({"gamma": torch.ones(1), **weights})
+    bounded.load_state_dict({"gamma": torch.ones(1), **{name: w for name, w in weights.items() if "key" not in name}})
+    x = 100 * torch.randn(1, 4, 3, 3, dtype=torch.float64)
+    x[..., 0, 0] = 0
+    assert jacobian_norm(layer, x) > 10 * l2_bound(bounded, 9)
+    assert jacobian_norm(bounded, x) < l2_bound(bounded, 9)
+
+
+def test_l2_attention_of_many_positions() -> None:
+    """In tiles, float32, and with an offset that is much larger than the distances."""
+    layer = SelfAttention2d(8, qk_channels=3, similarity="l2")
+    with torch.no_grad():
+        layer.gamma.fill_(0.7)
+    x = torch.randn(1, 8, 33, 33) + 30
+    y, attention = layer.double()(x.double(), return_attention=True)
+    torch.testing.assert_close(attention.sum(2), torch.ones_like(attention[..., 0]))
+    # Features of size 30 are rounded to 30 * 6e-8 in float32, distances of some ones therefore to some 1e-5.
+    torch.testing.assert_close(layer.float()(x).double(), y, rtol=0, atol=1e-4)
 
 
 @variants
@@ -361,6 +441,8 @@ def test_samples_do_not_mix() -> None:
         ({"channels": 8, "value_channels": -1}, "value_channels.*-1"),
         ({"channels": 8, "pool": 0}, "pool.*0"),
         ({"channels": 8, "value_channels": 4, "out_projection": False}, "projection.*8.*4"),
+        ({"channels": 8, "similarity": "cosine"}, "similarity must be one of 'dot', 'l2', got 'cosine'"),
+        ({"channels": 8, "similarity": "l2", "pool": 2}, "each query is among the keys.*2"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:

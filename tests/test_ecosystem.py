@@ -62,6 +62,7 @@ SUBJECTS = {
     # So many positions that the map is not held.
     "attention in tiles": Subject(lambda: SelfAttention2d(8), (8, 33, 33)),
     "official attention": Subject(lambda: SelfAttention2d.official(16), (16, 6, 5)),
+    "l2 attention": Subject(lambda: SelfAttention2d(16, similarity="l2"), (16, 6, 5)),
     "spectral norm": Subject(lambda: spectral_norm(nn.Conv2d(4, 6, 3)), (4, 6, 5)),
     "torch's spectral norm": Subject(lambda: spectral_norm(nn.Conv2d(4, 6, 3), implementation="torch"), (4, 6, 5)),
     "generator": Subject(lambda: SAGANGenerator(16, z_dim=8, base_channels=8), (8,)),

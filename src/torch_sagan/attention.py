@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_sagan import functional
-from torch_sagan.arguments import at_least_one
+from torch_sagan.arguments import at_least_one, one_of
 
 __all__ = ["AttentionRecord", "SelfAttention2d"]
 
@@ -42,15 +42,24 @@ class SelfAttention2d(nn.Module):
             a shift that all keys share.)
         projection: ``projection(in_channels, out_channels) -> Module`` makes what stands in the place of each 1×1
             convolution. It must keep H×W.
+        similarity: ``"dot"``, the product above, or ``"l2"``, the negative squared distance, which gives the layer a
+            Lipschitz bound that the product cannot have:
+
+            .. math::
+                \beta_{ji} = \operatorname{softmax}_i\bigl(-\lVert g(x_i) - g(x_j) \rVert^2\bigr), \qquad
+                h(x_i) = V g(x_i)
+
+            The bound needs one projection g for query and key, and values that are projected from its result: there is
+            no ``key``, and ``value`` takes ``qk_channels``. The documentation's page on variants has the bound.
 
     Attributes:
-        query, key, value, out: the projections.
+        query, key, value, out: the projections. (With ``similarity="l2"`` there is no ``key``.)
         gamma: a parameter of shape (1,).
 
     Raises:
         ValueError: for sizes below 1, for an output projection that is needed and refused, for ``bias=False``
-            together with ``projection``; in ``forward`` for an input that is not (B, C, H, W), and for a map that
-            is smaller than ``pool``.
+            together with ``projection``, for another ``similarity``, and for ``"l2"`` with pooled keys, which have no
+            bound; in ``forward`` for an input that is not (B, C, H, W), and for a map that is smaller than ``pool``.
         TypeError: in ``forward`` for what is no tensor.
 
     The defaults are those of the PyTorch implementation that most tutorials copy. :meth:`paper` and
@@ -78,8 +87,10 @@ class SelfAttention2d(nn.Module):
         out_projection: bool | None = None,
         bias: bool = True,
         projection: Callable[[int, int], nn.Module] | None = None,
+        similarity: Literal["dot", "l2"] = "dot",
     ) -> None:
         super().__init__()
+        one_of(("dot", "l2"), similarity=similarity)
         at_least_one(channels=channels, pool=pool)
         qk_channels = max(1, channels // 8) if qk_channels is None else qk_channels
         value_channels = channels if value_channels is None else value_channels
@@ -90,6 +101,10 @@ class SelfAttention2d(nn.Module):
             raise ValueError(
                 f"without an output projection value_channels must equal channels ({channels}), got {value_channels}"
             )
+        if similarity == "l2" and pool != 1:
+            raise ValueError(
+                f'similarity="l2" is bounded only where each query is among the keys, so pool=1; got {pool}'
+            )
         if projection is None:
             projection = _conv1x1 if bias else _conv1x1_without_bias
         elif not bias:
@@ -97,9 +112,11 @@ class SelfAttention2d(nn.Module):
 
         self.channels = channels
         self.pool = pool
+        self.similarity = similarity
         self.query: nn.Module = projection(channels, qk_channels)
-        self.key: nn.Module = projection(channels, qk_channels)
-        self.value: nn.Module = projection(channels, value_channels)
+        if similarity == "dot":
+            self.key: nn.Module = projection(channels, qk_channels)
+        self.value: nn.Module = projection(channels if similarity == "dot" else qk_channels, value_channels)
         self.out: nn.Module = projection(value_channels, channels) if out_projection else nn.Identity()
         self.gamma: nn.Parameter = nn.Parameter(torch.zeros(1))
 
@@ -132,9 +149,14 @@ class SelfAttention2d(nn.Module):
             positions, M = keys left after pooling, both counted row by row, and each row of the map sums to 1.
         """
         x = _feature_map(x, self.channels)  # (B, C, H, W)
-        query = _query_positions(self.query(x), x)  # (B, D, N)
-        key = _key_positions(self.key(x), self.pool)  # (B, D, M)
-        value = _key_positions(self.value(x), self.pool)  # (B, E, M)
+        features = self.query(x)  # (B, D, H, W)
+        query = _query_positions(features, x)  # (B, D, N)
+        if self.similarity == "l2":
+            value = self.value(features).flatten(2)  # (B, E, N)
+            query, key = functional.l2_similarity(query, query)  # (B, D + 1, N)
+        else:
+            key = _key_positions(self.key(x), self.pool)  # (B, D, M)
+            value = _key_positions(self.value(x), self.pool)  # (B, E, M)
         attended, attention = _attend(query, key, value, return_attention)  # (B, E, N), (B, N, M) or None
         o = self.out(attended.unflatten(2, x.shape[2:]))  # (B, C, H, W)
         # Under autocast o is in half precision while gamma is not; the residual keeps the input's own dtype.
@@ -142,7 +164,7 @@ class SelfAttention2d(nn.Module):
         return _output(y, attention)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, pool={self.pool}"
+        return f"{self.channels}, pool={self.pool}, similarity={self.similarity!r}"
 
 
 class AttentionRecord(NamedTuple):

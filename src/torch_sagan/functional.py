@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch_sagan.dispatch import is_autocast, is_transformed
 from torch_sagan.memory_efficient import attention_backward, memory_efficient_attention
 
-__all__ = ["attention", "attention_map", "power_iteration", "spectral_normalize"]
+__all__ = ["attention", "attention_map", "l2_similarity", "power_iteration", "spectral_normalize"]
 
 # On the CPU a map of up to so many weights in the whole batch is faster held than walked in tiles (measured).
 SMALL_MAP = 2**20
@@ -69,6 +69,31 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return torch.bmm(value, attention_map(query, key).mT)  # (B, E, N)
     attended: Tensor = _HeldMap.apply(query, key, value)  # type: ignore[no-untyped-call]
     return attended  # (B, E, N)
+
+
+def l2_similarity(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    r"""A query and a key for :func:`attention` whose softmax is that of :math:`-\lVert f_i - g_j \rVert^2`.
+
+    :math:`(2 g_j, 1) \cdot (f_i, -\lVert f_i \rVert^2) = \lVert g_j \rVert^2 - \lVert f_i - g_j \rVert^2`, and softmax
+    over i does not see the first term. The mean key is subtracted from both beforehand: distances stay the same, and an
+    offset that all positions share costs no precision.
+
+    Args:
+        query: g, (B, D, N).
+        key: f, (B, D, M).
+
+    Returns:
+        Query (B, D + 1, N) and key (B, D + 1, M).
+
+    Source: Kim, Papamakarios and Mnih, *The Lipschitz Constant of Self-Attention*, arXiv:2006.04710, section 3.2.
+    """
+    mean = key.mean(dim=2, keepdim=True)  # (B, D, 1)
+    query, key = query - mean, key - mean
+    squared_norm = key.square().sum(dim=1, keepdim=True).to(key.dtype)  # (B, 1, M); autocast sums in float32
+    return (
+        torch.cat([2 * query, torch.ones_like(query[:, :1])], dim=1),  # (B, D + 1, N)
+        torch.cat([key, -squared_norm], dim=1),  # (B, D + 1, M)
+    )
 
 
 def power_iteration(
