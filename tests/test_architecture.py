@@ -23,12 +23,12 @@ PACKAGE = Path(torch_sagan.__file__).parent
 # From the bottom up. Imports run downwards only; modules of one layer never import each other.
 LAYERS = [
     {"dispatch", "double_backward", "inserted", "legacy_spectral_norm", "modes"},
-    {"memory_efficient"},
+    {"example_pass", "memory_efficient"},
     {"arguments", "functional"},
     {"attention", "layer_selection", "losses", "spectral"},
-    {"conditional", "spectral_models", "visualization"},
-    {"blocks", "explorer", "recalibration"},
-    {"generator", "discriminator", "surgery"},
+    {"conditional", "recording", "spectral_models", "surgery", "visualization"},
+    {"blocks", "explorer", "insertion", "recalibration"},
+    {"generator", "discriminator"},
     {"checkpoints"},
     {"__init__"},
 ]

@@ -851,7 +851,7 @@ def test_an_inserted_layer_is_not_below_the_module_it_follows() -> None:
 
     def inserted() -> nn.Sequential:
         network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)))
-        return insert_self_attention(network, after=["0", "2.0"])
+        return insert_self_attention(network, after=["0", "2.0"], example_input=torch.randn(1, 3, 9, 9))
 
     def path(network: nn.Module, number: int) -> str:
         return [name for name, part in network.named_modules() if isinstance(part, SelfAttention2d)][number]

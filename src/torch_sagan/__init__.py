@@ -7,6 +7,7 @@ from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
 from torch_sagan.discriminator import SAGANDiscriminator
 from torch_sagan.explorer import AttentionExplorer, explore_attention
 from torch_sagan.generator import SAGANGenerator
+from torch_sagan.insertion import InsertionPoint, InsertionPoints, insertion_points
 from torch_sagan.legacy_spectral_norm import convert_legacy_spectral_norm
 from torch_sagan.losses import (
     gradient_penalty,
@@ -19,6 +20,7 @@ from torch_sagan.losses import (
     zero_centered_gradient_penalty,
 )
 from torch_sagan.recalibration import recalibrate
+from torch_sagan.recording import record_attention
 from torch_sagan.spectral import SpectralNorm, spectral_norm
 from torch_sagan.spectral_models import (
     apply_spectral_norm,
@@ -26,7 +28,7 @@ from torch_sagan.spectral_models import (
     reset_power_iteration,
     spectral_norms,
 )
-from torch_sagan.surgery import insert_self_attention, record_attention, remove_self_attention
+from torch_sagan.surgery import insert_self_attention, remove_self_attention
 from torch_sagan.visualization import attention_overlay, mark_queries
 
 __version__ = "0.1.0"
@@ -35,6 +37,8 @@ __all__ = [
     "AttentionExplorer",
     "AttentionRecord",
     "ConditionalBatchNorm2d",
+    "InsertionPoint",
+    "InsertionPoints",
     "ProjectionHead",
     "SAGANDiscriminator",
     "SAGANGenerator",
@@ -49,6 +53,7 @@ __all__ = [
     "hinge_discriminator_loss",
     "hinge_generator_loss",
     "insert_self_attention",
+    "insertion_points",
     "load_reference_state_dict",
     "mark_queries",
     "recalibrate",

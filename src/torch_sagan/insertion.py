@@ -1,0 +1,229 @@
+"""Where attention can be inserted into a model, and what it would cost there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.flop_counter import FlopCounterMode
+
+from torch_sagan.attention import SelfAttention2d
+from torch_sagan.example_pass import ExampleInput, outputs_of_a_pass
+from torch_sagan.functional import SMALL_MAP
+from torch_sagan.memory_efficient import TILE_KEYS, TILE_QUERIES
+from torch_sagan.surgery import channels_of, check_insertable, check_target
+
+__all__ = ["InsertionPoint", "InsertionPoints", "insertion_points"]
+
+
+class InsertionPoint(NamedTuple):
+    """A module behind which attention can be inserted, and the costs of a :class:`SelfAttention2d` there.
+
+    Attributes:
+        path: the module's dotted path, for :func:`insert_self_attention`.
+        type: the name of its class.
+        channels: C of the feature map (B, C, H, W) that it returns.
+        size: (H, W); of the largest, where its calls return several.
+        calls: how often it runs in one pass.
+        operations: of the layer's forward passes, two for each multiplication with its addition, as
+            :class:`torch.utils.flop_counter.FlopCounterMode` counts them.
+        memory: bytes that a training step needs for the layer at most, with this library's attention.
+        plain_memory: the same, with the attention equation as it is written.
+    """
+
+    path: str
+    type: str
+    channels: int
+    size: tuple[int, int]
+    calls: int
+    operations: int
+    memory: int
+    plain_memory: int
+
+
+class InsertionPoints(list[InsertionPoint]):
+    """Insertion points in the order of execution. ``str`` makes a table of them.
+
+    Attributes:
+        operations: of the model's own forward pass.
+        memory: bytes that the model's own forward pass keeps for the backward pass, without the parameters.
+    """
+
+    def __init__(self, points: Iterable[InsertionPoint], operations: int, memory: int) -> None:
+        super().__init__(points)
+        self.operations = operations
+        self.memory = memory
+
+    def __str__(self) -> str:
+        rows = [("path", "module", "channels", "size", "calls", "operations", "", "memory", "plain")]
+        for point in self:
+            share = f"+{point.operations / self.operations:.0%}" if self.operations else ""
+            height, width = point.size
+            where = (point.path, point.type, str(point.channels), f"{height}×{width}", str(point.calls))
+            rows.append(
+                (*where, _operations(point.operations), share, _bytes(point.memory), _bytes(point.plain_memory))
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(f"{cell:<{width}}" if i < 2 else f"{cell:>{width}}" for i, (cell, width) in enumerate(cells))
+            for cells in (zip(row, widths, strict=True) for row in rows)
+        ]
+        model = f"{_operations(self.operations)} operations, keeps {_bytes(self.memory)} for its backward pass"
+        return "\n".join([*lines, f"the model itself: {model}"])
+
+
+def insertion_points(model: nn.Module, example_input: ExampleInput) -> InsertionPoints:
+    r"""Every module behind which :func:`insert_self_attention` can put attention, with the costs of a
+    :class:`SelfAttention2d` there.
+
+    These are the modules that return a feature map (B, C, H, W), always with the same number of channels; those inside
+    of a :class:`SelfAttention2d` or of a parametrization are left out. The example is passed through the model once, in
+    evaluation mode; modes, buffers, hooks and random states are those of before. Costs are proportional to its batch,
+    so give one of the size that you train with.
+
+    A layer of B maps with N = H·W positions, C channels of the value and D = C // 8 of query and key takes
+
+    .. math::
+        2 B N C (2 D + C) + 2 B N^2 (D + C)
+
+    operations in a forward pass, and about twice as many in a backward pass. Memory is the most that forward and
+    backward pass of the layer need beyond its input and the gradient of its output, as PyTorch's allocator counts it; a
+    process can take a third more, which the allocator of the C library keeps. It counts
+
+    - what is kept for the backward pass: query, key, value, their attention and the layer's output, and one attention
+      matrix (B, N, N) in the plain equation;
+    - what the backward pass makes: three attention matrices in the plain equation; gradients, the factors of the
+      logits and, on the CPU, tiles and copies for each thread in this library's.
+
+    Args:
+        model: any module that :func:`insert_self_attention` takes.
+        example_input: what the model can be called with: a tensor, a tuple of arguments or a mapping of keyword
+            arguments.
+
+    Returns:
+        The insertion points, in the order in which the modules first return. Print them for a table.
+
+    Raises:
+        ValueError: for a model that is compiled or wrapped for parallel training.
+        TypeError: when ``example_input`` is neither a tensor nor a tuple nor a mapping.
+
+    >>> model = nn.Sequential(
+    ...     nn.Conv2d(3, 32, 4, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 4, 2, 1)
+    ... )
+    >>> x = torch.randn(16, 3, 64, 64)
+    >>> points = insertion_points(model, x)
+    >>> [(point.path, point.channels, point.size) for point in points]
+    [('0', 32, (32, 32)), ('1', 32, (32, 32)), ('2', 64, (16, 16))]
+    >>> from torch_sagan import insert_self_attention
+    >>> model = insert_self_attention(model, points[1].path, example_input=x)
+    """
+    check_insertable(model)
+    modules = _candidates(model)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.enable_grad(),
+        FlopCounterMode(display=False) as counter,
+        saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        outputs = outputs_of_a_pass(model, modules, example_input)
+
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    points = []
+    for path, returned in outputs.items():
+        with suppress(ValueError):
+            channels = channels_of(path, returned)
+            maps = [output for output in returned if isinstance(output, Tensor)]
+            points.append(_insertion_point(path, type(modules[path]).__name__, channels, maps, on_cpu))
+    return InsertionPoints(points, counter.get_total_flops(), sum(kept.values()))
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a layer may follow, as far as can be said before they return something."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, SelfAttention2d):
+            inside |= set(module.modules()) - {module}
+        if isinstance(module, ParametrizationList):  # whose (B, C, H, W) would be a weight
+            inside |= set(module.modules())
+    candidates = {}
+    for path, module in model.named_modules():
+        if path and module not in inside:
+            with suppress(ValueError):
+                check_target(path, module)
+                candidates[path] = module
+    return candidates
+
+
+def _insertion_point(path: str, kind: str, channels: int, maps: list[Tensor], on_cpu: bool) -> InsertionPoint:
+    costs = [_costs(len(map), channels, map.shape[2] * map.shape[3], map.itemsize, on_cpu) for map in maps]
+    largest = max(maps, key=lambda map: map.shape[2] * map.shape[3])
+    return InsertionPoint(
+        path,
+        kind,
+        channels,
+        (largest.shape[2], largest.shape[3]),
+        len(maps),
+        sum(cost.operations for cost in costs),
+        # Every call keeps what its backward pass needs; the backward passes run one after the other.
+        sum(cost.kept for cost in costs) + max(cost.backward for cost in costs),
+        sum(cost.plain_kept for cost in costs) + max(cost.plain_backward for cost in costs),
+    )
+
+
+class _Costs(NamedTuple):
+    """Of one call of a layer: operations, and bytes kept for the backward pass and added in it."""
+
+    operations: int
+    kept: int
+    backward: int
+    plain_kept: int
+    plain_backward: int
+
+
+def _costs(batch: int, channels: int, positions: int, itemsize: int, on_cpu: bool) -> _Costs:
+    b, c, n = batch, channels, positions
+    d = max(1, c // 8)
+    operations = 2 * b * n * c * (2 * d + c) + 2 * b * n * n * (d + c)
+    features = itemsize * b * n * (2 * d + 3 * c)  # query, key; value, attention's result, the layer's output
+    matrix = itemsize * b * n * n
+    # The softmax's backward makes its gradient contiguous: gradient of the weights, its copy, gradient of the logits.
+    plain = features + matrix, 3 * matrix
+    if on_cpu and b * n * n <= SMALL_MAP:
+        return _Costs(operations, *plain, *plain)
+    # Gradients of result, value, query and key, and the factors of the logits with one more channel.
+    backward = itemsize * b * n * (2 * c + 4 * d + 2)
+    if on_cpu:
+        threads = torch.get_num_threads()
+        splits = math.gcd(n, max(1, threads // b))  # of each sample's queries, which have keys and values of their own
+        backward += 2 * itemsize * min(b * splits, threads) * min(n // splits, TILE_QUERIES) * min(n, TILE_KEYS)
+        if splits > 1:
+            backward += itemsize * b * n * ((c + 2 * d + 1) + splits * (2 * c + 3 * d + 1))
+    return _Costs(operations, features, backward, *plain)
+
+
+def _operations(count: int) -> str:
+    return _readable(count, 1000, ("", "k", "M", "G", "T", "P"))
+
+
+def _bytes(count: int) -> str:
+    return _readable(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _readable(value: float, step: int, units: tuple[str, ...]) -> str:
+    scale = min(len(units) - 1, int(math.log(value, step)) if value >= 1 else 0)
+    value /= step**scale
+    return f"{value:.{0 if value >= 10 else 1}f} {units[scale]}".rstrip()

@@ -1,0 +1,102 @@
+"""Models with the nesting of those that people have, and one with everything that is unusual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """As in CycleGAN: a Sequential beside the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_block = nn.Sequential(
+            nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), nn.InstanceNorm2d(channels), nn.ReLU(True),
+            nn.Dropout(0.5), nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3), nn.InstanceNorm2d(channels),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_block(x)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def residual_generator() -> nn.Module:
+    return Wrapped(
+        nn.ReflectionPad2d(3), nn.Conv2d(3, 4, 7), nn.InstanceNorm2d(4), nn.ReLU(True),
+        nn.Conv2d(4, 8, 3, 2, 1), nn.InstanceNorm2d(8), nn.ReLU(True),
+        nn.Conv2d(8, 16, 3, 2, 1), nn.InstanceNorm2d(16), nn.ReLU(True),
+        ResidualBlock(16), ResidualBlock(16), ResidualBlock(16),
+        nn.ConvTranspose2d(16, 8, 3, 2, 1, 1), nn.InstanceNorm2d(8), nn.ReLU(True),
+        nn.ConvTranspose2d(8, 4, 3, 2, 1, 1), nn.InstanceNorm2d(4), nn.ReLU(True),
+        nn.ReflectionPad2d(3), nn.Conv2d(4, 3, 7), nn.Tanh(),
+    )  # fmt: skip
+
+
+def patch_discriminator() -> nn.Module:
+    return Wrapped(
+        nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.2, True),
+        nn.Conv2d(4, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.2, True),
+        nn.Conv2d(8, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.LeakyReLU(0.2, True),
+        nn.Conv2d(16, 32, 4, 1, 1, bias=False), nn.BatchNorm2d(32), nn.LeakyReLU(0.2, True),
+        nn.Conv2d(32, 1, 4, 1, 1),
+    )  # fmt: skip
+
+
+def dcgan_generator() -> nn.Module:
+    return Wrapped(
+        nn.ConvTranspose2d(3, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(True),
+        nn.ConvTranspose2d(32, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(True),
+        nn.ConvTranspose2d(16, 3, 4, 2, 1, bias=False), nn.Tanh(),
+    )  # fmt: skip
+
+
+class SkipBlock(nn.Module):
+    """As in pix2pix: the activation on the way down writes into what the skip connection carries."""
+
+    def __init__(self, outer: int, inner: int, inside: nn.Module | None) -> None:
+        super().__init__()
+        down = [nn.LeakyReLU(0.2, True), nn.Conv2d(outer, inner, 4, 2, 1, bias=False), nn.BatchNorm2d(inner)]
+        up_channels = inner if inside is None else 2 * inner
+        up = [nn.ReLU(True), nn.ConvTranspose2d(up_channels, outer, 4, 2, 1, bias=False), nn.BatchNorm2d(outer)]
+        self.model = nn.Sequential(*down, *([] if inside is None else [inside]), *up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.model(x)], 1)
+
+
+def unet() -> nn.Module:
+    inside = SkipBlock(4, 8, SkipBlock(8, 16, SkipBlock(16, 16, None)))
+    return Wrapped(nn.Conv2d(3, 4, 4, 2, 1), inside, nn.ReLU(True), nn.ConvTranspose2d(8, 3, 4, 2, 1), nn.Tanh())
+
+
+class Pyramid(nn.Module):
+    """A block that is used twice, one that returns a tuple, one that returns no map, and one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.act = nn.ReLU()
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), self.act)
+        self.narrow = nn.Conv2d(8, 4, 1)
+        self.split = Split()
+        self.head = nn.Linear(4, 2)
+        self.spare = nn.ModuleList([nn.Conv2d(3, 3, 1)])
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        x = self.block(self.block(self.stem(x) * scale))
+        a, b = self.split(self.act(self.narrow(x)))
+        return self.head((a + b).mean((2, 3)))
+
+
+class Split(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x.flip(3)
