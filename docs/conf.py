@@ -21,6 +21,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "live_explorer",
     "mathml",
     "site_files",
 ]
@@ -60,6 +61,8 @@ intersphinx_mapping = {
 nitpick_ignore_regex = [
     # The type variable of functions that return the module that they get.
     (r"py:class", r"torch_sagan\.\w+\.M"),
+    # PyTorch's documentation has no page of it.
+    (r"py:class", r"torch\.utils\.flop_counter\..*"),
 ]
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

@@ -6,10 +6,13 @@ import re
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import torch_sagan
 from training.command_line import flag
 from training.configuration import Config
 
@@ -42,7 +45,9 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_readme_and_the_guides_have_code() -> None:
-    assert {"README.md", "quickstart.md", "existing-models.md", "training.md"} <= {page.name for page in WITH_CODE}
+    assert {"README.md", "get-started.md", "existing-models.md", "how-it-is-trained.md"} <= {
+        page.name for page in WITH_CODE
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.name}")
@@ -50,12 +55,50 @@ def test_every_fence_is_closed(page: Path) -> None:
     assert page.read_text(encoding="utf-8").count("```") % 2 == 0
 
 
+def test_the_reference_lists_every_public_name() -> None:
+    text = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`~torch_sagan\.(\w+)`", text)
+    assert sorted(listed) == sorted(torch_sagan.__all__)
+
+
+class FastaiAttention(nn.Module):
+    """The layer of fastai 1 and 2: query and key have each other's names, the softmax runs over dimension 1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        narrow = channels // 8
+        widths = {"query": narrow, "key": narrow, "value": channels}
+        for name, width in widths.items():
+            self.add_module(name, nn.utils.spectral_norm(nn.Conv1d(channels, width, 1, bias=False)))
+        self.gamma = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        weights = torch.bmm(self.query(flat).transpose(1, 2), self.key(flat)).softmax(dim=1)
+        return (self.gamma * torch.bmm(self.value(flat), weights) + flat).view_as(x)
+
+
+def test_weights_of_fastai_load_as_the_guide_says() -> None:
+    text = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": "page"}
+    for block in BLOCK.findall(text):
+        exec(block, namespace)
+    theirs = FastaiAttention(16).double()
+    x = torch.randn(2, 16, 5, 6, dtype=torch.float64)
+    theirs(x)  # the older hook computes a weight in a pass
+    theirs.eval()
+    expected = theirs(x)
+    ours = namespace["from_fastai"](theirs, 16)
+    torch.testing.assert_close(ours.double()(x), expected, rtol=0, atol=1e-6)  # it copied to float32
+    assert (expected - x).abs().max() > 0.01  # not the identity
+
+
 # --- what the pages say of the examples ----------------------------------------------------------------------------
 
 
 def section(title: str) -> str:
-    """What stands under a heading of the guide to training."""
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    """What stands under a heading of the page of flags."""
+    text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 

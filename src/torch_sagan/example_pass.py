@@ -13,7 +13,7 @@ from torch_sagan.modes import evaluation_mode
 
 __all__ = ["ExampleInput", "outputs_of_a_pass"]
 
-ExampleInput: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
+ExampleInput: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def outputs_of_a_pass(

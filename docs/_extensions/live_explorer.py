@@ -1,0 +1,35 @@
+"""The generator that ships with the site, and a page to explore what it attends to, made when the site is built."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from sphinx.application import Sphinx
+
+from torch_sagan import SAGANGenerator, explore_attention, record_attention
+
+IMAGES = 8
+
+
+def write_explorer(app: Sphinx, exception: Exception | None) -> None:
+    if exception is not None or app.builder.format != "html":
+        return
+    models = Path(app.srcdir) / "models"
+    shutil.copytree(models, Path(app.outdir) / "models", dirs_exist_ok=True)
+    card = json.loads((models / "faces.json").read_text(encoding="utf-8"))
+    generator = SAGANGenerator(**card["generator"]).eval()
+    generator.load_state_dict(load_file(models / "faces.safetensors"))
+    z = torch.randn(IMAGES, generator.z_dim, generator=torch.Generator().manual_seed(0))
+    with record_attention(generator) as records, torch.no_grad():
+        images = generator(z)
+    explore_attention(images, records).save(Path(app.outdir) / "explorer.html")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("build-finished", write_explorer)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
