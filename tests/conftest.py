@@ -34,6 +34,7 @@ if torch.__version__ < "2.6":
         "test_image_folder.py",
         "test_logging.py",
         "test_minimal.py",
+        "test_published.py",
         "test_recipes.py",
         "test_run_lock.py",
         "test_train_celeba.py",

@@ -130,7 +130,10 @@ EXAMPLE_LAYERS = [
         "training.workers", "training.faces", "training.cifar10", "training.mnist", "training.labels",
         "training.latents", "training.augmentation", "training.average", "training.architectures",
     },
-    {"training.checkpointing", "training.distributed", "training.image_folder", "training.run_lock"},
+    {
+        "training.checkpointing", "training.distributed", "training.image_folder", "training.published",
+        "training.run_lock",
+    },
     {"training.image_cache", "training.image_io", "training.logging", "training.model_card", "training.step"},
     {"training.data", "training.objectives"},
     {"training.configuration"},

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch_sagan import SAGANGenerator
 from training import checkpointing
 from training.architectures import build_generator
 from training.average import recalibrated
+from training.published import published_generator
 from training.tensor_files import read
 
 Card = dict[str, Any]
@@ -99,13 +101,22 @@ def from_checkpoint(path: Path, *, average: bool = True) -> tuple[Weights, Card]
     Raises:
         ValueError: for what is not such a checkpoint.
     """
+    return _trained(*_read(path), average=average)
+
+
+def _read(path: Path) -> tuple[Path, Any]:
     file = _newest(path) if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path}: no checkpoint in this folder" if path.is_dir() else f"{path}: no such file")
     try:
-        state = read(file)
-    except Exception:  # whatever a damaged or foreign file makes the reader raise
-        raise ValueError(f"{file}: it cannot be read as a checkpoint") from None
+        return file, read(file)
+    except Exception as error:  # whatever a damaged or foreign file makes the reader raise
+        found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        reason = f", because it holds a {found[1]} (see docs/pretrained.md)" if found else ""
+        raise ValueError(f"{file}: it cannot be read as a checkpoint{reason}") from None
+
+
+def _trained(file: Path, state: Any, *, average: bool) -> tuple[Weights, Card]:
     try:
         config, weights = state["config"], state["average" if average else "generator"]
         card = {
@@ -125,13 +136,21 @@ def from_checkpoint(path: Path, *, average: bool = True) -> tuple[Weights, Card]
 
 
 def open_generator(path: Path, *, average: bool = True) -> tuple[SAGANGenerator, Card]:
-    """The generator in a .safetensors file, in a checkpoint of the trainer, or in the newest checkpoint of a folder.
+    """The generator in a .safetensors file, in a checkpoint of the trainer, in the newest checkpoint of a folder, or in
+    a file that mmgeneration has published.
 
     The average of a checkpoint is recalibrated, as the trainer draws and scores it.
     """
     if path.suffix == SUFFIX:
         return load(path)
-    weights, card = from_checkpoint(path, average=average)
+    file, state = _read(path)
+    if isinstance(state, Mapping) and "state_dict" in state:
+        try:
+            generator, arguments = published_generator(state["state_dict"], average=average)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        return generator, {"generator": arguments, "averaged": average, "classes": {}, "source": file.name}
+    weights, card = _trained(file, state, average=average)
     generator = build(weights, card)
     return (recalibrated(generator) if average else generator), card
 
