@@ -109,8 +109,9 @@ class SpectralNorm(nn.Module):
         """Make the iterations, keep u and v, and return them with sigma."""
         # The graph gets tensors of its own and never the buffers: those are written to by the next forward, by
         # DistributedDataParallel's broadcast and by load_state_dict, all of which may come before the backward.
-        u, v = self._u.to(weight.dtype, copy=True), self._v.to(weight.dtype, copy=True)
-        if self._u.dtype != weight.dtype:  # rounding to half precision has cost them their unit norm
+        # An iteration makes new ones.
+        u, v = (vector.to(weight.dtype, copy=n_iterations == 0) for vector in (self._u, self._v))
+        if self._u.dtype != weight.dtype:  # rounded to half precision, they have lost their unit norm
             u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
         matrix = unfold(weight, self.dim)  # (h, w)
         u, v, sigma = functional.power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
