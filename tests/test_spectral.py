@@ -928,7 +928,7 @@ normalisers = pytest.mark.parametrize("normaliser", NORMALISERS)
 @normalisers
 @pytest.mark.parametrize("implementation", ["sagan", "torch"])
 def test_normalised_already(normaliser: str, implementation: str) -> None:
-    """Told by a warning, and not normalised twice; told by ``exclude``, there is no warning."""
+    """A warning names them and they are not normalised twice; named in ``exclude``, they cause no warning."""
     network = model()
     NORMALISERS[normaliser](network[0])
     NORMALISERS[normaliser](network[2][0])
@@ -1137,7 +1137,7 @@ def test_exclude_is_the_way_out(build: Callable[[], nn.Module]) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_remove_from_a_whole_model(training: bool) -> None:
-    """All three kinds at once: to the bit what evaluation computes, and the keys of a plain model."""
+    """All three kinds at once: exactly what evaluation computes, and the keys of a plain model."""
     plain, network = model(), model()
     spectral_norm(network[0])
     spectral_norm(network[0], "bias")
@@ -1197,7 +1197,7 @@ def test_removing_changes_nothing_when_one_cannot_be() -> None:
 @normalisers
 @pytest.mark.parametrize("trainable", [True, False])
 def test_parameters_stay_the_same_objects(normaliser: str, trainable: bool) -> None:
-    """An optimiser that was made before goes on with the weights, normalised and after removal; frozen stays frozen."""
+    """An existing optimiser keeps updating the weights, normalised and after removal; frozen ones stay frozen."""
     network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).requires_grad_(trainable)
     before = set(network.parameters())
     for layer in network:

@@ -14,7 +14,7 @@ __all__ = ["at_least_one", "check_labels", "nearest_names", "one_of"]
 
 
 def at_least_one(**sizes: int | None) -> None:
-    """Raise a ValueError that names the first of the given sizes that is below 1; None is no size, and passes."""
+    """Raise a ValueError that names the first of the given sizes that is below 1. None is allowed."""
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")

@@ -171,6 +171,7 @@ def load_reference_state_dict(
     if isinstance(model, SelfAttention2d) and not isinstance(model.out, nn.Identity):
         _resolve_biggan_buffers(model, state, converted)
 
+    # load_state_dict would load what fits before it raises, and name our keys instead of those in the file.
     expected = dict.fromkeys(names.values())
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]

@@ -65,7 +65,7 @@ class SAGANDiscriminator(nn.Module):
             last two; of ``"resnet"``: 32, or the largest below.
         attention: ``attention(channels) -> Module``. Default: the architecture's own.
         spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalises, or
-            None for none (as a gradient penalty wants it). An ``attention`` of your own is left as it comes.
+            None to disable (as a gradient penalty needs it). An ``attention`` of your own is not changed.
 
     Raises:
         ValueError: for a size that cannot be built, an unknown architecture, and attention resolutions that do not

@@ -58,13 +58,13 @@ class SAGANGenerator(nn.Module):
         base_channels: channels of the largest feature map.
         image_channels: channels of the images.
         num_classes: classes of a conditional network, whose batch norms have a scale and shift for each class
-            (:class:`ConditionalBatchNorm2d`); None for none.
+            (:class:`ConditionalBatchNorm2d`); None for an unconditional one.
         architecture: ``"dcgan"`` or ``"resnet"``.
         attention_resolutions: sizes of the feature maps that get attention, () for none. Default of ``"dcgan"``: those
             of 16 to 32 pixels, or the largest map where there are none; of ``"resnet"``: 32, or the largest below.
         attention: ``attention(channels) -> Module``. Default: the architecture's own.
         spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalises, or
-            None for none. An ``attention`` of your own is left as it comes.
+            None to disable. An ``attention`` of your own is not changed.
         output_activation: makes the last activation. The default, tanh, gives images in [-1, 1].
 
     Raises:

@@ -44,7 +44,7 @@ def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Ten
     ``X.weight_v``     ``X.parametrizations.weight.0._v``
     =================  =======================================
 
-    So for any module path X, with a ``module.`` before it or none, and for weights of any name. All other entries and
+    X is any module path, with or without a leading ``module.``, and the weight may have any name. All other entries and
     their order stay. The outputs in evaluation are the same.
 
     Args:
@@ -55,7 +55,7 @@ def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Ten
 
     Raises:
         ValueError: when there is a ``weight_u`` and no ``weight_v``, as in the first form that PyTorch saved.
-        TypeError: when it is no state dict, but a model or a file's name.
+        TypeError: when it is not a state dict but, for example, a model or the name of a file.
 
     >>> from torch.nn.utils import spectral_norm as legacy
     >>> layer = legacy(nn.Linear(2, 2, bias=False))

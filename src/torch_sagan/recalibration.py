@@ -1,4 +1,4 @@
-"""What training keeps beside the weights, computed anew from the weights as they are now."""
+"""Recompute from the current weights what training keeps beside them: u and v, and batch statistics."""
 
 from __future__ import annotations
 

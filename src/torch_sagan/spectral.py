@@ -85,14 +85,14 @@ class SpectralNorm(nn.Module):
         return normalized.to(dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Take a new weight: u and v are turned towards it, so that sigma is right at once."""
+        """Accept a new weight: u and v are warmed up on it, so that sigma is right at once."""
         if weight.ndim > 1:
             self._warm_up(weight)
         return weight
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
-        """Draw u and v anew and warm them up on this weight, whatever they were before."""
+        """Draw new u and v and warm them up on this weight."""
         if weight.ndim > 1:
             self._u.normal_()
             self._v.normal_()
@@ -125,7 +125,7 @@ class SpectralNorm(nn.Module):
 
 
 # The ways in which a weight may be normalised: ours, PyTorch's parametrization (a class without a public name, which
-# has to be recognised), and the hook that came before it.
+# has to be recognised), and its older hook.
 TorchSpectralNorm = parametrizations._SpectralNorm
 Norm: TypeAlias = SpectralNorm | parametrizations._SpectralNorm | LegacySpectralNorm
 

@@ -1,4 +1,4 @@
-"""Spectral normalisation of whole models: apply it, remove it, measure it, start its power iteration anew."""
+"""Spectral normalisation of whole models: apply it, remove it, measure it, restart its power iteration."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def apply_spectral_norm(
     Args:
         model: the model, or a single layer.
         include: the layers to normalise. Default: all. Either dotted names, in which ``*``, ``?`` and ``[...]`` are
-            wildcards (``*`` runs over dots too) and the name of a container takes everything below it; or a function
-            of the dotted name and the layer. A layer that is reached by several names is taken by any of them.
+            wildcards (``*`` also matches dots) and the name of a container matches everything below it; or a function
+            of the dotted name and the layer. A layer that has several names is matched by any of them.
             Attention that was inserted after a module is beside it, not below it.
         exclude: the layers to leave out of these, in the same way.
         n_power_iterations: as in :func:`spectral_norm`.
@@ -59,8 +59,8 @@ def apply_spectral_norm(
         The model itself.
 
     Raises:
-        ValueError: when there is no layer to normalise, a name takes none (the nearest are listed), or a weight has no
-            shape yet, is computed by a hook, or is tied to another. The model is then as it was.
+        ValueError: when there is no layer to normalise, a name matches none (the nearest are listed), or a weight has
+            no shape yet, is computed by a hook, or is tied to another. The model is then as it was.
         TypeError: when ``include`` or ``exclude`` is neither names nor a function, or a weight is of integers.
 
     >>> from torch import nn
@@ -97,7 +97,7 @@ def apply_spectral_norm(
 
 
 def remove_spectral_norm(model: M, name: str | None = None) -> M:
-    """Undo spectral normalisation in a layer or a whole model: the weights of its evaluation stay, to the bit.
+    """Undo spectral normalisation in a layer or a whole model: the weights stay exactly those of evaluation.
 
     Those of :func:`spectral_norm` (either implementation) and of the older :func:`torch.nn.utils.spectral_norm`. Each
     becomes a plain parameter again, the same object that an optimiser holds already.
@@ -134,9 +134,9 @@ def remove_spectral_norm(model: M, name: str | None = None) -> M:
 
 @torch.no_grad()
 def reset_power_iteration(model: nn.Module) -> None:
-    """Draw u and v of every normalised weight of a model anew and warm them up on what is there now.
+    """Draw new u and v for every normalised weight of a model and warm them up on the current weights.
 
-    Call it after the raw weights were changed behind the parametrization's back, for example by
+    Call it after the raw weights were changed without going through the parametrization, for example by
     ``nn.init.orthogonal_(module.parametrizations.weight.original)``. It does so for every implementation.
     """
     for weight in _normalized_weights(model):
