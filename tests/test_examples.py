@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,6 +33,14 @@ def opened(path: Path) -> np.ndarray:
     with Image.open(path) as file:
         assert file.format == "PNG"
         return np.asarray(file.convert("RGB"))
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """An example sets them for its process, here that of all tests."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 # --- show_attention ------------------------------------------------------------------------------------------------
@@ -221,28 +230,32 @@ def test_tiles_of_overlays_are_large_enough_to_be_seen(size, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("example", "figures"),
+    ("example", "layers", "figures"),
     [
-        (attention_in_dcgan, {"samples.png": sheet(8, 4), "attention.png": sheet(4, 4, TILE)}),
-        (attention_in_cyclegan, {"samples.png": sheet(8, 3), "attention.png": sheet(4, 4, TILE)}),
+        (attention_in_dcgan, 2, {"samples.png": sheet(8, 4), "attention.png": sheet(5, 4, TILE)}),
+        (attention_in_cyclegan, 6, {"samples.png": sheet(8, 3), "attention.png": sheet(4, 4, TILE)}),
     ],
 )
-def test_attention_in_a_model_that_exists(example, figures, tmp_path, capsys, monkeypatch):
+def test_attention_in_a_model_that_exists(example, layers, figures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(example, "PEOPLE", 64)
     printed = []
-    for folder in ("one", "two"):
-        out = tmp_path / folder
-        example.main(["--steps", "5", "--out", str(out), "--seed", "5"])
-        printed.append(capsys.readouterr().out.replace(str(out), "OUT"))
+    for threads in (1, 2):
+        out = tmp_path / str(threads)
+        torch.set_num_threads(threads)
+        example.main(["--steps", "20", "--out", str(out), "--seed", "5"])
+        said = capsys.readouterr()
+        printed.append(said.out.replace(str(out), "OUT"))
+        assert "before: 100%" in said.err
+        assert "after: 100%" in said.err
         assert {path.name for path in out.iterdir()} == set(figures)
         for name, size in figures.items():
             assert opened(out / name).shape == (*size[::-1], 3)
     assert printed[0] == printed[1]
     for name in figures:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     assert "unchanged by the insertion: True" in printed[0]
     gammas = re.findall(r"[+-]0\.\d{4}", printed[0])
-    assert len(gammas) == printed[0].count("gamma") > 0
+    assert len(gammas) == layers
     assert all(float(gamma) != 0 for gamma in gammas)
 
 

@@ -17,6 +17,7 @@ import torch
 from chromium import FOUND, Page, chromium
 from torch import Tensor, nn
 
+from networks.cyclegan import Generator
 from torch_sagan import (
     AttentionRecord,
     SAGANGenerator,
@@ -513,7 +514,15 @@ def inserted_twice() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return insert_self_attention(model, ["1", "3"], example_input=x, attention=official_with_sharp_maps), (x,)
 
 
+def cyclegan(layers: list[str], *shape: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The examples' CycleGAN generator, which knows nothing of attention, with layers put in."""
+    x = torch.randn(shape)
+    return insert_self_attention(Generator(), layers, example_input=x, attention=official_with_sharp_maps), (x,)
+
+
 NETWORKS = {
+    "cyclegan": lambda: cyclegan(["model.9", "model.12", "model.15"], 2, 3, 32, 32),
+    "cyclegan, one wide image, one layer": lambda: cyclegan(["model.12"], 1, 3, 24, 40),
     "dcgan": lambda: (SAGANGenerator(32, base_channels=4, attention=official_with_sharp_maps), (torch.randn(2, 128),)),
     "resnet": lambda: (
         SAGANGenerator(32, base_channels=4, architecture="resnet", num_classes=3, attention=official_with_sharp_maps),
@@ -529,13 +538,14 @@ def test_networks(page: Page, tmp_path: Path, network: Any) -> None:
     with record_attention(model.eval()) as records, torch.no_grad():
         images = model(*inputs)
     explore_attention(images, records).save(tmp_path / "page.html")
-    grey = 0.1 + 0.55 * ((images[1] + 1) / 2 * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)  # (H, W)
+    image = len(images) - 1
+    grey = 0.1 + 0.55 * ((images[image] + 1) / 2 * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)  # (H, W)
     zoom = round(640 / max(images.shape[2:]))
     for i, (name, (record,)) in enumerate(records.items()):
         row, column = record.query_size[0] - 1, 2
-        page.open((tmp_path / "page.html").as_uri() + f"#image=1&layer={i}&query={row},{column}&opacity=1")
+        page.open((tmp_path / "page.html").as_uri() + f"#image={image}&layer={i}&query={row},{column}&opacity=1")
         assert page.run(f"document.getElementById('layer').options[{i}].text").startswith(f"{name} (")
-        weights = record.attention[1, row * record.query_size[1] + column].view(record.key_size)
+        weights = record.attention[image, row * record.query_size[1] + column].view(record.key_size)
         cover = covered(record)
         middles = [
             [int((k + 0.5) / n * size * zoom * part) // zoom for k in range(n)]
@@ -551,4 +561,6 @@ def test_networks(page: Page, tmp_path: Path, network: Any) -> None:
         clear = clear.view(record.key_size)  # of the mark
         assert clear.float().mean() > 0.8
         torch.testing.assert_close(shown(page, *record.key_size, cover)[clear], wanted[clear], **CLOSE)
+    assert page.run("document.getElementById('images').hidden") is (len(images) == 1)
+    assert page.run("document.getElementById('layer').options.length") == len(records)
     assert page.complaints() == []
