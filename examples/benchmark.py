@@ -145,7 +145,7 @@ def _peak_memory(
     kind: str,
     shape: tuple[int, int, int],
     device: torch.device,
-    make: Callable[[nn.Module, Tensor, Tensor], Run],
+    make: Callable[[nn.Module, Tensor, Tensor], Run] = forward_backward,
 ) -> float:
     batch, channels, size = shape
     layer = attention_layers(channels, device)[kind]

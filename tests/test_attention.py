@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,8 +25,9 @@ from references import (
     self_attention_by_loops,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_sagan import SelfAttention2d
+from torch_sagan import SelfAttention2d, apply_spectral_norm
 
 Build = Callable[[int], SelfAttention2d]
 
@@ -335,6 +337,104 @@ def test_projection_replaces_every_convolution() -> None:
     key, value = (max_pool_by_loops(p(x).detach(), 2).flatten(2) for p in (layer.key, layer.value))
     attended, _ = attention_by_loops(layer.query(x).flatten(2), key, value)
     torch.testing.assert_close(layer(x), 2 * layer.out(attended.reshape(2, 4, 5, 7)) + x, rtol=0, atol=1e-10)
+
+
+# --- one convolution for query, key and value ------------------------------------------------------------------------
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts the convolutions that run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operation is torch.ops.aten.convolution.default
+        return operation(*args, **(kwargs or {}))
+
+
+def convolutions(layer: nn.Module, x: Tensor) -> int:
+    with Convolutions() as counter:
+        layer(x)
+    return counter.count
+
+
+def one_bias_less(layer: SelfAttention2d) -> None:
+    layer.key.bias = None
+
+
+@pytest.mark.parametrize(
+    "change", [lambda layer: None, apply_spectral_norm, one_bias_less], ids=["plain", "spectral norm", "one bias less"]
+)
+@pytest.mark.parametrize("variant", ["default", "pooled", "no bias"])
+def test_one_convolution_does_what_three_do(variant: str, change: Callable[[SelfAttention2d], object]) -> None:
+    """In results, gradients and power iterations; a hook that does nothing makes it three."""
+    layer = build(variant, 16)
+    change(layer)
+    twin = copy.deepcopy(layer)
+    twin.value.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 16, 6, 4, dtype=torch.float64)
+    assert convolutions(layer, x) == 1
+    assert convolutions(twin, x) == 3
+    results = []
+    for each in (layer, twin):
+        each.zero_grad()
+        y = each(x)
+        y.square().sum().backward()
+        results.append([y, *each.state_dict().values(), *(p.grad for p in each.parameters())])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def doubled_forward(layer: SelfAttention2d) -> None:
+    forward = layer.key.forward
+    layer.key.forward = lambda x: 2 * forward(x)
+
+
+CHANGES: dict[str, Callable[[SelfAttention2d], object]] = {
+    "forward hook": lambda layer: layer.key.register_forward_hook(lambda _, args, y: 2 * y),
+    "forward pre-hook": lambda layer: layer.key.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
+    "torch's older spectral norm": lambda layer: torch.nn.utils.spectral_norm(layer.key),
+    "subclass": lambda layer: setattr(layer, "key", Doubled(16, 2, 1).double()),
+    "forward of the instance": doubled_forward,
+    "3x3": lambda layer: setattr(layer, "key", nn.Conv2d(16, 2, 3, padding=1).double()),
+    "grouped": lambda layer: setattr(layer, "key", nn.Conv2d(16, 2, 1, groups=2).double()),
+    "another module": lambda layer: setattr(layer, "key", nn.Sequential(nn.Conv2d(16, 2, 1), nn.ReLU()).double()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_projections_are_called(change: str) -> None:
+    layer = build("default", 16)
+    CHANGES[change](layer)
+    x = torch.randn(2, 16, 6, 4, dtype=torch.float64)
+    assert convolutions(layer.eval(), x) == 3
+    query, key, value = (p(x).flatten(2) for p in (layer.query, layer.key, layer.value))
+    attended, _ = attention_by_loops(query, key, value)
+    torch.testing.assert_close(layer(x), 0.7 * attended.reshape(x.shape) + x, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_a_projection_run(register: str) -> None:
+    layer, seen = build("default", 16), []
+    getattr(layer.key, register)(lambda *arguments: seen.append(arguments[-1][0].shape))
+    layer(torch.randn(2, 16, 6, 4, dtype=torch.float64, requires_grad=True)).sum().backward()
+    assert seen == [(2, 2, 6, 4)]
+
+
+def test_hooks_of_all_modules_see_the_projections() -> None:
+    layer, seen = build("default", 16), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        layer(torch.randn(2, 16, 6, 4, dtype=torch.float64))
+    finally:
+        handle.remove()
+    assert seen == [layer.query, layer.key, layer.value, layer.out, layer]
 
 
 # --- derivatives ---------------------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def test_symbolic_trace(subject: str) -> None:
         traced = torch.fx.symbolic_trace(module)
     for size in (1, 5):
         x = inputs(subject, size)
-        assert torch.equal(traced(*x), module(*x))
+        assert_close(traced(*x), module(*x))  # a trace calls three projections where the layer makes one convolution
 
 
 # --- precision and memory ------------------------------------------------------------------------------------------

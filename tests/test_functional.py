@@ -90,7 +90,7 @@ def test_keeps_the_dtype(dtype: torch.dtype) -> None:
 @pytest.fixture(params=["plain", "tiled", "autocast", "transformed", "compiled", "meta"])
 def attention_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
     """Attention on each of the paths that an input can take on the CPU, and on the meta device."""
-    monkeypatch.setattr(functional, "SMALL_MAP", 0 if request.param in ("tiled", "compiled") else 2**40)
+    monkeypatch.setattr(functional, "SMALL_MATRIX", 0 if request.param in ("tiled", "compiled") else 2**40)
     if request.param == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             yield functional.attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -171,6 +172,22 @@ def test_batched_gradients(attention: Callable[..., Tensor], create_graph: bool)
             results[-1] += torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors)
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+def test_the_fused_path_releases_its_graph_after_the_backward() -> None:
+    """And builds it again for another one, also where autocast has ended meanwhile."""
+    tensors = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fused(*tensors)
+    result = weakref.ref(y.grad_fn.graph[-1])
+    incoming = torch.randn(y.shape).to(y.dtype)
+    first = torch.autograd.grad(y, tensors, incoming, retain_graph=True)
+    assert result() is None
+    assert y.grad_fn.graph is None
+    again = torch.autograd.grad(y, tensors, incoming)
+    for mine, other in zip(again, first, strict=True):
+        # The first is in bfloat16 inside, with roundings of 2**-8.
+        torch.testing.assert_close(mine, other, rtol=0, atol=0.05 * float(other.abs().max()))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -354,7 +371,7 @@ def test_the_large_map_of_the_layer_takes_this_path(monkeypatch: pytest.MonkeyPa
         lambda *tensors: (taken.append(1), memory_efficient_attention(*tensors))[1],
     )
     layer = SelfAttention2d(8)
-    side = int(functional.SMALL_MAP**0.25) + 1
+    side = int(functional.SMALL_MATRIX**0.25) + 1
     x = torch.randn(1, 8, side, side)
     large = layer(x)
     assert len(taken) == 1
@@ -382,7 +399,7 @@ def test_compiled_without_a_graph_break() -> None:
 
 def test_an_export_holds_plain_operators() -> None:
     layer = SelfAttention2d(8).eval()
-    side = int(functional.SMALL_MAP**0.25) + 1
+    side = int(functional.SMALL_MATRIX**0.25) + 1
     x = torch.randn(1, 8, side, side)
     with torch.no_grad():
         layer.gamma.fill_(0.5)
@@ -422,7 +439,7 @@ def test_flops_of_tiled_attention() -> None:
 def test_flops_of_a_network_are_proportional_to_the_batch() -> None:
     """The attention matrix of one sample is materialised, those of a batch are not."""
     side = 20
-    assert side**4 < functional.SMALL_MAP < 8 * side**4
+    assert side**4 < functional.SMALL_MATRIX < 8 * side**4
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), SelfAttention2d.official(8), SelfAttention2d(8))
     counts = []
     for batch in (1, 8, 16):
@@ -445,7 +462,7 @@ def test_the_profiler_names_the_operators() -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_gradient_penalty_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifty WGAN-GP steps, and the penalty comes down from far above."""
-    monkeypatch.setattr(functional, "SMALL_MAP", 0)
+    monkeypatch.setattr(functional, "SMALL_MATRIX", 0)
     torch.manual_seed(0)
     layer = SelfAttention2d(4)
     with torch.no_grad():

@@ -12,19 +12,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_sagan.dispatch import is_autocast, is_transformed
-from torch_sagan.memory_efficient import attention_backward, memory_efficient_attention
+from torch_sagan.memory_efficient import memory_efficient_attention
 
 __all__ = ["attention", "attention_map", "l2_similarity", "power_iteration", "spectral_normalize"]
 
-# On the CPU a map of up to so many weights in the whole batch is faster held than walked in tiles (measured).
-SMALL_MAP = 2**20
+# On the CPU attention matrices of up to this many entries in the whole batch are faster than tiles (measured).
+SMALL_MATRIX = 2**20
 
-# Before PyTorch 2.7 exporting cannot be told from compiling: then both hold the map.
+# Before PyTorch 2.7 exporting cannot be told from compiling: then both materialise the matrix.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 def attention_map(query: Tensor, key: Tensor) -> Tensor:
-    r"""Where every query position looks: :math:`\beta_{ji} = \operatorname{softmax}_i(f_i^\top g_j)`.
+    r"""What every query position attends to: :math:`\beta_{ji} = \operatorname{softmax}_i(f_i^\top g_j)`.
 
     There is no :math:`1/\sqrt{D}`: the paper has none.
 
@@ -43,9 +43,9 @@ def attention_map(query: Tensor, key: Tensor) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     r"""Exact softmax attention over positions: :math:`o_j = \sum_i \beta_{ji} h_i`.
 
-    On the CPU and on CUDA the map is never held, so memory grows with N + M; where it is so small that holding it is
-    faster, on other devices, and where only plain operations pass (``torch.func``, forward-mode derivatives,
-    ``torch.jit.trace``), it is computed as it is written. Differentiable twice.
+    On the CPU and on CUDA the attention matrix is not materialised, so memory grows with N + M. Small matrices on the
+    CPU are, because that is faster; so are all on other devices, in exported programs, and where only plain operations
+    pass (``torch.func``, forward-mode derivatives, ``torch.jit.trace``). Differentiable twice.
 
     Args:
         query: (B, D, N).
@@ -62,13 +62,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Source: Zhang et al., arXiv:1805.08318, equation 2 without the output projection.
     """
     _check(query, key, value)
-    plain = _only_plain_operations(query, key, value)
-    if not (plain or _map_is_held(query, key)):
-        return memory_efficient_attention(query, key, value)  # (B, E, N)
-    if plain or torch.compiler.is_compiling() or is_autocast(query.device.type):
-        return torch.bmm(value, attention_map(query, key).mT)  # (B, E, N)
-    attended: Tensor = _HeldMap.apply(query, key, value)  # type: ignore[no-untyped-call]
-    return attended  # (B, E, N)
+    if _should_materialize(query, key, value):
+        # In this order of the factors PyTorch's backward needs no transposed copies of the matrix.
+        return torch.bmm(attention_map(query, key), value.mT).mT  # (B, E, N)
+    return memory_efficient_attention(query, key, value)  # (B, E, N)
 
 
 def l2_similarity(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,24 +156,6 @@ def spectral_normalize(
     return normalized
 
 
-class _HeldMap(torch.autograd.Function):
-    """The equation as it is written. Its backward is its own because PyTorch's copies transposed maps about."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        weights = attention_map(query, key)  # (B, N, M)
-        ctx.save_for_backward(query, key, value, weights)
-        return torch.bmm(value, weights.mT)  # (B, E, N)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        (d_attended,) = gradients
-        query, key, value, weights = ctx.saved_tensors
-        # Where this backward is differentiated itself, the map has to be a function of query and key again.
-        held = None if torch.is_grad_enabled() else weights
-        return attention_backward(d_attended, query, key, value, held)
-
-
 class _DivideBySigma(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, eps: float) -> Tensor:
@@ -224,11 +203,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _map_is_held(query: Tensor, key: Tensor) -> bool:
+def _should_materialize(query: Tensor, key: Tensor, value: Tensor) -> bool:
     # An exported program should hold plain operators that every runtime knows.
-    if _is_exporting() or query.device.type not in ("cpu", "cuda"):
+    if _is_exporting() or query.device.type not in ("cpu", "cuda") or _only_plain_operations(query, key, value):
         return True
-    return query.device.type == "cpu" and query.shape[0] * query.shape[2] * key.shape[2] <= SMALL_MAP
+    return query.device.type == "cpu" and query.shape[0] * query.shape[2] * key.shape[2] <= SMALL_MATRIX
 
 
 def _only_plain_operations(*tensors: Tensor) -> bool:

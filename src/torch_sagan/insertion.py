@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torch_sagan.attention import SelfAttention2d
 from torch_sagan.example_pass import ExampleInput, outputs_of_a_pass
-from torch_sagan.functional import SMALL_MAP
+from torch_sagan.functional import SMALL_MATRIX
 from torch_sagan.memory_efficient import TILE_KEYS, TILE_QUERIES
 from torch_sagan.surgery import channels_of, check_insertable, check_target
 
@@ -202,7 +202,7 @@ def _costs(batch: int, channels: int, positions: int, itemsize: int, on_cpu: boo
     matrix = itemsize * b * n * n
     # The softmax's backward makes its gradient contiguous: gradient of the weights, its copy, gradient of the logits.
     plain = features + matrix, 3 * matrix
-    if on_cpu and b * n * n <= SMALL_MAP:
+    if on_cpu and b * n * n <= SMALL_MATRIX:
         return _Costs(operations, *plain, *plain)
     # Gradients of result, value, query and key, and the factors of the logits with one more channel.
     backward = itemsize * b * n * (2 * c + 4 * d + 2)

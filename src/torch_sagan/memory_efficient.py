@@ -28,7 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from torch_sagan.double_backward import differentiable_gradients
 
-__all__ = ["attention_backward", "memory_efficient_attention"]
+__all__ = ["memory_efficient_attention"]
 
 LOG2_E = math.log2(math.e)
 
@@ -286,32 +286,28 @@ def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The fused kernel, with its own small graph inside."""
+    """The fused kernel, with a graph of its own that the first backward uses up."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with torch.enable_grad():
-            ctx.inputs = tuple(tensor.detach().requires_grad_() for tensor in (query, key, value))
-            ctx.attended = _fused(*ctx.inputs)
         ctx.save_for_backward(query, key, value)
-        attended: Tensor = ctx.attended.detach()
+        ctx.graph = _fused_graph(query, key, value)
+        attended: Tensor = ctx.graph[-1].detach()
         return attended
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         (d_attended,) = gradients
-        d_query, d_key, d_value = torch.autograd.grad(ctx.attended, ctx.inputs, d_attended, retain_graph=True)
+        *inputs, attended = ctx.graph or _fused_graph(*ctx.saved_tensors)
+        ctx.graph = None  # Otherwise its padded copies live as long as the outer graph: into the next step's forward.
+        d_query, d_key, d_value = torch.autograd.grad(attended, inputs, d_attended.to(attended.dtype))
         if torch.is_grad_enabled():
             return differentiable_gradients((d_query, d_key, d_value), d_attended, *ctx.saved_tensors)
         return d_query, d_key, d_value
 
 
-def attention_backward(
-    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value in differentiable operations, from the map (B, N, M) held or recomputed."""
-    if weights is None:
-        weights = torch.softmax(torch.bmm(query.mT, key), dim=2)  # (B, N, M)
-    d_weights = torch.bmm(d_attended.mT, value)  # (B, N, M)
-    d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, 2, weights.dtype)  # (B, N, M)
-    return torch.bmm(key, d_logits.mT), torch.bmm(query, d_logits), torch.bmm(d_attended, weights)
+def _fused_graph(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Detached query, key and value, and the result with a graph that leads to them."""
+    with torch.enable_grad():
+        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+        return query, key, value, _fused(query, key, value)
