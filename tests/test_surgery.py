@@ -216,6 +216,42 @@ def test_an_example_tells_any_channels(channels: int, size: int, rate: int) -> N
     assert torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize(
+    ("module", "channels"),
+    [
+        (nn.Conv2d(3, 6, 1), 6),
+        (nn.ConvTranspose2d(3, 6, 2), 6),
+        (nn.BatchNorm2d(6), 6),
+        (nn.SyncBatchNorm(6), 6),
+        (nn.GroupNorm(2, 6), 6),
+        (SelfAttention2d(6), 6),
+        (nn.Sequential(nn.Conv2d(3, 9, 1), nn.Conv2d(9, 6, 1), nn.InstanceNorm2d(9), nn.ReLU(), nn.MaxPool2d(2)), 6),
+        (nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 1)), nn.Tanh()), 6),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_channels_that_a_module_declares(module: nn.Module, channels: int) -> None:
+    model = insert_self_attention(nn.Sequential(module), "0")
+    assert inserted(model)[0].channels == channels
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.ReLU(), r"'0' \(ReLU\) does not tell how many channels it returns: give example_input"),
+        (nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten()), r"'0' \(Sequential\) does not tell"),
+        (nn.Sequential(nn.ReLU()), r"'0' \(Sequential\) does not tell"),
+        (ResidualBlock(4), r"'0' \(ResidualBlock\) does not tell"),
+        (nn.Linear(3, 4), r"'0' \(Linear\) does not tell"),
+        (nn.PixelShuffle(2), r"'0' \(PixelShuffle\) does not tell"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_channels_that_need_an_example(module: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        insert_self_attention(nn.Sequential(module), "0")
+
+
 def test_an_example_may_be_keywords_or_arguments() -> None:
     model = Pyramid()
     example = {"x": torch.randn(2, 3, 6, 6), "scale": torch.ones(1)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ def insert_self_attention(
     model: M,
     after: str | Iterable[str],
     *,
-    example_input: ExampleInput,
+    example_input: ExampleInput | None = None,
     attention: Callable[[int], nn.Module] = SelfAttention2d,
 ) -> M:
     """Put a new attention layer behind one or several modules of a model, in place.
@@ -46,7 +46,8 @@ def insert_self_attention(
             return a feature map (B, C, H, W): a convolution, a norm, an activation, a block, a ``Sequential``.
         example_input: what the model can be called with, a tensor, a tuple of arguments or a mapping of keyword
             arguments. One pass of it in evaluation mode shows what each module returns; buffers and random states stay
-            as they are.
+            as they are. Needed where a module does not declare its channels: convolutions and norms do, and a
+            ``Sequential`` that ends in one of them and activations; a block of another class does not.
         attention: ``attention(channels) -> Module``, called once for each path. The result takes the device, dtype
             and mode of the module that it follows.
 
@@ -55,8 +56,9 @@ def insert_self_attention(
 
     Raises:
         ValueError: for a path that does not exist (the message lists the nearest ones) or is named twice; for a module
-            that has an inserted layer already, that the model does not call with this example, that returns no feature
-            map (the message says what it returns) or several with different channels; for a model that is compiled or
+            that has an inserted layer already, whose channels are not known without ``example_input``; that the model
+            does not call with this example, that returns no feature map (the message says what it returns) or several
+            with different channels; for a model that is compiled or
             wrapped for parallel training. The model is then as it was.
         TypeError: when ``after`` holds something else than paths, ``example_input`` is neither a tensor nor a tuple nor
             a mapping, or ``attention`` is not a function or does not return a module.
@@ -76,13 +78,10 @@ def insert_self_attention(
     if isinstance(attention, nn.Module) or not callable(attention):  # a layer can be called too, but not with channels
         raise TypeError(f"attention takes channels and returns a module, got {type(attention).__name__}")
     targets = _find(model, after)
-    with torch.no_grad():
-        outputs = outputs_of_a_pass(model, targets, example_input)
-    for path, module in targets.items():
-        if path not in outputs:
-            inside = ", though it may call what is inside" if any(module.children()) else ""
-            raise ValueError(f"{path!r} is not reached: the model does not call it with this example_input{inside}")
-    channels = {path: channels_of(path, outputs[path]) for path in targets}
+    if example_input is None:
+        channels = {path: _declared_channels(path, module) for path, module in targets.items()}
+    else:
+        channels = _channels_of_a_pass(model, targets, example_input)
     layers = {}
     for path, module in targets.items():
         layer = attention(channels[path])
@@ -195,7 +194,6 @@ def _find(model: nn.Module, after: object) -> dict[str, nn.Module]:
 
 def check_insertable(model: nn.Module) -> None:
     """Refuse a model that would not run, or not train, layers that it gets now."""
-    # torch.compile leaves no other traces than these two.
     # torch.compile leaves one of these: a wrapper with the original in it, or the compiled call of the module itself.
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is compiled, and would not run the new layers: insert before that")
@@ -214,6 +212,49 @@ def check_target(path: str, module: nn.Module) -> None:
         )
     if hasattr(module, NAME):
         raise ValueError(f"{path!r} has an attribute {NAME!r} of its own")
+
+
+# Modules that return as many channels as they receive.
+KEEP_CHANNELS = (
+    nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Softplus, nn.Dropout, nn.Dropout2d, nn.Upsample, nn.MaxPool2d,
+    nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
+    nn.InstanceNorm2d,  # which accepts more channels or fewer than it was told
+)  # fmt: skip
+
+
+def _declared_channels(path: str, module: nn.Module) -> int:
+    """The channels that a module says it returns, so that the usual layers need no example."""
+    last = module
+    while isinstance(last, nn.Sequential) and len(last):
+        last = next((child for child in reversed(last) if not isinstance(child, KEEP_CHANNELS)), nn.Identity())
+    channels: int | None = None
+    if isinstance(last, (nn.Conv2d, nn.ConvTranspose2d)):
+        channels = last.out_channels
+    elif isinstance(last, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        channels = last.num_features
+    elif isinstance(last, nn.GroupNorm):
+        channels = last.num_channels
+    elif isinstance(last, SelfAttention2d):
+        channels = last.channels
+    if not channels:  # 0 in a lazy module that has not run
+        raise ValueError(
+            f"{path!r} ({type(module).__name__}) does not tell how many channels it returns: give example_input, what "
+            "the model can be called with"
+        )
+    return channels
+
+
+def _channels_of_a_pass(
+    model: nn.Module, targets: Mapping[str, nn.Module], example_input: ExampleInput
+) -> dict[str, int]:
+    with torch.no_grad():
+        outputs = outputs_of_a_pass(model, targets, example_input)
+    for path, module in targets.items():
+        if path not in outputs:
+            inside = ", though it may call what is inside" if any(module.children()) else ""
+            raise ValueError(f"{path!r} is not reached: the model does not call it with this example_input{inside}")
+    return {path: channels_of(path, outputs[path]) for path in targets}
 
 
 def channels_of(path: str, outputs: Sequence[Tensor | str]) -> int:
