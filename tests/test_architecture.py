@@ -58,6 +58,11 @@ def modules_imported(path: Path) -> set[str]:
     return found
 
 
+def imports_of_modules() -> dict[str, set[str]]:
+    """Of every module of the package but ``__init__``, the others that it imports."""
+    return {module: modules_imported(PACKAGE / f"{module}.py") for module in MODULES if module != "__init__"}
+
+
 # --- the package ---------------------------------------------------------------------------------------------------
 
 
@@ -71,6 +76,15 @@ def test_every_module_has_a_layer() -> None:
 def test_imports_run_downwards(module: str) -> None:
     for other in modules_imported(PACKAGE / f"{module}.py"):
         assert LAYER[other] < LAYER[module], f"{module} imports {other}"
+
+
+def test_the_diagram_of_modules_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from draw_modules import draw
+
+    drawn = draw(LAYERS[:-1], imports_of_modules())  # __init__ imports nearly all of them
+    committed = (ROOT / "docs" / "images" / "modules.svg").read_text(encoding="utf-8")
+    assert committed == drawn, "run python docs/draw_modules.py"
 
 
 def test_the_check_sees_imports_in_every_form(tmp_path: Path) -> None:

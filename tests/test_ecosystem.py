@@ -384,7 +384,7 @@ def test_activation_checkpointing_in_evaluation(subject: str) -> None:
 
 @subjects
 def test_activation_checkpointing_in_training(subject: str) -> None:
-    """The pass is repeated, and so is what a pass does: the gradient is that of a second pass, to the bit."""
+    """Checkpointing repeats the pass with all its effects: the gradient equals bitwise that of a second pass."""
     module = build(subject)
     twin = copy.deepcopy(module)
     x = inputs(subject, 3)

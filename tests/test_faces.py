@@ -1,4 +1,4 @@
-"""The embedded faces: what must agree does, and face number i is always the same face."""
+"""The procedural faces: paired parts have one colour, and face number i is always the same image."""
 
 from __future__ import annotations
 
