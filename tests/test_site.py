@@ -127,6 +127,15 @@ def test_the_site_map_names_every_page(site: Path, pages: dict[str, Html]) -> No
     assert listed == set(pages) - {"404.html"} - made_by_sphinx
 
 
+def test_a_link_to_any_page_shows_a_card(site: Path, pages: dict[str, Html]) -> None:
+    for name in set(pages) - {"404.html", "genindex.html", "py-modindex.html", "search.html"}:
+        text = (site / name).read_text(encoding="utf-8")
+        (card,) = re.findall(rf'property="og:image" content="{re.escape(BASE)}(.+?)"', text)
+        assert (site / card).is_file()
+        (description,) = re.findall(r'name="description" content="(.*?)"', text)
+        assert len(description) > 20, f"{name} does not begin with a sentence"
+
+
 def test_formulas_need_no_script(site: Path) -> None:
     text = (site / "api" / "attention.html").read_text(encoding="utf-8")
     assert "<math" in text
