@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torch_sagan
-from networks.plain import PlainAttention, SDPAttention, plain_step
+from networks.plain import PaddedSDPAttention, PlainAttention, SDPAttention, plain_step
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, spectral_norm
 from training.objectives import objective
 from training.step import GAN, Piece, no_augmentation, training_step
@@ -115,6 +115,7 @@ def attention_layers(channels: int, device: torch.device) -> dict[str, nn.Module
     kinds: dict[str, Callable[[int], nn.Module]] = {
         "plain": PlainAttention,
         "sdpa": SDPAttention,
+        "padded": PaddedSDPAttention,
         "ours": SelfAttention2d,
     }
     layers = {}
@@ -226,12 +227,13 @@ def attention(watch: Stopwatch, dtype: torch.dtype, rate: dict[str, float]) -> l
                 "ours ms" if what == "forward" else "ours  ms": 1e3 * seconds["ours"],
                 f"{what} plain/ours": seconds["plain"] / seconds["ours"],
                 f"{what} sdpa/ours": seconds["sdpa"] / seconds["ours"],
+                f"{what} padded/ours": seconds["padded"] / seconds["ours"],
             }
             if dtype == torch.float32:
                 row[f"{what} of bound"] = f"{least / seconds['ours']:.0%}"
         if size * size >= MEMORY_FROM and can_measure_memory(watch.device) and dtype == torch.float32:
-            row["MiB plain"], row["sdpa"], row["ours"] = (
-                peak_memory(kind, shape, watch.device) for kind in ("plain", "sdpa", "ours")
+            row["MiB plain"], row["sdpa"], row["padded"], row["ours"] = (
+                peak_memory(kind, shape, watch.device) for kind in ("plain", "sdpa", "padded", "ours")
             )
         rows.append(row)
         show(rows[-1:], header=len(rows) == 1)
@@ -244,7 +246,7 @@ def penalty(watch: Stopwatch) -> list[dict[str, Any]]:
     for shape in PENALTY_SHAPES:
         batch, channels, size = shape
         layers = attention_layers(channels, watch.device)
-        del layers["sdpa"]  # PyTorch's fused kernels have no second derivative
+        del layers["sdpa"], layers["padded"]  # PyTorch's fused kernels have no second derivative
         x = torch.randn(batch, channels, size, size, device=watch.device)
         gradient = torch.randn_like(x)
         seconds = watch(**{name: gradient_penalty(layer, x, gradient) for name, layer in layers.items()})
