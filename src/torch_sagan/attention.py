@@ -138,7 +138,7 @@ class SelfAttention2d(nn.Module):
     def forward(self, x: Tensor, *, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, *, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend.
+        """The feature map with what its positions attend to, and the attention map if it is asked for.
 
         Args:
             x: (B, C, H, W).
