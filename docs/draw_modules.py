@@ -58,27 +58,27 @@ def crossings(rows: Sequence[Sequence[Node]], links: Iterable[tuple[Node, Node]]
 
 def arrange(rows: list[list[Node]], links: Sequence[tuple[Node, Node]]) -> dict[Node, float]:
     """The horizontal centre of every node, so that few lines cross and most are short (Sugiyama's method)."""
-    neighbours: dict[Node, list[Node]] = {node: [] for row in rows for node in row}
+    neighbors: dict[Node, list[Node]] = {node: [] for row in rows for node in row}
     for upper, lower in links:
-        neighbours[upper].append(lower)
-        neighbours[lower].append(upper)
+        neighbors[upper].append(lower)
+        neighbors[lower].append(upper)
 
     def mean(node: Node, of: Mapping[Node, float]) -> float:
-        return sum(of[other] for other in neighbours[node]) / len(neighbours[node]) if neighbours[node] else of[node]
+        return sum(of[other] for other in neighbors[node]) / len(neighbors[node]) if neighbors[node] else of[node]
 
     best: tuple[tuple[int, float], dict[Node, float]] | None = None
-    centres = dict.fromkeys(neighbours, 0.0)
+    centers = dict.fromkeys(neighbors, 0.0)
     for row in rows:
-        centres |= spread(row, centres)
+        centers |= spread(row, centers)
     for sweep in range(60):
         for level in range(len(rows))[:: 1 if sweep % 2 else -1]:  # up and down in turn
-            wanted = {node: mean(node, centres) for node in rows[level]}
+            wanted = {node: mean(node, centers) for node in rows[level]}
             rows[level].sort(key=wanted.__getitem__)
-            centres |= spread(rows[level], wanted)
+            centers |= spread(rows[level], wanted)
         count = crossings(rows, links)
-        length = sum(abs(centres[upper] - centres[lower]) for upper, lower in links)
+        length = sum(abs(centers[upper] - centers[lower]) for upper, lower in links)
         if best is None or (count, length) < best[0]:
-            best = (count, length), dict(centres)
+            best = (count, length), dict(centers)
     assert best is not None
     return best[1]
 
@@ -95,10 +95,10 @@ def draw(levels: Sequence[Collection[str]], imports: Mapping[str, Collection[str
             for bend in bends:
                 rows[bend[2]].append(bend)
             paths.append((module, [*bends, other]))
-    centres = arrange(rows, [link for module, nodes in paths for link in pairwise([module, *nodes])])
+    centers = arrange(rows, [link for module, nodes in paths for link in pairwise([module, *nodes])])
 
-    left = min(centre - width(node) / 2 for node, centre in centres.items()) - 1
-    total = max(centre + width(node) / 2 for node, centre in centres.items()) + 1 - left
+    left = min(center - width(node) / 2 for node, center in centers.items()) - 1
+    total = max(center + width(node) / 2 for node, center in centers.items()) + 1 - left
     top = {module: (len(levels) - 1 - level) * (HEIGHT + BETWEEN_LEVELS) + 1 for module, level in level_of.items()}
     height = (len(levels) - 1) * (HEIGHT + BETWEEN_LEVELS) + HEIGHT + 2
     lines = [
@@ -106,10 +106,10 @@ def draw(levels: Sequence[Collection[str]], imports: Mapping[str, Collection[str
         f'{height}" font-family="ui-monospace, Menlo, Consolas, monospace" font-size="12">'
     ]
     for module, nodes in paths:
-        x, y = centres[module] - left, top[module] + HEIGHT
+        x, y = centers[module] - left, top[module] + HEIGHT
         commands = f"M{x:.0f} {y}"
         for node in nodes:
-            to = centres[node] - left
+            to = centers[node] - left
             half = y + BETWEEN_LEVELS / 2
             commands += f"C{x:.0f} {half:.0f} {to:.0f} {half:.0f} {to:.0f} {y + BETWEEN_LEVELS}"
             x, y = to, y + BETWEEN_LEVELS
@@ -118,7 +118,7 @@ def draw(levels: Sequence[Collection[str]], imports: Mapping[str, Collection[str
                 y += HEIGHT
         lines.append(f'<path d="{commands}" stroke="{GRAY}" stroke-width="1.5" fill="none"/>')
     for module, y in top.items():
-        x, w = centres[module] - left, width(module)
+        x, w = centers[module] - left, width(module)
         lines.append(f'<rect x="{x - w / 2:.1f}" y="{y}" width="{w:.1f}" height="{HEIGHT}" rx="4" fill="{BLUE}"/>')
         lines.append(f'<text x="{x:.1f}" y="{y + 16}" text-anchor="middle" fill="#ffffff">{module}</text>')
     return "\n".join([*lines, "</svg>", ""])

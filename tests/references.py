@@ -192,7 +192,7 @@ def official_attention_shapes(channels: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _normalised_shapes(prefix: str, weight: tuple[int, ...], bias: int) -> dict[str, tuple[int, ...]]:
+def _normalized_shapes(prefix: str, weight: tuple[int, ...], bias: int) -> dict[str, tuple[int, ...]]:
     """A wrapped layer of the reference, which unfolds along dimension 0 whatever the layer is."""
     return {
         f"{prefix}.0.module.bias": (bias,),
@@ -207,7 +207,7 @@ def generator_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     widths = [128, 512, 256, 128, 64]
     for index, (before, after) in enumerate(itertools.pairwise(widths), start=1):
-        shapes |= _normalised_shapes(f"l{index}", (before, after, 4, 4), after)
+        shapes |= _normalized_shapes(f"l{index}", (before, after, 4, 4), after)
         for entry in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"l{index}.1.{entry}"] = (after,)
         shapes[f"l{index}.1.num_batches_tracked"] = ()
@@ -220,7 +220,7 @@ def discriminator_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     widths = [3, 64, 128, 256, 512]
     for index, (before, after) in enumerate(itertools.pairwise(widths), start=1):
-        shapes |= _normalised_shapes(f"l{index}", (after, before, 4, 4), after)
+        shapes |= _normalized_shapes(f"l{index}", (after, before, 4, 4), after)
     shapes |= {"last.0.weight": (1, 512, 4, 4), "last.0.bias": (1,)}
     return shapes | attention_shapes(256, "attn1.") | attention_shapes(512, "attn2.")
 

@@ -34,14 +34,14 @@ def test_cutout_removes_one_square_of_half_the_size() -> None:
     removed = cut == 0
     assert (removed == removed[:, :1]).all()  # in all channels alike
     assert torch.equal(cut[~removed], images[~removed])
-    centres = set()
+    centers = set()
     for mask in removed[:, 0]:
         rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
         assert mask.sum() == len(rows) * len(columns)
         assert (rows.diff() == 1).all() and (columns.diff() == 1).all()  # noqa: PT018
         assert size // 4 <= len(rows) <= size // 2
-        centres.add((rows[0].item(), columns[0].item()))
-    assert len(centres) > 50
+        centers.add((rows[0].item(), columns[0].item()))
+    assert len(centers) > 50
 
 
 def test_color_is_brightness_then_saturation_then_contrast() -> None:
@@ -54,8 +54,8 @@ def test_color_is_brightness_then_saturation_then_contrast() -> None:
         images, changed, numbers.flatten(1).T.tolist(), strict=True
     ):
         expected = image + brightness - 0.5
-        grey = expected.mean(0, keepdim=True)
-        expected = (expected - grey) * 2 * saturation + grey
+        gray = expected.mean(0, keepdim=True)
+        expected = (expected - gray) * 2 * saturation + gray
         level = expected.mean()
         expected = (expected - level) * (contrast + 0.5) + level
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)

@@ -376,22 +376,22 @@ def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(setup, pict
     """Two kills of one setup, Ctrl-C and SIGTERM; with SAGAN_KILLS in the environment that many kills of each setup."""
     if setup != "cache" and "SAGAN_KILLS" not in os.environ:
         pytest.skip("only with SAGAN_KILLS")
-    chance = random.Random(int(os.environ.get("SAGAN_KILLS_SEED", "0")))
+    rng = random.Random(int(os.environ.get("SAGAN_KILLS_SEED", "0")))
     kills = int(os.environ.get("SAGAN_KILLS", "2"))
     interruptions = [signal.SIGKILL] * kills + [signal.SIGINT, signal.SIGTERM]
-    chance.shuffle(interruptions)
+    rng.shuffle(interruptions)
     settings = ["--num-workers", "1", *SETUPS[setup], "--steps", str(60 * (len(interruptions) + 1)), "--keep-last", "2"]
     settings += ["--save-every", "6", "--log-every", "4", "--sample-every", "10"]
     out, log = tmp_path / "interrupted", tmp_path / "interrupted" / "log.jsonl"
     stopped = []
     for number in interruptions:
         with start(out, pictures, "--resume", "auto", *settings) as process:
-            if number != signal.SIGKILL or chance.random() < 0.8:  # while it trains
+            if number != signal.SIGKILL or rng.random() < 0.8:  # while it trains
                 for _ in range(4):  # RunLog writes the log anew; then come three lines, and with them a checkpoint
                     wait_for_a_line(out, process, more_than=log.stat().st_size if log.exists() else 0)
-                time.sleep(chance.uniform(0, 0.4))
+                time.sleep(rng.uniform(0, 0.4))
             else:  # while it starts
-                time.sleep(chance.uniform(0, 8))
+                time.sleep(rng.uniform(0, 8))
             os.killpg(process.pid, number)  # as a terminal, torchrun and schedulers do it: to the workers too
             printed, err = process.communicate(timeout=60)
         if number == signal.SIGKILL:

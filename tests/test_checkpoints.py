@@ -167,14 +167,14 @@ def biggan_block(*, u_scale: float = 1.0) -> tuple[dict[str, Tensor], dict[str, 
     return state, sigmas
 
 
-@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("u_scale", [1.0, 7.0])
-def test_official_attention_with_the_buffers_of_its_spectral_norm(normalised: bool, u_scale: float) -> None:
+def test_official_attention_with_the_buffers_of_its_spectral_norm(normalized: bool, u_scale: float) -> None:
     """Whether our projections are normalised or plain, the output is that of weights divided by those sigmas."""
     state, sigmas = biggan_block(u_scale=u_scale)
     layer = SelfAttention2d.official(64).double()
     expected = copy.deepcopy(layer)
-    if normalised:
+    if normalized:
         apply_spectral_norm(layer)
     load_reference_state_dict(layer, state)
     divided = {f"{name}.weight": state[f"{name}.weight"] / sigma for name, sigma in sigmas.items()}
@@ -183,7 +183,7 @@ def test_official_attention_with_the_buffers_of_its_spectral_norm(normalised: bo
     torch.testing.assert_close(layer.eval()(x), expected.eval()(x), rtol=0, atol=1e-10)
 
 
-def test_normalised_projections_need_the_buffers() -> None:
+def test_normalized_projections_need_the_buffers() -> None:
     layer = apply_spectral_norm(SelfAttention2d.official(64))
     with pytest.raises(ValueError, match=r"missing: theta\.u0, phi\.u0, g\.u0, o\.u0$"):
         load_reference_state_dict(layer, filled(official_attention_shapes(64)))
@@ -316,7 +316,7 @@ def test_wrong_entries(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_normalised_along_another_dimension(generator_weights: dict[str, Tensor]) -> None:
+def test_normalized_along_another_dimension(generator_weights: dict[str, Tensor]) -> None:
     """Our default for transposed convolutions is dim=1: its u and v have other sizes, and the message says so."""
     network = SAGANGenerator(64)
     before = copy.deepcopy(network.state_dict())
@@ -355,14 +355,14 @@ def test_networks_that_the_reference_does_not_have(
 # --- what torch.nn.utils.spectral_norm saved -------------------------------------------------------------------------
 
 
-def critic(normalise: Callable[[nn.Module], nn.Module]) -> nn.Sequential:
+def critic(normalize: Callable[[nn.Module], nn.Module]) -> nn.Sequential:
     """A foreign model: several kinds of layers at several depths, batch norm between, one layer left plain."""
     return nn.Sequential(
-        normalise(nn.Conv2d(3, 4, 3)),
+        normalize(nn.Conv2d(3, 4, 3)),
         nn.BatchNorm2d(4),
-        nn.Sequential(nn.LeakyReLU(0.1), normalise(nn.ConvTranspose2d(4, 6, 3, bias=False))),
+        nn.Sequential(nn.LeakyReLU(0.1), normalize(nn.ConvTranspose2d(4, 6, 3, bias=False))),
         nn.Flatten(),
-        normalise(nn.Linear(6 * 8 * 8, 5)),
+        normalize(nn.Linear(6 * 8 * 8, 5)),
         nn.Linear(5, 2),
     )
 
@@ -379,16 +379,16 @@ def trained_legacy_critic() -> nn.Sequential:
     return network
 
 
-@pytest.mark.parametrize("normalise", [spectral_norm, parametrizations.spectral_norm])
-def test_legacy_spectral_norm(normalise: Callable[[nn.Module], nn.Module]) -> None:
+@pytest.mark.parametrize("normalize", [spectral_norm, parametrizations.spectral_norm])
+def test_legacy_spectral_norm(normalize: Callable[[nn.Module], nn.Module]) -> None:
     """Strictly loaded: the same outputs in evaluation, and the same u and v after further training."""
-    theirs, ours = trained_legacy_critic(), critic(normalise)
+    theirs, ours = trained_legacy_critic(), critic(normalize)
     ours.load_state_dict(convert_legacy_spectral_norm(theirs.state_dict()), strict=True)
     x = torch.randn(4, 3, 8, 8)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=1e-6)
     for index in (0, 4):
         torch.testing.assert_close(ours[index].weight, theirs[index].weight, rtol=1e-6, atol=0)
-    if normalise is spectral_norm:  # PyTorch's parametrization turns u before v, its hook and ours v before u
+    if normalize is spectral_norm:  # PyTorch's parametrization turns u before v, its hook and ours v before u
         for _ in range(3):
             torch.testing.assert_close(ours.train()(x), theirs.train()(x), rtol=0, atol=1e-5)
         for name, value in convert_legacy_spectral_norm(theirs.state_dict()).items():
@@ -435,7 +435,7 @@ def test_legacy_from_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(ours.eval()(x), network.eval()(x), rtol=0, atol=1e-6)
 
 
-def test_pruned_weights_are_not_taken_for_normalised_ones() -> None:
+def test_pruned_weights_are_not_taken_for_normalized_ones() -> None:
     network = nn.Sequential(prune.random_unstructured(nn.Linear(3, 4), "weight", amount=2), nn.Linear(4, 4))
     legacy_spectral_norm(network[1])
     converted = convert_legacy_spectral_norm(network.state_dict())

@@ -96,7 +96,7 @@ def test_the_projection_without_classes_is_linear() -> None:
     torch.testing.assert_close(head(h), head.linear(h)[:, 0])
 
 
-def test_the_projection_is_normalised_unless_told() -> None:
+def test_the_projection_is_normalized_unless_told() -> None:
     assert set(spectral_norms(ProjectionHead(6, 3))) == {"linear.weight", "embedding.weight"}
     assert not spectral_norms(ProjectionHead(6, 3, spectral_norm=None))
 

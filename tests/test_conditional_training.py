@@ -334,7 +334,7 @@ def test_averaging_starts_where_it_is_told():
             torch.testing.assert_close(dict(run.average.named_parameters())[name], expected)
 
 
-def test_adams_settings_reach_both_optimisers():
+def test_adams_settings_reach_both_optimizers():
     run = state("--beta1", "0.5", "--beta2", "0.99", "--lr-g", "0.003", "--lr-d", "0.004")
     for optimizer, lr in ((run.generator_optimizer, 0.003), (run.discriminator_optimizer, 0.004)):
         (group,) = optimizer.param_groups

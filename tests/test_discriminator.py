@@ -232,7 +232,7 @@ def test_samples_do_not_mix() -> None:
 # --- spectral norm -------------------------------------------------------------------------------------------------
 
 
-def test_normalised_by_our_own() -> None:
+def test_normalized_by_our_own() -> None:
     network = SAGANDiscriminator(32, base_channels=4)
     assert [m.dim for m in network.modules() if isinstance(m, SpectralNorm)] == [0] * 3
     assert len(spectral_norms(network)) == 3
@@ -252,13 +252,13 @@ def test_no_spectral_norm() -> None:
 
 def test_sigma_stays_one_in_training() -> None:
     network = SAGANDiscriminator(16, base_channels=8)
-    optimiser = torch.optim.Adam(network.parameters(), lr=4e-4, betas=(0.0, 0.9))
+    optimizer = torch.optim.Adam(network.parameters(), lr=4e-4, betas=(0.0, 0.9))
     start = {name: value.clone() for name, value in network.state_dict().items()}
     for _ in range(30):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         real, fake = torch.rand(8, 3, 16, 16), torch.randn(8, 3, 16, 16)
         (network(fake).mean() - network(real).mean()).backward()
-        optimiser.step()
+        optimizer.step()
     originals = [name for name in start if name.endswith("original")]
     assert len(originals) == 2
     assert all((network.state_dict()[name] - start[name]).norm() > 0.1 for name in originals)

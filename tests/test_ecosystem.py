@@ -820,7 +820,7 @@ def originals(module: nn.Module) -> list[Tensor]:
     return [part.original for part in module.modules() if isinstance(part, parametrize.ParametrizationList)]
 
 
-def test_initialisation_before_the_norm() -> None:
+def test_initialization_before_the_norm() -> None:
     layer = nn.Conv2d(64, 64, 3).apply(dcgan_init)
     spectral_norm(layer)
     assert originals(layer)[0].std().item() == pytest.approx(0.02, rel=0.1)
@@ -828,7 +828,7 @@ def test_initialisation_before_the_norm() -> None:
 
 
 @pytest.mark.parametrize("subject", ["spectral norm", "torch's spectral norm", "generator", "discriminator"])
-def test_initialisation_after_the_norm_is_lost(subject: str) -> None:
+def test_initialization_after_the_norm_is_lost(subject: str) -> None:
     """The weight is computed, and what is written into it falls away without a word, as with torch's own norm."""
     module = build(subject)
     before = [original.clone() for original in originals(module)]
@@ -841,7 +841,7 @@ def test_initialisation_after_the_norm_is_lost(subject: str) -> None:
 
 
 @pytest.mark.parametrize("subject", ["spectral norm", "generator", "discriminator"])
-def test_initialisation_of_the_original(subject: str) -> None:
+def test_initialization_of_the_original(subject: str) -> None:
     module = build(subject).apply(init_of_the_page)
     assert all(original.std().item() == pytest.approx(0.02, rel=0.2) for original in originals(module))
     assert worst_norm(module.eval()) > 0.2
@@ -849,7 +849,7 @@ def test_initialisation_of_the_original(subject: str) -> None:
     assert worst_norm(module) < 0.1
 
 
-def test_initialisation_of_conditional_batch_norm() -> None:
+def test_initialization_of_conditional_batch_norm() -> None:
     """It has a gamma and a beta for each class, and no ``weight``."""
     with pytest.raises(AttributeError, match="attribute"):
         SAGANGenerator(16, z_dim=8, base_channels=8, num_classes=5).apply(dcgan_init)

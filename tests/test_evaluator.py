@@ -43,9 +43,9 @@ class Painter(nn.Module):
         self.mean, self.deviation = mean, deviation
 
     def forward(self, z: Tensor) -> Tensor:
-        colours = torch.zeros(len(z), 3)
-        colours[:, :2] = self.mean + self.deviation * z[:, :2]
-        return colours[:, :, None, None].expand(-1, 3, 16, 16)
+        colors = torch.zeros(len(z), 3)
+        colors[:, :2] = self.mean + self.deviation * z[:, :2]
+        return colors[:, :, None, None].expand(-1, 3, 16, 16)
 
 
 def two_means(images: Tensor) -> Features:
@@ -134,7 +134,7 @@ def test_the_real_images_are_looked_at_once_and_each_score_stands_alone():
 
 
 @needs_torchmetrics
-def test_grey_images_are_shown_to_inception_in_three_channels():
+def test_gray_images_are_shown_to_inception_in_three_channels():
     evaluate = Evaluator(batches(noise(10, channels=1)), samples=10, inception=two_means)
     assert all(math.isfinite(score) for score in evaluate(generator(image_channels=1), 8).values())
 

@@ -218,10 +218,10 @@ def ramp(levels: Tensor) -> Tensor:
     return VIOLET + low[..., None] * (ORANGE - VIOLET) + high[..., None] * (YELLOW - ORANGE)
 
 
-def expected(weights: Tensor, n_keys: int, grey: float = 0.1) -> Tensor:
+def expected(weights: Tensor, n_keys: int, gray: float = 0.1) -> Tensor:
     """(h, w, 3) at full opacity over a plain image."""
     levels = (weights / max(float(weights.max()) / 2, 4 / n_keys)).clamp(max=1)
-    return grey + levels[..., None] * (ramp(levels) - grey)
+    return gray + levels[..., None] * (ramp(levels) - gray)
 
 
 # Of a level, a byte loses at most 2 / 255, where the weight is that of the full level; colour ramp and opacity together
@@ -539,7 +539,7 @@ def test_networks(page: Page, tmp_path: Path, network: Any) -> None:
         images = model(*inputs)
     explore_attention(images, records).save(tmp_path / "page.html")
     image = len(images) - 1
-    grey = 0.1 + 0.55 * ((images[image] + 1) / 2 * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)  # (H, W)
+    gray = 0.1 + 0.55 * ((images[image] + 1) / 2 * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)  # (H, W)
     zoom = round(640 / max(images.shape[2:]))
     for i, (name, (record,)) in enumerate(records.items()):
         row, column = record.query_size[0] - 1, 2
@@ -551,7 +551,7 @@ def test_networks(page: Page, tmp_path: Path, network: Any) -> None:
             [int((k + 0.5) / n * size * zoom * part) // zoom for k in range(n)]
             for n, size, part in zip(record.key_size, images.shape[2:], cover, strict=True)
         ]
-        under = grey[middles[0]][:, middles[1]][..., None]
+        under = gray[middles[0]][:, middles[1]][..., None]
         wanted = expected(weights, weights.numel(), under)
         ring = [
             (at + 0.5) / n * size

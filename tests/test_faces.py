@@ -16,10 +16,10 @@ from training.data import open_data
 PALETTES = [faces.EYES, faces.EARRINGS, faces.BANDS]
 
 
-def colour_in(pictures: np.ndarray, palette: tuple, centre: tuple[float, float], reach: float) -> np.ndarray:
+def color_in(pictures: np.ndarray, palette: tuple, center: tuple[float, float], reach: float) -> np.ndarray:
     """Which of the palette's colours fills most of the window around (x, y), for each picture; -1 for none."""
     size = pictures.shape[-1]
-    (left, right), (top, bottom) = [(int((c - reach + 1) / 2 * size), int((c + reach + 1) / 2 * size)) for c in centre]
+    (left, right), (top, bottom) = [(int((c - reach + 1) / 2 * size), int((c + reach + 1) / 2 * size)) for c in center]
     window = pictures[:, :, top:bottom, left:right].astype(float)  # (n, 3, h, w)
     distance = np.linalg.norm(window[:, None] - np.array(palette)[None, :, :, None, None], axis=2)  # (n, p, h, w)
     votes = (distance < 30).sum((2, 3))  # (n, p)
@@ -34,19 +34,19 @@ def colour_in(pictures: np.ndarray, palette: tuple, centre: tuple[float, float],
         pytest.param(faces.BANDS, (0.0, -0.6), (0.0, 0.93), 0.05, id="head-band and shirt"),
     ],
 )
-def test_places_far_apart_share_a_colour(palette, one, other, reach):
+def test_places_far_apart_share_a_color(palette, one, other, reach):
     pictures = faces.render(faces.traits(300), 128)
-    here, there = colour_in(pictures, palette, one, reach), colour_in(pictures, palette, other, reach)
+    here, there = color_in(pictures, palette, one, reach), color_in(pictures, palette, other, reach)
     assert (here >= 0).mean() > 0.95  # the place is seen, whatever the pose
     assert (here == there).mean() > 0.95
     assert set(here) >= set(range(len(palette)))  # and every colour occurs
 
 
 @pytest.mark.parametrize("palette", PALETTES)
-def test_colours_that_must_agree_are_easy_to_tell_apart(palette):
-    colours = np.array(palette, float)
-    distances = np.linalg.norm(colours[:, None] - colours[None], axis=2)
-    assert distances[~np.eye(len(colours), dtype=bool)].min() > 70
+def test_colors_that_must_agree_are_easy_to_tell_apart(palette):
+    colors = np.array(palette, float)
+    distances = np.linalg.norm(colors[:, None] - colors[None], axis=2)
+    assert distances[~np.eye(len(colors), dtype=bool)].min() > 70
 
 
 def test_a_face_depends_on_its_seed_and_index_alone():

@@ -42,7 +42,7 @@ def test_precision_and_recall_tell_dropped_modes_from_wrong_images() -> None:
     assert half_wrong == (0.5, 1.0)
 
 
-def test_too_few_images_have_no_third_neighbour() -> None:
+def test_too_few_images_have_no_third_neighbor() -> None:
     with pytest.raises(ValueError, match="more than 3 images of each kind, got 10 and 3"):
         precision_recall(torch.randn(10, 2), torch.randn(3, 2))
 

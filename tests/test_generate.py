@@ -211,7 +211,7 @@ def test_a_picture_that_cannot_be_finished_leaves_the_old_one(model, tmp_path, m
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
 
-def test_grey_images(trained, tmp_path):
+def test_gray_images(trained, tmp_path):
     files = run(trained, tmp_path, *EVERYTHING)
     assert len(files) == 3 + 5
     with Image.open(tmp_path / "000000.png") as picture:
@@ -401,7 +401,7 @@ def test_agreement_is_with_the_classes_that_are_requested(trained, tmp_path, mon
     _, card = model_card.open_generator(trained)
     requested = []
 
-    class Greys(torch.nn.Module):
+    class Grays(torch.nn.Module):
         z_dim, num_classes = 8, 10
 
         def forward(self, z, labels):
@@ -409,10 +409,10 @@ def test_agreement_is_with_the_classes_that_are_requested(trained, tmp_path, mon
             return (labels / 10 - 0.5).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
 
     def agreement(images, labels):
-        greys = images[:, 0, 0, 0].astype(int)
-        return float((np.rint((greys / 127.5 - 0.5) * 10) == labels).mean())
+        grays = images[:, 0, 0, 0].astype(int)
+        return float((np.rint((grays / 127.5 - 0.5) * 10) == labels).mean())
 
-    monkeypatch.setattr(generate, "open_generator", lambda *_, **__: (Greys(), card))
+    monkeypatch.setattr(generate, "open_generator", lambda *_, **__: (Grays(), card))
     monkeypatch.setattr(generate, "class_agreement", lambda name, data: agreement if data.labels else None)
     flags = ["--out", str(tmp_path), "--score", "digits", "--samples", "30", "--labels", "7,3"]
     score = generate.score

@@ -49,7 +49,7 @@ def attention_sizes(network: SAGANGenerator) -> list[int]:
     return sizes
 
 
-def normalised_flags(network: nn.Module) -> list[bool]:
+def normalized_flags(network: nn.Module) -> list[bool]:
     return [parametrize.is_parametrized(m) for m in network.modules() if isinstance(m, nn.ConvTranspose2d)]
 
 
@@ -108,7 +108,7 @@ def test_layers_at_64_pixels() -> None:
         ("attention", 64, 32),
         ("transposed", 64, 3, 4, 64),
     ]
-    assert normalised_flags(network) == [True, True, True, True, False]
+    assert normalized_flags(network) == [True, True, True, True, False]
     for module in network.modules():
         if isinstance(module, nn.ConvTranspose2d):
             assert module.stride == ((1, 1) if module.in_channels == 128 and module.out_channels == 512 else (2, 2))
@@ -288,7 +288,7 @@ def test_samples_do_not_mix_in_evaluation() -> None:
 # --- spectral norm -------------------------------------------------------------------------------------------------
 
 
-def test_normalised_by_our_own() -> None:
+def test_normalized_by_our_own() -> None:
     network = SAGANGenerator(32, base_channels=4)
     norms = [m for m in network.modules() if isinstance(m, SpectralNorm)]
     assert len(norms) == 3
@@ -300,13 +300,13 @@ def test_another_spectral_norm(dim: int) -> None:
     network = SAGANGenerator(32, base_channels=4, spectral_norm=functools.partial(spectral_norm, dim=dim))
     assert [m.dim for m in network.modules() if isinstance(m, SpectralNorm)] == [dim] * 3
     network = SAGANGenerator(32, base_channels=4, spectral_norm=parametrizations.spectral_norm)
-    assert normalised_flags(network) == [True, True, True, False]
+    assert normalized_flags(network) == [True, True, True, False]
     assert not any(isinstance(m, SpectralNorm) for m in network.modules())
 
 
 def test_no_spectral_norm() -> None:
     network = SAGANGenerator(32, base_channels=4, spectral_norm=None)
-    assert normalised_flags(network) == [False] * 4
+    assert normalized_flags(network) == [False] * 4
     assert network(torch.randn(1, 128)).shape == (1, 3, 32, 32)
 
 

@@ -119,7 +119,7 @@ def test_what_is_left_out_is_named_once(folder, tmp_path, capsys):
     assert capsys.readouterr() == (out, "")
 
 
-def test_thousands_of_unreadable_neighbours_are_tried_once_each(tmp_path, monkeypatch):
+def test_thousands_of_unreadable_neighbors_are_tried_once_each(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "3000.png")
     for i in range(3000):  # as a full disk leaves them when an archive is unpacked
         (tmp_path / f"{i:04d}.png").touch()

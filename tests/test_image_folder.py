@@ -34,7 +34,7 @@ def read(path: Path) -> np.ndarray:
     return image.permute(1, 2, 0).numpy()
 
 
-def grey(values: np.ndarray) -> np.ndarray:
+def gray(values: np.ndarray) -> np.ndarray:
     return np.repeat(values[:, :, None], 3, axis=2)
 
 
@@ -62,22 +62,22 @@ def png(bits: int, color: int, row: bytes, transparent: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm", "jp2"])
-def test_16_bit_greys_are_scaled(suffix, tmp_path):
+def test_16_bit_grays_are_scaled(suffix, tmp_path):
     path = tmp_path / f"a.{suffix}"
     options = {"irreversible": False} if suffix == "jp2" else {}
     Image.fromarray(np.rint(65535 * RAMP).astype(np.uint16)).save(path, **options)
-    np.testing.assert_array_equal(read(path), grey(BYTES))
+    np.testing.assert_array_equal(read(path), gray(BYTES))
 
 
-def test_16_bit_greys_of_the_other_byte_order_are_scaled(tmp_path):
+def test_16_bit_grays_of_the_other_byte_order_are_scaled(tmp_path):
     image = Image.frombytes("I;16B", (SIZE, SIZE), np.rint(65535 * RAMP).astype(">u2").tobytes())
     image.save(tmp_path / "a.tif")
-    np.testing.assert_array_equal(read(tmp_path / "a.tif"), grey(BYTES))
+    np.testing.assert_array_equal(read(tmp_path / "a.tif"), gray(BYTES))
 
 
 def test_floating_point_from_0_to_1_is_scaled(tmp_path):
     Image.fromarray(RAMP.astype(np.float32)).save(tmp_path / "a.tif")
-    np.testing.assert_array_equal(read(tmp_path / "a.tif"), grey(BYTES))
+    np.testing.assert_array_equal(read(tmp_path / "a.tif"), gray(BYTES))
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.float32])
@@ -88,7 +88,7 @@ def test_a_tiff_whose_zero_is_white_is_inverted(kind, tmp_path):
     with Image.open(tmp_path / "a.tif") as file:
         assert file.tag_v2[ExifTags.Base.PhotometricInterpretation] == 0
     # The file holds rounded values, so its greys may be one off.
-    np.testing.assert_allclose(read(tmp_path / "a.tif"), grey(255 - BYTES), atol=1)
+    np.testing.assert_allclose(read(tmp_path / "a.tif"), gray(255 - BYTES), atol=1)
 
 
 def test_a_tiff_of_12_bits_is_scaled_by_its_own_white(tmp_path):
@@ -146,7 +146,7 @@ def test_transparency_is_composited_over_white(mode, tmp_path):
     image.save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as file:
         assert file.mode == mode.split()[0]
-    np.testing.assert_array_equal(read(tmp_path / "a.png"), grey(255 - alpha))  # black, as dense as it is opaque
+    np.testing.assert_array_equal(read(tmp_path / "a.png"), gray(255 - alpha))  # black, as dense as it is opaque
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_transparency_is_composited_over_white(mode, tmp_path):
     ],
     ids=["1 bit", "8 bits", "16 bits", "colour"],
 )
-def test_a_transparent_colour_is_white(bits, color, row, transparent, expected, tmp_path):
+def test_a_transparent_color_is_white(bits, color, row, transparent, expected, tmp_path):
     (tmp_path / "a.png").write_bytes(png(bits, color, row, transparent))
     with image_folder._open_image(str(tmp_path / "a.png")) as file:
         assert np.asarray(image_folder.upright_rgb(file)).tolist() == [[list(pixel) for pixel in expected]]
@@ -170,12 +170,12 @@ def test_a_transparent_colour_is_white(bits, color, row, transparent, expected, 
     [(2, 0, b"\x90", b"\0\2"), (4, 0, b"\x53", b"\0\5"), (16, 2, bytes(range(12)), bytes(range(6)))],
     ids=["2 bits", "4 bits", "16 bits of colour"],
 )
-def test_a_transparent_colour_that_pillow_does_not_find_is_a_reason(bits, color, row, transparent, tmp_path):
+def test_a_transparent_color_that_pillow_does_not_find_is_a_reason(bits, color, row, transparent, tmp_path):
     (tmp_path / "a.png").write_bytes(png(bits, color, row, transparent))
     assert "transparent colour" in why(tmp_path / "a.png")
 
 
-def test_cmyk_keeps_its_colours(tmp_path):
+def test_cmyk_keeps_its_colors(tmp_path):
     # 100 % yellow is red and green light; the JPEG is Adobe's, inverted, and lossy by a few values.
     for name in ("a.tif", "a.jpg"):
         Image.new("CMYK", (SIZE, SIZE), (0, 0, 255, 0)).save(tmp_path / name)
@@ -189,7 +189,7 @@ def test_images_are_turned_as_their_exif_data_say(kind, suffix, tmp_path):
     exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
     values = np.rint(RAMP * np.iinfo(kind).max).astype(kind)
     Image.fromarray(values).save(tmp_path / f"a.{suffix}", exif=exif)
-    np.testing.assert_array_equal(read(tmp_path / f"a.{suffix}"), grey(np.rot90(BYTES, -1)))
+    np.testing.assert_array_equal(read(tmp_path / f"a.{suffix}"), gray(np.rot90(BYTES, -1)))
 
 
 # ---------------------------------------------------------------------------------------------------------- crops

@@ -122,12 +122,12 @@ def test_arms_see_the_same_images_and_latent_vectors(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- agreement
 
 
-def test_colours_are_read_as_they_were_drawn(readers):
+def test_colors_are_read_as_they_were_drawn(readers):
     people = faces.traits(300, first=77)
     pictures = faces.render(people, SIZE)
     for pair in PAIRS:
-        truth = [pair.palette.index(tuple(int(c) for c in colour)) for colour in getattr(people, pair.trait)]
-        for read in readers.colours(pictures, pair):
+        truth = [pair.palette.index(tuple(int(c) for c in color)) for color in getattr(people, pair.trait)]
+        for read in readers.colors(pictures, pair):
             assert (read == truth).mean() > 0.99
 
 
@@ -138,9 +138,9 @@ def test_real_faces_agree_and_halves_of_different_faces_do_not(readers):
     top_bottom[:, :, SIZE // 2 :] = other[:, :, SIZE // 2 :]
     for pair in PAIRS:
         real = readers(one)[pair.name]
-        colours = len(pair.palette)
+        colors = len(pair.palette)
         assert real.disagreement < 0.01
-        assert real.chance == pytest.approx(1 - 1 / colours, abs=0.02)
+        assert real.chance == pytest.approx(1 - 1 / colors, abs=0.02)
         mixed = readers(left_right if pair.mirrored else top_bottom)[pair.name]
         assert mixed.relative == pytest.approx(1, abs=0.1)  # √(0.83 · 0.17 / 400) / 0.83 = 0.023, four deviations
 
@@ -155,7 +155,7 @@ def test_odd_eyes_are_counted(readers):
     assert readers(pictures)["earrings"].disagreement < 0.02
 
 
-def test_a_set_with_one_colour_shows_no_agreement(readers):
+def test_a_set_with_one_color_shows_no_agreement(readers):
     people = faces.traits(50)
     pictures = faces.render(people._replace(eyes=np.repeat(people.eyes[:1], 50, axis=0)), SIZE)
     assert readers(pictures)["eyes"] == Reading(0.0, 0.0)

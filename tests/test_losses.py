@@ -268,7 +268,7 @@ def test_double_backward_through_attention(batch: int) -> None:
         assert any(name.endswith(part) for name in moved), part
 
 
-def test_penalty_through_a_normalised_discriminator() -> None:
+def test_penalty_through_a_normalized_discriminator() -> None:
     network = SAGANDiscriminator(16, base_channels=8)
     for module in network.modules():
         if isinstance(module, SelfAttention2d):

@@ -72,7 +72,7 @@ def test_the_average_is_that_of_the_weights(images, tmp_path, monkeypatch):
         torch.testing.assert_close(averages[2][name], expected, rtol=1e-5, atol=1e-6)  # float32
 
 
-def test_images_are_cropped_to_their_centre_square(tmp_path):
+def test_images_are_cropped_to_their_center_square(tmp_path):
     """Of a wide image with a red left, a green middle and a blue right, the middle is left, mirrored or not."""
     pixels = np.zeros((12, 36, 3), np.uint8)
     for third in range(3):

@@ -22,7 +22,7 @@ from torch_sagan import (
     spectral_norms,
 )
 
-NORMALISERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+NORMALIZERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "sagan": spectral_norm,
     "torch": parametrizations.spectral_norm,
     "torch's hook": legacy_spectral_norm,
@@ -63,12 +63,12 @@ def generator(num_classes: int | None = None) -> SAGANGenerator:
 # --- sigma ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_sigma_is_exact(normaliser: str, kind: str) -> None:
-    if (normaliser, kind) == ("torch's hook", "complex"):
+def test_sigma_is_exact(normalizer: str, kind: str) -> None:
+    if (normalizer, kind) == ("torch's hook", "complex"):
         pytest.skip("the hook forgets to conjugate")
-    layer = NORMALISERS[normaliser](LAYERS[kind]())
+    layer = NORMALIZERS[normalizer](LAYERS[kind]())
     with torch.no_grad():
         raw(layer).normal_()
     model = nn.Sequential(layer).eval()
@@ -118,11 +118,11 @@ def test_averaged_discriminator(use_buffers: bool) -> None:
     """After the average has fallen behind large steps: before, sigma is off, with averaged buffers more so."""
     network = SAGANDiscriminator(16, base_channels=8)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=use_buffers)
-    optimiser = torch.optim.Adam(network.parameters(), lr=4e-3, betas=(0.0, 0.9))
+    optimizer = torch.optim.Adam(network.parameters(), lr=4e-3, betas=(0.0, 0.9))
     for _ in range(30):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         hinge_discriminator_loss(*network(torch.randn(8, 3, 16, 16)).chunk(2)).backward()
-        optimiser.step()
+        optimizer.step()
         average.update_parameters(network)
     average.eval()
     assert max(spectral_norms(average).values()) > 1.02

@@ -138,7 +138,7 @@ def test_what_never_changes_is_a_sentence_and_no_chart(folder):
     assert "D 11, D.attention.8 -0.2, G 2" in outline.text
 
 
-def test_axes_are_labelled(folder):
+def test_axes_are_labeled(folder):
     (folder / "log.jsonl").write_text(line(10, scores={"swd": 3}) + line(20, scores={"swd": 2}, images_per_second=8))
     drawn = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page(folder))]
     labels = [[text.text for text in svg.iter("text")] for svg in drawn]

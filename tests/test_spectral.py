@@ -110,13 +110,13 @@ def test_follows_moving_weights(kind: str) -> None:
     layer = make(kind)
     dim = LAYERS[kind][1]
     before = largest_singular_value(original(layer), dim)
-    optimiser = torch.optim.SGD(layer.parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.02)
     target = torch.randn_like(original(layer))
     for _ in range(150):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (original(layer) * target).sum().backward()
         _ = layer.weight
-        optimiser.step()
+        optimizer.step()
     layer.eval()
     assert abs(largest_singular_value(original(layer), dim) / before - 1) > 0.5
     assert largest_singular_value(layer.weight, dim) == pytest.approx(1, abs=0.02)
@@ -401,8 +401,8 @@ def test_equals_torchs(kind: str) -> None:
 
 @layers
 def test_state_dicts_move_both_ways(kind: str) -> None:
-    def fresh(normalise: Callable[[nn.Module], nn.Module]) -> nn.Module:
-        return normalise(LAYERS[kind][0]().double())
+    def fresh(normalize: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        return normalize(LAYERS[kind][0]().double())
 
     x = inputs(kind)
     for source, destination in [
@@ -494,7 +494,7 @@ def test_zero_weight(training: bool) -> None:
     assert largest_singular_value(layer.weight) == pytest.approx(1, abs=1e-4)
 
 
-def test_normalising_a_zero_weight() -> None:
+def test_normalizing_a_zero_weight() -> None:
     layer = nn.Linear(4, 3)
     nn.init.zeros_(layer.weight)
     spectral_norm(layer)
@@ -546,11 +546,11 @@ def test_iterates_in_float32_for_weights_of_few_bits(dtype: torch.dtype, scale: 
     layer = spectral_norm(layer)
     with torch.no_grad():
         for _ in range(10):  # each rounds u and v to few bits
-            normalised = layer.weight
-    assert normalised.dtype == dtype
+            normalized = layer.weight
+    assert normalized.dtype == dtype
     assert original(layer).dtype == dtype
     expected = (weight.double() / largest_singular_value(weight)).to(dtype)
-    ratio = float((normalised.double() * expected.double()).sum() / expected.double().square().sum())
+    ratio = float((normalized.double() * expected.double()).sum() / expected.double().square().sum())
     # Over 40 seeds 1e-6 at most, and with the iteration in few bits at least 6e-6 (float16) or 7e-5 (bfloat16).
     assert ratio == pytest.approx(1, abs=5e-6)
     layer.weight.float().square().sum().backward()
@@ -562,11 +562,11 @@ def test_moved_to_few_bits_after_it_was_made(dtype: torch.dtype) -> None:
     layer = spectral_norm(nn.Conv2d(16, 32, 3)).to(dtype)
     with torch.no_grad():
         for _ in range(100):
-            normalised = layer.weight
-    assert normalised.dtype == dtype
+            normalized = layer.weight
+    assert normalized.dtype == dtype
     weight = original(layer).detach()
     expected = weight.double() / largest_singular_value(weight)
-    ratio = float((normalised.double() * expected).sum() / expected.square().sum())
+    ratio = float((normalized.double() * expected).sum() / expected.square().sum())
     assert ratio == pytest.approx(1, abs=2e-3)
 
 
@@ -673,7 +673,7 @@ def test_twice_on_one_weight() -> None:
 
 @layers
 @pytest.mark.parametrize("implementation", ["sagan", "torch"])
-def test_remove_keeps_the_normalised_weight(kind: str, implementation: str) -> None:
+def test_remove_keeps_the_normalized_weight(kind: str, implementation: str) -> None:
     layer = make(kind, implementation=implementation)
     x = inputs(kind)
     for _ in range(3):
@@ -771,19 +771,19 @@ def model() -> nn.Sequential:
     )
 
 
-def normalised(network: nn.Module) -> set[str]:
+def normalized(network: nn.Module) -> set[str]:
     return {name for name, module in network.named_modules() if parametrize.is_parametrized(module)}
 
 
-def test_apply_normalises_every_layer_with_a_weight() -> None:
+def test_apply_normalizes_every_layer_with_a_weight() -> None:
     network = model()
     assert apply_spectral_norm(network) is network
-    assert normalised(network) == {"0", "2.0", "4"}
+    assert normalized(network) == {"0", "2.0", "4"}
     assert norm_of(network[2][0])._u.shape == (6,)  # outputs of a transposed convolution
     network(torch.randn(2, 3, 8, 8)).sum().backward()
     everything = nn.ModuleList([make_layer() for make_layer, _, _ in LAYERS.values()])
     apply_spectral_norm(everything)
-    assert normalised(everything) == {str(index) for index in range(len(LAYERS))}
+    assert normalized(everything) == {str(index) for index in range(len(LAYERS))}
 
 
 def test_apply_to_a_single_layer() -> None:
@@ -836,7 +836,7 @@ WHICH: dict[str, tuple[dict[str, object], set[str]]] = {
 
 @pytest.mark.parametrize(("arguments", "expected"), WHICH.values(), ids=WHICH)
 def test_include_and_exclude(arguments: dict[str, object], expected: set[str]) -> None:
-    assert normalised(apply_spectral_norm(model(), **arguments)) == expected
+    assert normalized(apply_spectral_norm(model(), **arguments)) == expected
 
 
 class OwnConvolution(nn.Conv2d):
@@ -917,21 +917,21 @@ def test_attention_and_recurrent_layers(training: bool) -> None:
 
 # --- whole models: normalised already ---------------------------------------------------------------------------------
 
-NORMALISERS: dict[str, Callable[..., nn.Module]] = {
+NORMALIZERS: dict[str, Callable[..., nn.Module]] = {
     "sagan": spectral_norm,
     "torch": parametrizations.spectral_norm,
     "legacy": legacy_spectral_norm,
 }
-normalisers = pytest.mark.parametrize("normaliser", NORMALISERS)
+normalizers = pytest.mark.parametrize("normalizer", NORMALIZERS)
 
 
-@normalisers
+@normalizers
 @pytest.mark.parametrize("implementation", ["sagan", "torch"])
-def test_normalised_already(normaliser: str, implementation: str) -> None:
+def test_normalized_already(normalizer: str, implementation: str) -> None:
     """A warning names them and they are not normalised twice; named in ``exclude``, they cause no warning."""
     network = model()
-    NORMALISERS[normaliser](network[0])
-    NORMALISERS[normaliser](network[2][0])
+    NORMALIZERS[normalizer](network[0])
+    NORMALIZERS[normalizer](network[2][0])
     quiet = copy.deepcopy(network)
     keys = set(network[0].state_dict())
     with pytest.warns(UserWarning, match=r"already, and left alone: '0', '2\.0' \(.*exclude") as caught:
@@ -953,7 +953,7 @@ def test_a_warning_made_an_error_leaves_the_model_as_it_was() -> None:
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="already"):
             apply_spectral_norm(network)
-    assert normalised(network) == {"0"}
+    assert normalized(network) == {"0"}
 
 
 def test_the_rest_of_the_discriminator() -> None:
@@ -973,12 +973,12 @@ def test_the_rest_of_the_discriminator() -> None:
     assert discriminator(torch.randn(2, 3, 32, 32)).shape == (2,)
 
 
-@normalisers
-def test_exact_norms_and_reset_of_every_kind(normaliser: str) -> None:
-    layer = NORMALISERS[normaliser](nn.ConvTranspose2d(4, 3, 3).double())
+@normalizers
+def test_exact_norms_and_reset_of_every_kind(normalizer: str) -> None:
+    layer = NORMALIZERS[normalizer](nn.ConvTranspose2d(4, 3, 3).double())
     network = nn.Sequential(layer).train()
     network(torch.randn(1, 4, 5, 5, dtype=torch.float64))
-    raw = layer.weight_orig if normaliser == "legacy" else original(layer)
+    raw = layer.weight_orig if normalizer == "legacy" else original(layer)
     with torch.no_grad():
         raw.normal_(std=2.0)
     state = copy.deepcopy(network.state_dict())
@@ -1007,7 +1007,7 @@ def test_a_layer_with_two_names() -> None:
     assert len(shared.parametrizations.weight) == 1
     assert network["second"][0] is network["first"]
     remove_spectral_norm(network)
-    assert normalised(network) == set()
+    assert normalized(network) == set()
 
 
 def tied() -> nn.ModuleDict:
@@ -1021,13 +1021,13 @@ def test_tied_weights_are_not_untied(arguments: dict[str, object]) -> None:
     network = tied()
     with pytest.raises(ValueError, match=r"'in\.weight' and 'out\.weight' are one parameter.*exclude"):
         apply_spectral_norm(network, **arguments)
-    assert normalised(network) == set()
+    assert normalized(network) == set()
     apply_spectral_norm(network, exclude=["in", "out"])
-    assert normalised(network) == {"middle"}
+    assert normalized(network) == {"middle"}
     assert network["in"].weight is network["out"].weight
 
 
-def test_tied_to_what_is_normalised_already() -> None:
+def test_tied_to_what_is_normalized_already() -> None:
     network = tied()
     spectral_norm(network["in"])
     with pytest.raises(
@@ -1058,7 +1058,7 @@ def test_on_top_of_another_parametrization(other: Callable[[nn.Module], nn.Modul
         assert parameter.grad.abs().max() > 0
     with pytest.raises(ValueError, match=r"'0\.weight' has 2 parametrizations, expected one"):
         remove_spectral_norm(network)
-    assert normalised(network) == {"0", "1"}
+    assert normalized(network) == {"0", "1"}
 
 
 @pytest.mark.parametrize("implementation", ["sagan", "torch"])
@@ -1194,14 +1194,14 @@ def test_removing_changes_nothing_when_one_cannot_be() -> None:
     assert set(network.state_dict()) == before
 
 
-@normalisers
+@normalizers
 @pytest.mark.parametrize("trainable", [True, False])
-def test_parameters_stay_the_same_objects(normaliser: str, trainable: bool) -> None:
+def test_parameters_stay_the_same_objects(normalizer: str, trainable: bool) -> None:
     """An existing optimiser keeps updating the weights, normalised and after removal; frozen ones stay frozen."""
     network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).requires_grad_(trainable)
     before = set(network.parameters())
     for layer in network:
-        NORMALISERS[normaliser](layer)
+        NORMALIZERS[normalizer](layer)
     assert set(network.parameters()) == before
     remove_spectral_norm(network)
     assert set(network.parameters()) == before
@@ -1217,10 +1217,10 @@ def test_spectral_norms_of_a_complex_weight() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@normalisers
-def test_spectral_norms_of_a_weight_that_is_not_finite(normaliser: str, value: float) -> None:
+@normalizers
+def test_spectral_norms_of_a_weight_that_is_not_finite(normalizer: str, value: float) -> None:
     """It is named among the others, whose norms are as ever, so that a diverged layer can be found."""
-    network = nn.Sequential(*(NORMALISERS[normaliser](nn.Linear(3, 3)) for _ in range(2)))
+    network = nn.Sequential(*(NORMALIZERS[normalizer](nn.Linear(3, 3)) for _ in range(2)))
     with torch.no_grad():
         next(p for p in network[1].parameters() if p.ndim == 2)[0, 0] = value
     norms = spectral_norms(network.eval())
@@ -1233,18 +1233,18 @@ def test_spectral_norms_of_a_model_without_any() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("initialise", [functools.partial(nn.init.normal_, std=2.0), nn.init.zeros_])
-def test_reset_after_new_weights(training: bool, initialise: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("initialize", [functools.partial(nn.init.normal_, std=2.0), nn.init.zeros_])
+def test_reset_after_new_weights(training: bool, initialize: Callable[[Tensor], Tensor]) -> None:
     """Weights that were initialised behind the back of u and v: stale before, right after."""
     network = apply_spectral_norm(model()).train(training)
     for layer in (network[0], network[2][0], network[4]):
-        initialise(original(layer))
+        initialize(original(layer))
     stale = max(spectral_norms(network.eval()).values())
     network.train(training)
     reset_power_iteration(network)
     assert network.training is training
     fresh = spectral_norms(network.eval())
-    if initialise is nn.init.zeros_:
+    if initialize is nn.init.zeros_:
         assert set(fresh.values()) == {0.0}
     else:
         assert stale > 2
@@ -1255,12 +1255,12 @@ def test_reset_after_new_weights(training: bool, initialise: Callable[[Tensor], 
 def test_sigma_of_a_network_in_training() -> None:
     """Twenty optimiser steps on a loss: every weight still has a largest singular value of about 1."""
     network = apply_spectral_norm(model())
-    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2, betas=(0.0, 0.9))
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, betas=(0.0, 0.9))
     start = copy.deepcopy(network.state_dict())
     for _ in range(40):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         network(torch.randn(4, 3, 8, 8)).square().mean().neg().backward()
-        optimiser.step()
+        optimizer.step()
     moved = original(network[4]) - start["4.parametrizations.weight.original"]
     assert moved.norm() > 0.5
     for value in spectral_norms(network.eval()).values():

@@ -468,17 +468,17 @@ def test_spectral_norm_and_surgery_go_together() -> None:
     model = insert_self_attention(apply_spectral_norm(patch_discriminator()).eval(), "model.4", example_input=x)
     wake(model)
     assert torch.equal(remove_self_attention(copy.deepcopy(model))(x), apply_free(model, x))
-    normalised = insert_self_attention(
-        patch_discriminator(), ["model.2"], example_input=x, attention=normalised_attention
+    normalized = insert_self_attention(
+        patch_discriminator(), ["model.2"], example_input=x, attention=normalized_attention
     )
-    assert set(spectral_norms(normalised)) == {
+    assert set(spectral_norms(normalized)) == {
         f"model.2.inserted_attention.{projection}.weight" for projection in ("query", "key", "value")
     }
     remove_spectral_norm(model.model[2])
     assert len(inserted(model)) == 1
 
 
-def normalised_attention(channels: int) -> nn.Module:
+def normalized_attention(channels: int) -> nn.Module:
     return apply_spectral_norm(SelfAttention2d(channels))
 
 

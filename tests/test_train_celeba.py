@@ -72,7 +72,7 @@ def test_a_folder_with_broken_files_names_them_and_goes_on(folder, tmp_path, cap
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_no_image_is_lost_to_a_broken_neighbour(folder, workers):
+def test_no_image_is_lost_to_a_broken_neighbor(folder, workers):
     source = ImageFolder(folder, size=16, crop=160)
     order = InfiniteBatchSampler(len(source), 3, seed=0, flip=False)
     batches = iter(DataLoader(source, sampler=order, batch_size=None, num_workers=workers))
@@ -85,7 +85,7 @@ def test_no_image_is_lost_to_a_broken_neighbour(folder, workers):
     assert {Path(path).name for batch in drawn for path in batch.unreadable} == {"cut-off.jpg"}
 
 
-def test_the_centre_is_cropped(tmp_path):
+def test_the_center_is_cropped(tmp_path):
     picture = np.zeros((218, 178, 3), np.uint8)
     picture[29:189, 9:169] = (200, 100, 50)
     Image.fromarray(picture).save(tmp_path / "face.png")
@@ -226,12 +226,12 @@ def test_discriminator_steps(tmp_path):
     assert steps == {6}
 
 
-@pytest.mark.parametrize(("loss", "normalised"), [("hinge", True), ("wgan-gp", False), ("relativistic", True)])
-def test_losses(loss, normalised, tmp_path, capsys):
+@pytest.mark.parametrize(("loss", "normalized"), [("hinge", True), ("wgan-gp", False), ("relativistic", True)])
+def test_losses(loss, normalized, tmp_path, capsys):
     train(tmp_path, "--loss", loss, "--steps", "2")
-    assert ("without spectral norm" in capsys.readouterr().out) is not normalised
+    assert ("without spectral norm" in capsys.readouterr().out) is not normalized
     state = checkpoint(tmp_path)
-    assert any("parametrizations" in name for name in state["discriminator"]) is normalised
+    assert any("parametrizations" in name for name in state["discriminator"]) is normalized
     assert any("parametrizations" in name for name in state["generator"])
 
 

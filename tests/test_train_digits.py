@@ -171,8 +171,8 @@ def test_attention_is_the_tutorials(network):
         # "same" with an even kernel: one row and column before, two after.
         corner = torch.einsum("bcij,ocij->bo", x[:, :, :3, :3], convolution.weight[:, :, 1:, 1:])
         torch.testing.assert_close(convolution(pad(x))[:, :, 0, 0], corner, atol=1e-4, rtol=1e-4)
-    normalised = {name for name in spectral_norms(model) if "attention" in name}
-    assert len(normalised) == (0 if network == 0 else 3)
+    normalized = {name for name in spectral_norms(model) if "attention" in name}
+    assert len(normalized) == (0 if network == 0 else 3)
 
 
 @pytest.mark.parametrize(

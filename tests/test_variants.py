@@ -81,15 +81,15 @@ def test_maps_of_the_residual_network(network: str) -> None:
 
 
 @pytest.mark.parametrize("network", ["Generator", "Discriminator"])
-def test_every_weight_is_normalised_and_starts_xavier(network: str) -> None:
+def test_every_weight_is_normalized_and_starts_xavier(network: str) -> None:
     model = build(network, base_channels=8)
-    normalised = set(spectral_norms(model))
+    normalized = set(spectral_norms(model))
     weighted = {
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding))
     }
-    assert normalised == weighted
+    assert normalized == weighted
     for name in weighted:
         layer = model.get_submodule(name.removesuffix(".weight"))
         original = layer.parametrizations.weight.original

@@ -23,11 +23,11 @@ from torch_sagan import (
 VIOLET, ORANGE, YELLOW = torch.tensor([[0.45, 0.08, 0.43], [0.95, 0.45, 0.15], [0.99, 1.0, 0.75]])
 
 
-def colored(grey: Tensor, levels: Tensor, strength: float = 0.9) -> Tensor:
+def colored(gray: Tensor, levels: Tensor, strength: float = 0.9) -> Tensor:
     """A grey image (1, H, W) under levels (H, W): the ramp's colour at each level, as opaque as the level is high."""
     low, high = (2 * levels).clamp(max=1), (2 * levels - 1).clamp(min=0)
     ramp = VIOLET[:, None, None] + low * (ORANGE - VIOLET)[:, None, None] + high * (YELLOW - ORANGE)[:, None, None]
-    return grey + strength * levels * (ramp - grey)  # (3, H, W)
+    return gray + strength * levels * (ramp - gray)  # (3, H, W)
 
 
 def looks_at(batch: int, queries: int, keys: int, query: int, key: int) -> Tensor:
@@ -145,12 +145,12 @@ def test_image_shows_through() -> None:
     attention = torch.full((1, 16, 16), 1 / 16)
     overlay = attention_overlay(images, attention, (20, 20), mark=False)
     assert brightness(overlay, slice(None), slice(0, 16)) > brightness(overlay, slice(None), slice(16, 32)) + 0.1
-    colour = attention_overlay(images.expand(1, 3, 32, 32), attention, (20, 20), mark=False)
-    torch.testing.assert_close(overlay, colour)
+    color = attention_overlay(images.expand(1, 3, 32, 32), attention, (20, 20), mark=False)
+    torch.testing.assert_close(overlay, color)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_strength_zero_is_the_grey_image(channels: int) -> None:
+def test_strength_zero_is_the_gray_image(channels: int) -> None:
     images = torch.rand(2, channels, 16, 16) * 2 - 1
     overlay = attention_overlay(images, torch.rand(2, 16, 16), (3, 9), strength=0.0, mark=False)
     red, green, blue = ((images + 1) / 2).expand(2, 3, 16, 16).unbind(1)
@@ -162,26 +162,26 @@ def test_a_uniform_map_is_unremarkable() -> None:
     """Every weight is 1 / M, a quarter of 4 / M: one pale colour everywhere."""
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     uniform = torch.full((2, 64, 64), 1 / 64)
-    grey = attention_overlay(images, uniform, (5, 5), strength=0.0, mark=False)
+    gray = attention_overlay(images, uniform, (5, 5), strength=0.0, mark=False)
     overlay = attention_overlay(images, uniform, (5, 5), mark=False)
-    for shown, under in zip(overlay, grey, strict=True):
+    for shown, under in zip(overlay, gray, strict=True):
         torch.testing.assert_close(shown, colored(under[:1], torch.full((32, 32), 0.25)))
     one_hot = attention_overlay(images, looks_at(2, 64, 64, 9, 0), (5, 5), mark=False)
-    assert (overlay - grey).abs().max() < 0.25 * (one_hot - grey).abs().max()
+    assert (overlay - gray).abs().max() < 0.25 * (one_hot - gray).abs().max()
 
 
 def test_one_weight_of_one_is_one_bright_position() -> None:
     images = torch.rand(1, 3, 64, 64) * 2 - 1
     attention = looks_at(1, 64, 64, 0, 27)  # row 3, column 3 of positions that are 8 pixels wide
-    grey = attention_overlay(images, attention, (0, 0), strength=0.0, mark=False)[0]
+    gray = attention_overlay(images, attention, (0, 0), strength=0.0, mark=False)[0]
     overlay = attention_overlay(images, attention, (0, 0), mark=False)[0]
     # Bilinearly, a weight falls to 0 where the next positions have their middles, and is above one half inside its own.
     center = overlay[:, 26:30, 26:30]
-    torch.testing.assert_close(center, colored(grey[:1, 26:30, 26:30], torch.ones(4, 4)))
+    torch.testing.assert_close(center, colored(gray[:1, 26:30, 26:30], torch.ones(4, 4)))
     far = torch.ones(64, 64, dtype=torch.bool)
     far[20:36, 20:36] = False
-    assert torch.equal(overlay[:, far], grey[:, far])
-    assert not torch.isclose(overlay[:, 22:34, 27], grey[:, 22:34, 27]).all(0).any()
+    assert torch.equal(overlay[:, far], gray[:, far])
+    assert not torch.isclose(overlay[:, 22:34, 27], gray[:, 22:34, 27]).all(0).any()
 
 
 def test_levels_are_proportional_up_to_half_of_the_largest_weight() -> None:

@@ -23,7 +23,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from training import faces
 
-Pictures = NDArray[np.uint8]  # (n, 3, size, size)
+Images = NDArray[np.uint8]  # (n, 3, size, size)
 FIRST_REAL = 1_000_000  # the first of the faces that readers are fitted to, far from any that a generator is shown
 
 
@@ -64,47 +64,47 @@ class ColorClassifiers:
 
     def __init__(self, size: int, *, count: int = 2000, seed: int = 0) -> None:
         people = faces.traits(count, seed=seed, first=FIRST_REAL)
-        pictures = faces.render(people, size)
+        images = faces.render(people, size)
         self.readers: dict[str, tuple[LinearDiscriminantAnalysis, LinearDiscriminantAnalysis]] = {}
         for pair in PAIRS:
-            colours = np.array(pair.palette, np.float32)
-            truth = np.abs(getattr(people, pair.trait)[:, None] - colours).sum(2).argmin(1)  # (n,)
-            here, there = windows(pictures, pair)
+            colors = np.array(pair.palette, np.float32)
+            truth = np.abs(getattr(people, pair.trait)[:, None] - colors).sum(2).argmin(1)  # (n,)
+            here, there = windows(images, pair)
             if pair.mirrored:
                 reader = _fit(np.concatenate([here, there]), np.concatenate([truth, truth]))
                 self.readers[pair.name] = reader, reader
             else:
                 self.readers[pair.name] = _fit(here, truth), _fit(there, truth)
 
-    def colours(self, pictures: Pictures, pair: Pair) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def colors(self, images: Images, pair: Pair) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The numbers (n,) of the colours in the palette that are read at the one place and at the other."""
         reader, other_reader = self.readers[pair.name]
-        here, there = windows(pictures, pair)
+        here, there = windows(images, pair)
         return reader.predict(here), other_reader.predict(there)
 
-    def __call__(self, pictures: Pictures) -> dict[str, Reading]:
+    def __call__(self, images: Images) -> dict[str, Reading]:
         """The reading of each pair in a set of faces."""
         readings = {}
         for pair in PAIRS:
-            one, other = self.colours(pictures, pair)
+            one, other = self.colors(images, pair)
             shares = [np.bincount(read, minlength=len(pair.palette)) / len(read) for read in (one, other)]
             readings[pair.name] = Reading(float((one != other).mean()), float(1 - shares[0] @ shares[1]))
         return readings
 
 
-def windows(pictures: Pictures, pair: Pair) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def windows(images: Images, pair: Pair) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The pixels (n, 3 · h · w) of the two windows, in [-1, 1]."""
-    size = pictures.shape[-1]
+    size = images.shape[-1]
     side = max(2, round(pair.reach * size))
 
-    def window(pictures: Pictures, centre: tuple[float, float]) -> NDArray[np.float32]:
-        left, top = (min(max(round((at + 1) / 2 * size - side / 2), 0), size - side) for at in centre)
-        pixels = pictures[:, :, top : top + side, left : left + side].astype(np.float32) / 127.5 - 1
+    def window(images: Images, center: tuple[float, float]) -> NDArray[np.float32]:
+        left, top = (min(max(round((at + 1) / 2 * size - side / 2), 0), size - side) for at in center)
+        pixels = images[:, :, top : top + side, left : left + side].astype(np.float32) / 127.5 - 1
         return pixels.reshape(len(pixels), -1)
 
     if pair.mirrored:
-        return window(pictures, pair.here), window(pictures[..., ::-1], pair.here)
-    return window(pictures, pair.here), window(pictures, pair.there)
+        return window(images, pair.here), window(images[..., ::-1], pair.here)
+    return window(images, pair.here), window(images, pair.there)
 
 
 def _fit(pixels: NDArray[np.float32], truth: NDArray[np.int64]) -> LinearDiscriminantAnalysis:

@@ -102,9 +102,9 @@ def slices(
         for band, (mean, deviation), kept, (positions, directions) in zip(
             bands(chunk), scales, projections, draws, strict=True
         ):
-            normalised = (band - mean) / deviation  # (n, C, h, w)
+            normalized = (band - mean) / deviation  # (n, C, h, w)
             for turn, (places, vectors) in enumerate(zip(positions, directions, strict=True)):
-                projected = patches_at(normalised, places) @ vectors.to(band)  # (n, patches, directions)
+                projected = patches_at(normalized, places) @ vectors.to(band)  # (n, patches, directions)
                 kept[turn, :, chunk] = projected.permute(2, 0, 1).cpu().numpy()
     rows = [kept.reshape(-1, len(images) * PATCHES) for kept in projections]
     for row in rows:

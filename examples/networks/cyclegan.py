@@ -33,7 +33,7 @@ class Generator(nn.Module):
             nn.ConvTranspose2d(32, 16, 3, 2, 1, 1), nn.InstanceNorm2d(16), nn.ReLU(True),  # 16 to 18: 32×32
             nn.ReflectionPad2d(3), nn.Conv2d(16, 3, 7), nn.Tanh(),
         )  # fmt: skip
-        self.apply(initialise)
+        self.apply(initialize)
 
     def forward(self, images: Tensor) -> Tensor:
         translated: Tensor = self.model(images)  # (B, 3, 32, 32)
@@ -49,13 +49,13 @@ class Discriminator(nn.Module):
             nn.Conv2d(32, 64, 4, 1, 1), nn.InstanceNorm2d(64), nn.LeakyReLU(0.2, True),  # 5 to 7: 7×7
             nn.Conv2d(64, 1, 4, 1, 1),
         )  # fmt: skip
-        self.apply(initialise)
+        self.apply(initialize)
 
     def forward(self, images: Tensor) -> Tensor:
         realness: Tensor = self.model(images)  # (B, 1, 6, 6), of each patch: 1 is real, 0 is not
         return realness
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)

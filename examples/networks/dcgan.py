@@ -16,7 +16,7 @@ class Generator(nn.Module):
             nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(True),  # 6 to 8: 16×16
             nn.ConvTranspose2d(32, 3, 4, 2, 1, bias=False), nn.Tanh(),  # 9 and 10: 32×32
         )  # fmt: skip
-        self.apply(initialise)
+        self.apply(initialize)
 
     def forward(self, z: Tensor) -> Tensor:
         images: Tensor = self.main(z)  # (B, 3, 32, 32), from (B, 100, 1, 1)
@@ -32,14 +32,14 @@ class Discriminator(nn.Module):
             nn.Conv2d(64, 128, 4, 2, 1, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.2, True),  # 5 to 7: 4×4
             nn.Conv2d(128, 1, 4, 1, 0, bias=False),
         )  # fmt: skip
-        self.apply(initialise)
+        self.apply(initialize)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.main(images)  # (B, 1, 1, 1)
         return logits.flatten()  # (B,)
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):

@@ -21,8 +21,8 @@ def color(images: Tensor) -> Tensor:
     """Brightness moved by up to ±0.5, saturation times 0 to 2, contrast times 0.5 to 1.5, each uniformly."""
     brightness, saturation, contrast = torch.rand(3, len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
     images = images + (brightness - 0.5)  # (B, C, S, S)
-    grey = images.mean(1, keepdim=True)  # (B, 1, S, S)
-    images = torch.lerp(grey, images, 2 * saturation)
+    gray = images.mean(1, keepdim=True)  # (B, 1, S, S)
+    images = torch.lerp(gray, images, 2 * saturation)
     level = images.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     return torch.lerp(level, images, contrast + 0.5)
 
@@ -42,8 +42,8 @@ def translation(images: Tensor) -> Tensor:
 def cutout(images: Tensor) -> Tensor:
     """A square of half the size set to zero, its centre anywhere in the image."""
     size = images.shape[-1]
-    centre = torch.randint(0, size, (2, len(images), 1), device=images.device)
-    offset = torch.arange(size, device=images.device) - centre + size // 4  # (2, B, S)
+    center = torch.randint(0, size, (2, len(images), 1), device=images.device)
+    offset = torch.arange(size, device=images.device) - center + size // 4  # (2, B, S)
     rows, columns = (offset >= 0) & (offset < size // 2)  # (B, S) each
     return images.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 0)
 

@@ -31,7 +31,7 @@ HAIR = ((38, 28, 30), (88, 52, 30), (150, 92, 40), (226, 182, 92), (186, 72, 32)
 HAIR_COLORS = ("black", "brown", "chestnut", "blond", "red", "grey")  # in the order of HAIR
 SKIN = ((255, 226, 200), (244, 202, 166), (226, 172, 128), (190, 130, 88), (146, 94, 62), (108, 68, 46))
 
-EYE_CENTRE = (0.255, 0.04)  # of the right-hand eye before the pose; the other one is its mirror image
+EYE_CENTER = (0.255, 0.04)  # of the right-hand eye before the pose; the other one is its mirror image
 WHITE, NIGHT, TEETH = (np.full((1, 3), value, np.float32) for value in (250, 18, 244))
 LIPS = np.array([[112, 10, 28]], np.float32)  # added to a share of the skin's colour
 
@@ -88,8 +88,8 @@ def traits(count: int, *, seed: int = 0, first: int = 0) -> Traits:
     def blend(palette: tuple[tuple[int, int, int], ...]) -> Floats:
         place = next(columns) * (len(palette) - 1)  # anywhere between two neighbours of the palette
         left = place.astype(int)
-        colours = np.array(palette, np.float32)
-        low, high = np.take(colours, left, axis=0), np.take(colours, left + 1, axis=0)
+        colors = np.array(palette, np.float32)
+        low, high = np.take(colors, left, axis=0), np.take(colors, left + 1, axis=0)
         blended: Floats = low + (place - left)[:, None].astype(np.float32) * (high - low)
         return blended
 
@@ -155,13 +155,13 @@ def _draw(people: Traits, size: int) -> NDArray[np.uint8]:
     inner = x - face.turn  # the features' x; its magnitude draws both sides of the face at once
     pair, side = np.abs(inner), np.sign(inner)
     ears = np.abs(x)
-    eye_x, eye_y = EYE_CENTRE
+    eye_x, eye_y = EYE_CENTER
 
     blend = (axis[None, None, :, None] + 1) / 2
     canvas = face.sky[:, :, None, None] * (1 - blend) + face.ground[:, :, None, None] * blend
     canvas = np.repeat(canvas, size, axis=3)  # (n, 3, size, size)
 
-    def paint(distance: Floats, colour: Floats, opacity: float = 1.0, soft: float = 0.0) -> None:
+    def paint(distance: Floats, color: Floats, opacity: float = 1.0, soft: float = 0.0) -> None:
         edge = np.float32(2 / size + soft)
         cover = np.clip(0.5 - distance / edge, 0, 1) * np.float32(opacity)
         # Most shapes are small: only the rows and columns that the shape touches in some face are blended.
@@ -169,7 +169,7 @@ def _draw(people: Traits, size: int) -> NDArray[np.uint8]:
         if len(rows):
             box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
             patch = canvas[(slice(None), slice(None), *box)]
-            patch += cover[(slice(None), None, *box)] * (colour[:, :, None, None] - patch)
+            patch += cover[(slice(None), None, *box)] * (color[:, :, None, None] - patch)
 
     # Back to front.
     back = _ellipse(x, y + 0.14, face.width + 0.15, face.chin + 0.1)

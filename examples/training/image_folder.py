@@ -253,7 +253,7 @@ def _open_image(source: str | io.BytesIO) -> ImageFile.ImageFile:
 def upright_rgb(file: ImageFile.ImageFile) -> Image.Image:
     """The pixels of an open file as RGB, turned as its EXIF data say, over white where they are transparent."""
     if file.mode == "F" or file.mode.startswith("I"):
-        return _grey_bytes(file).convert("RGB")
+        return _gray_bytes(file).convert("RGB")
     if file.format == "PNG" and "transparency" in file.info and file.tile[0][3] in ("L;2", "L;4", "RGB;16B"):
         # Pillow turns the pixels into bytes, but compares them with the colour as the file has it.
         raise ValueError("a transparent colour of 2, 4 or 16 bits, which Pillow does not find in the image")
@@ -264,7 +264,7 @@ def upright_rgb(file: ImageFile.ImageFile) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _grey_bytes(file: ImageFile.ImageFile) -> Image.Image:
+def _gray_bytes(file: ImageFile.ImageFile) -> Image.Image:
     """Grey values of more than 8 bits, which Pillow's own conversion would cut off at 255."""
     tags = file.tag_v2 if isinstance(file, TiffImagePlugin.TiffImageFile) else {}
     if file.mode == "F":

@@ -52,18 +52,18 @@ def save_explorer(path: Path, images: Tensor, records: Mapping[str, Sequence[Att
 
 def save_images(paths: Sequence[Path], images: Tensor) -> None:
     """Write each of the images (B, 1 or 3, H, W) in [-1, 1] as a PNG of its own, pixel for pixel."""
-    for path, picture in zip(paths, _pictures((images.float().cpu() + 1) / 2), strict=True):
+    for path, picture in zip(paths, _pil_images((images.float().cpu() + 1) / 2), strict=True):
         _write(path, picture)
 
 
 def save_animation(path: Path, images: Tensor, frames_per_second: float) -> None:
     """Write images (B, 1 or 3, H, W) in [-1, 1] as the frames of an endless GIF or WebP, as the suffix says."""
-    first, *others = _pictures(_enlarged((images.float().cpu() + 1) / 2, 128))
+    first, *others = _pil_images(_enlarged((images.float().cpu() + 1) / 2, 128))
     duration = round(1000 / frames_per_second)
     _write(path, first, save_all=True, append_images=others, duration=duration, loop=0, quality=90)
 
 
-def _pictures(images: Tensor) -> list[Image.Image]:
+def _pil_images(images: Tensor) -> list[Image.Image]:
     pixels = images.expand(-1, 3, -1, -1).mul(255).round().clamp(0, 255).byte()
     return [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in pixels]
 

@@ -98,8 +98,8 @@ def attention_overlay(
     levels = F.interpolate(levels, size=(rows, columns), mode="bilinear").clamp(max=1)
     levels = F.pad(levels, (0, width - columns, 0, height - rows)).unsqueeze(2)  # (B, Q, 1, H, W)
 
-    grey = 0.1 + 0.55 * (rgb * rgb.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)  # (B, 1, H, W)
-    overlay = torch.lerp(grey.unsqueeze(1), _colors(levels), strength * levels)  # (B, Q, 3, H, W)
+    gray = 0.1 + 0.55 * (rgb * rgb.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)  # (B, 1, H, W)
+    overlay = torch.lerp(gray.unsqueeze(1), _colors(levels), strength * levels)  # (B, Q, 3, H, W)
     for i, position in enumerate(queries if mark else []):
         _draw_ring(overlay[:, i], position, i)
         _draw_frame(overlay[:, i], i)
