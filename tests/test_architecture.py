@@ -23,7 +23,7 @@ PACKAGE = Path(torch_sagan.__file__).parent
 # From the bottom up. Imports run downwards only; modules of one layer never import each other.
 LAYERS = [
     {"dispatch", "double_backward", "inserted", "legacy_spectral_norm", "modes"},
-    {"example_pass", "memory_efficient"},
+    {"example_pass", "fused_attention", "tiled_attention"},
     {"arguments", "functional"},
     {"attention", "layer_selection", "losses", "spectral"},
     {"conditional", "recording", "spectral_models", "surgery", "visualization"},
@@ -119,7 +119,7 @@ def test_no_module_for_leftovers() -> None:
 @pytest.mark.parametrize("folder", ["tests", "examples"])
 def test_tests_and_examples_use_the_public_names(folder: str) -> None:
     # Which path attention takes is chosen by size alone; its tests have to reach each of them at small sizes.
-    paths = sorted(set((ROOT / folder).rglob("*.py")) - {ROOT / "tests" / "test_memory_efficient.py"})
+    paths = sorted(set((ROOT / folder).rglob("*.py")) - {ROOT / "tests" / "test_fast_attention.py"})
     assert paths
     for path in paths:
         for module, names in imports(path):

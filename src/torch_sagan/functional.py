@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_sagan.dispatch import is_autocast, is_transformed
-from torch_sagan.memory_efficient import memory_efficient_attention
+from torch_sagan.fused_attention import fused_attention
+from torch_sagan.tiled_attention import tiled_attention
 
 __all__ = ["attention", "attention_map", "l2_similarity", "power_iteration", "spectral_normalize"]
 
@@ -65,6 +66,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if _should_materialize(query, key, value):
         # In this order of the factors PyTorch's backward needs no transposed copies of the matrix.
         return torch.bmm(attention_map(query, key), value.mT).mT  # (B, E, N)
+    memory_efficient_attention = fused_attention if query.is_cuda else tiled_attention
     return memory_efficient_attention(query, key, value)  # (B, E, N)
 
 
@@ -214,7 +216,7 @@ def _only_plain_operations(*tensors: Tensor) -> bool:
     # Functions with a backward of their own have no vmap and no forward mode, and a trace with them cannot be saved.
     if torch.compiler.is_compiling():
         return False
-    if is_transformed() or torch._C._get_tracing_state() is not None:
+    if is_transformed() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 

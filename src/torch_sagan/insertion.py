@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_sagan.attention import SelfAttention2d
 from torch_sagan.example_pass import ExampleInput, outputs_of_a_pass
 from torch_sagan.functional import SMALL_MATRIX
-from torch_sagan.memory_efficient import TILE_KEYS, TILE_QUERIES
 from torch_sagan.surgery import channels_of, check_insertable, check_target
+from torch_sagan.tiled_attention import TILE_KEYS, TILE_QUERIES
 
 __all__ = ["InsertionPoint", "InsertionPoints", "insertion_points"]
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from torch_sagan import double_backward, functional, gradient_penalty, memory_efficient
+from torch_sagan import double_backward, functional, fused_attention, gradient_penalty, tiled_attention
 from torch_sagan.attention import SelfAttention2d
-from torch_sagan.memory_efficient import memory_efficient_attention
 
 TILE = 16  # in most tests, so that small maps straddle the borders of tiles
 
@@ -41,19 +40,22 @@ def inputs(
     return [t.to(dtype).requires_grad_() for t in tensors]
 
 
+tiled = tiled_attention.tiled_attention
+
+
 def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """What CUDA tensors take; on the CPU PyTorch answers with its own kernel, which is enough for the arithmetic."""
-    result: Tensor = memory_efficient._FusedAttention.apply(query, key, value)
+    result: Tensor = fused_attention.FusedAttention.apply(query, key, value)
     return result
 
 
-paths = pytest.mark.parametrize("attention", [memory_efficient_attention, fused], ids=["tiled", "fused"])
+paths = pytest.mark.parametrize("attention", [tiled, fused], ids=["tiled", "fused"])
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_efficient, "TILE_QUERIES", TILE)
-    monkeypatch.setattr(memory_efficient, "TILE_KEYS", TILE)
+    monkeypatch.setattr(tiled_attention, "TILE_QUERIES", TILE)
+    monkeypatch.setattr(tiled_attention, "TILE_KEYS", TILE)
     monkeypatch.setattr(double_backward, "BLOCK_QUERIES", 3)
 
 
@@ -81,7 +83,7 @@ def test_equals_the_equation_across_tile_borders() -> None:
         for mine, other in zip(ours, theirs, strict=True):
             other.data.copy_(mine.data)
         gradient = torch.randn(batch, e, n, dtype=torch.float64)
-        y, expected = memory_efficient_attention(*ours), plain(*theirs)
+        y, expected = tiled(*ours), plain(*theirs)
         torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
         y.backward(gradient)
         expected.backward(gradient)
@@ -93,8 +95,8 @@ def test_equals_the_equation_across_tile_borders() -> None:
 
 @paths
 def test_large_maps_with_the_real_tiles(attention: Callable[..., Tensor]) -> None:
-    ours = inputs(3, 4, 7, memory_efficient.TILE_QUERIES + 90, memory_efficient.TILE_KEYS + 1)
-    gradient = torch.randn(3, 7, memory_efficient.TILE_QUERIES + 90, dtype=torch.float64)
+    ours = inputs(3, 4, 7, tiled_attention.TILE_QUERIES + 90, tiled_attention.TILE_KEYS + 1)
+    gradient = torch.randn(3, 7, tiled_attention.TILE_QUERIES + 90, dtype=torch.float64)
     y = attention(*ours)
     torch.testing.assert_close(y, plain(*ours), rtol=1e-10, atol=1e-10)
     for mine, other in zip(
@@ -209,13 +211,13 @@ def test_a_gradient_penalty_never_materializes_the_attention_matrix() -> None:
     n = 2048
     tensors = inputs(1, 2, 4, n, n, dtype=torch.float32)
     largest = {}
-    for path in memory_efficient_attention, plain:
+    for path in tiled, plain:
         with LargestTensor() as seen:
             gradients = torch.autograd.grad(path(*tensors).square().sum(), tensors, create_graph=True)
             sum(g.square().sum() for g in gradients).backward(inputs=tensors)
         largest[path] = seen.numel
     assert largest[plain] == n * n
-    assert largest[memory_efficient_attention] == double_backward.BLOCK_QUERIES * n
+    assert largest[tiled] == double_backward.BLOCK_QUERIES * n
 
 
 @paths
@@ -249,11 +251,9 @@ def test_rows_of_very_different_logits_keep_their_precision() -> None:
         key.sub_(3)  # all logits of one sign
     doubles = [t.detach().double() for t in (query, key, value)]
     # float32 rounds a logit of 1e4 by about 1e-3, and so the weights
+    torch.testing.assert_close(tiled(query, key, value), plain(*doubles).float(), rtol=0, atol=2e-2)
     torch.testing.assert_close(
-        memory_efficient_attention(query, key, value), plain(*doubles).float(), rtol=0, atol=2e-2
-    )
-    torch.testing.assert_close(
-        memory_efficient_attention(query, key, value)[..., 1::2],
+        tiled(query, key, value)[..., 1::2],
         plain(*doubles).float()[..., 1::2],
         rtol=1e-5,
         atol=1e-5,
@@ -271,7 +271,7 @@ def test_logits_with_a_huge_offset_in_common(offset: float) -> None:
     query[:, 0], key[:, 0] = 1.0, offset
     gradient = torch.randn(2, 4, 2 * TILE + 3)
     results = []
-    for attention, dtype in (memory_efficient_attention, torch.float32), (plain, torch.float64):
+    for attention, dtype in (tiled, torch.float32), (plain, torch.float64):
         tensors = [t.to(dtype).requires_grad_() for t in (query, key, value)]
         y = attention(*tensors)
         results.append([y, *torch.autograd.grad(y, tensors, gradient.to(dtype))])
@@ -293,7 +293,7 @@ def test_a_choice_of_one_key_at_huge_logits(channels: int, largest: float) -> No
     assert decided.float().mean() > 0.9
     gradient = torch.randn(2, 6, 600) * decided
     results = []
-    for attention, dtype in (memory_efficient_attention, torch.float32), (plain, torch.float64):
+    for attention, dtype in (tiled, torch.float32), (plain, torch.float64):
         tensors = [t.to(dtype).requires_grad_() for t in (query, key, value)]
         y = attention(*tensors)
         results.append([y * decided, *torch.autograd.grad(y, tensors, gradient.to(dtype))])
@@ -312,7 +312,7 @@ def test_precision_of_each_dtype(dtype: torch.dtype, tolerance: float) -> None:
     """The tolerance is a few roundings of the dtype, for values of order one: the inside runs in float32."""
     tensors = inputs(dtype=dtype)
     doubles = [t.detach().double().requires_grad_() for t in tensors]
-    y, expected = memory_efficient_attention(*tensors), plain(*doubles)
+    y, expected = tiled(*tensors), plain(*doubles)
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
     gradient = torch.randn_like(expected)
@@ -328,9 +328,9 @@ def test_precision_of_each_dtype(dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_autocast_does_not_reach_inside() -> None:
     tensors = inputs(dtype=torch.float32)
-    outside = memory_efficient_attention(*tensors)
+    outside = tiled(*tensors)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = memory_efficient_attention(*tensors)
+        inside = tiled(*tensors)
         gradients = torch.autograd.grad(inside.sum(), tensors)
     assert torch.equal(inside, outside)
     for mine, other in zip(gradients, torch.autograd.grad(outside.sum(), tensors), strict=True):
@@ -343,12 +343,12 @@ def test_memory_formats_and_strides_make_no_difference() -> None:
     tensors = inputs()
     strided = [t.detach().transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
     sliced = [torch.cat([t.detach(), torch.full_like(t, 9.0)], dim=2)[..., : t.shape[2]] for t in tensors]
-    expected = memory_efficient_attention(*tensors)
+    expected = tiled(*tensors)
     gradient = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad(expected, tensors, gradient)
     for variant in (strided, sliced):
         leaves = [t.requires_grad_() for t in variant]
-        y = memory_efficient_attention(*leaves)
+        y = tiled(*leaves)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         for mine, other in zip(torch.autograd.grad(y, leaves, gradient), expected_gradients, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
@@ -357,7 +357,7 @@ def test_memory_formats_and_strides_make_no_difference() -> None:
 def test_not_a_number_is_not_hidden() -> None:
     query, key, value = (t.detach() for t in inputs(1, 2, 3, 4, 5))
     query[0, 0, 1] = float("nan")
-    y = memory_efficient_attention(query, key, value)
+    y = tiled(query, key, value)
     assert y[..., 1].isnan().all()
     assert y[..., [0, 2, 3]].isfinite().all()
 
@@ -367,8 +367,8 @@ def test_the_large_map_of_the_layer_takes_this_path(monkeypatch: pytest.MonkeyPa
     taken = []
     monkeypatch.setattr(
         functional,
-        "memory_efficient_attention",
-        lambda *tensors: (taken.append(1), memory_efficient_attention(*tensors))[1],
+        "tiled_attention",
+        lambda *tensors: (taken.append(1), tiled(*tensors))[1],
     )
     layer = SelfAttention2d(8)
     side = int(functional.SMALL_MATRIX**0.25) + 1
@@ -385,9 +385,9 @@ def test_the_large_map_of_the_layer_takes_this_path(monkeypatch: pytest.MonkeyPa
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_compiled_without_a_graph_break() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(memory_efficient_attention, fullgraph=True)
+    compiled = torch.compile(tiled, fullgraph=True)
     tensors = inputs(dtype=torch.float32)
-    y, expected = compiled(*tensors), memory_efficient_attention(*tensors)
+    y, expected = compiled(*tensors), tiled(*tensors)
     torch.testing.assert_close(y, expected)
     for mine, other in zip(
         torch.autograd.grad(y.square().sum(), tensors),
@@ -415,10 +415,10 @@ def test_an_export_holds_plain_operators() -> None:
 def test_operators_keep_pytorchs_contract() -> None:
     """Schema, shapes without data, and autograd registration, as PyTorch itself checks them."""
     tensors = inputs(1, 2, 3, 9, 7, dtype=torch.float32)
-    torch.library.opcheck(memory_efficient._tiled, tuple(tensors))
-    y, *sums = memory_efficient._tiled(*(t.detach() for t in tensors))
+    torch.library.opcheck(tiled_attention._tiled, tuple(tensors))
+    y, *sums = tiled_attention._tiled(*(t.detach() for t in tensors))
     torch.library.opcheck(
-        memory_efficient._tiled_backward, (torch.randn_like(y), *(t.detach() for t in tensors), y, *sums)
+        tiled_attention._tiled_backward, (torch.randn_like(y), *(t.detach() for t in tensors), y, *sums)
     )
     gradients = [torch.randn_like(t) for t in tensors]
     torch.library.opcheck(double_backward._gradients, (*gradients, torch.randn_like(y), *tensors))
@@ -429,7 +429,7 @@ def test_flops_of_tiled_attention() -> None:
     b, d, e, n, m = 2, 3, 5, 40, 23
     tensors = inputs(b, d, e, n, m)
     with FlopCounterMode(display=False) as forward:
-        y = memory_efficient_attention(*tensors)
+        y = tiled(*tensors)
     with FlopCounterMode(display=False) as backward:
         torch.autograd.grad(y.sum(), tensors)
     assert forward.get_total_flops() == 2 * b * n * m * (d + e)
@@ -454,7 +454,7 @@ def test_flops_of_a_network_are_proportional_to_the_batch() -> None:
 def test_the_profiler_names_the_operators() -> None:
     tensors = inputs()
     with torch.profiler.profile() as profile:
-        memory_efficient_attention(*tensors).sum().backward()
+        tiled(*tensors).sum().backward()
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["torch_sagan::tiled_attention"] == calls["torch_sagan::tiled_attention_backward"] == 1
 
@@ -495,7 +495,7 @@ def test_cuda_never_holds_the_map(d: int, e: int, dtype: torch.dtype) -> None:
     tensors = [t.detach().cuda().to(dtype).requires_grad_() for t in inputs(1, d, e, n, n)]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    torch.autograd.grad(memory_efficient_attention(*tensors).float().square().sum(), tensors)
+    torch.autograd.grad(tiled(*tensors).float().square().sum(), tensors)
     assert torch.cuda.max_memory_allocated() - before < n * n * dtype.itemsize / 2
 
 
@@ -506,7 +506,7 @@ def test_cuda_equals_the_cpu_twice_differentiated() -> None:
     results = []
     for device in ("cpu", "cuda"):
         leaves = [t.to(device).requires_grad_() for t in tensors]
-        first = torch.autograd.grad(memory_efficient_attention(*leaves).square().sum(), leaves, create_graph=True)
+        first = torch.autograd.grad(tiled(*leaves).square().sum(), leaves, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
         results.append([t.detach().cpu() for t in (*first, *second)])
     for cpu, cuda in zip(*results, strict=True):

@@ -1,0 +1,71 @@
+"""Exact softmax attention by PyTorch's fused CUDA kernels, which never materialise the attention matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_sagan.double_backward import differentiable_gradients
+
+__all__ = ["fused_attention"]
+
+# The kernels want channels in multiples of 16 bytes; half precision is the strictest.
+ALIGNMENT = 8
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention as :func:`torch_sagan.functional.attention` defines it, for CUDA tensors.
+
+    Args:
+        query: (B, D, N).
+        key: (B, D, M).
+        value: (B, E, M).
+
+    Returns:
+        (B, E, N).
+    """
+    # A compiled graph has no double backward anyway, and takes PyTorch's operator as it is.
+    if torch.compiler.is_compiling():
+        return _call_kernel(query, key, value)  # (B, E, N)
+    attended: Tensor = FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return attended  # (B, E, N)
+
+
+class FusedAttention(torch.autograd.Function):
+    """The fused kernel, with a graph of its own that the first backward uses up."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.graph = _graph(query, key, value)
+        attended: Tensor = ctx.graph[-1].detach()
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        (d_attended,) = gradients
+        *inputs, attended = ctx.graph or _graph(*ctx.saved_tensors)
+        ctx.graph = None  # Otherwise its padded copies live as long as the outer graph: into the next step's forward.
+        d_query, d_key, d_value = torch.autograd.grad(attended, inputs, d_attended.to(attended.dtype))
+        if torch.is_grad_enabled():
+            return differentiable_gradients((d_query, d_key, d_value), d_attended, *ctx.saved_tensors)
+        return d_query, d_key, d_value
+
+
+def _graph(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Detached query, key and value, and the result with a graph that leads to them."""
+    with torch.enable_grad():
+        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+        return query, key, value, _call_kernel(query, key, value)
+
+
+def _call_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    query, key, padded_value = (
+        F.pad(tensor.mT, (0, -tensor.shape[1] % ALIGNMENT)).unsqueeze(1).contiguous()  # (B, 1, positions, ≥ channels)
+        for tensor in (query, key, value)
+    )
+    attended: Tensor = F.scaled_dot_product_attention(query, key, padded_value, scale=1.0)  # (B, 1, N, ≥ E)
+    return attended.squeeze(1)[..., : value.shape[1]].transpose(1, 2)  # (B, E, N)

@@ -1,0 +1,267 @@
+"""Exact softmax attention on the CPU, forward and backward, in tiles: the N×M matrix is never materialised.
+
+PyTorch's fused CPU kernel wants query, key and value of one size. Here the attention matrix is computed in tiles of
+queries × keys that stay in the processor's cache, and computed again in the backward (the idea of FlashAttention, in
+tensor operations). A tile costs one exponential and some matrix products. Everything else is arranged around them:
+
+* Powers of two replace powers of e, whose exponential takes twice as long; ``log2(e)`` goes into the query.
+* The forward keeps the sum of each row. With ``-log2`` of it as one more channel of the query, against a one in the
+  key, the backward's matrix product and exponential give weights that are normalised already.
+* The maximum of a row is subtracted only where a power of two could overflow; a bound on the norms tells. It may be
+  so large that rounding would lose what is added to it, or multiplied into the logits. So it is subtracted first, and
+  kept apart from the sum.
+* Tiles of as many samples as there are threads are multiplied at once: each core works on a sample of its own and
+  finds its tile in its own cache.
+
+Sources: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, arXiv:2112.05682; Dao et al.,
+*FlashAttention*, arXiv:2205.14135.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from torch_sagan.double_backward import differentiable_gradients
+
+__all__ = ["tiled_attention"]
+
+LOG2_E = math.log2(math.e)
+
+# Chosen by measuring: smaller tiles lose time to the calls, larger ones fall out of the cache.
+TILE_QUERIES = 512
+TILE_KEYS = 512
+
+# In float32 a sum of 2**27 weights of 2**100 is finite, and a weight of 2**-100 is not denormal.
+SAFE_EXPONENT = 100.0
+
+
+def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention as :func:`torch_sagan.functional.attention` defines it, for tensors on the CPU.
+
+    Args:
+        query: (B, D, N).
+        key: (B, D, M).
+        value: (B, E, M).
+
+    Returns:
+        (B, E, N).
+    """
+    results: tuple[Tensor, Tensor, Tensor] = _tiled(query, key, value)
+    return results[0]  # (B, E, N)
+
+
+# Operators of our own, so that a compiled graph holds two nodes instead of unrolled loops.
+
+
+@torch.library.custom_op("torch_sagan::tiled_attention", mutates_args=())
+def _tiled(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The result (B, E, N). For the backward alone: what is subtracted from each query's logits (B, 1, N), and the sum
+    of its weights after that (B, 1, N)."""
+    with torch.autocast("cpu", enabled=False):
+        return _forward_in_tiles(query, key, value)
+
+
+@torch.library.custom_op("torch_sagan::tiled_attention_backward", mutates_args=())
+def _tiled_backward(
+    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, subtracted: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, each in its own dtype."""
+    with torch.autocast("cpu", enabled=False):
+        return _backward_in_tiles(d_attended, query, key, value, attended, subtracted, total)
+
+
+def _forward_in_tiles(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _working_precision(query, key, value)
+    splits = _row_splits(q)
+    may_overflow = _may_overflow(q, k)
+    queries = _split(q if may_overflow else q * LOG2_E, splits)  # (B, D, N)
+    keys, values = _repeat(k, splits), _repeat(v, splits)  # (B, D, M), (B, E, M)
+    attended = values.new_empty(len(values), values.shape[1], queries.shape[2])  # (B, E, N)
+    subtracted, total = (queries.new_zeros(len(queries), 1, queries.shape[2]) for _ in range(2))  # (B, 1, N)
+    for b, n, m, (weights,) in _tiles(queries, keys, buffers=1):
+        torch.bmm(queries[b, :, n].mT, keys[b, :, m], out=weights)  # (b, n, m)
+        if m.start == 0:
+            row_sum = weights.new_zeros(*weights.shape[:2], 1)  # (b, n, 1)
+            weighted = weights.new_zeros(*weights.shape[:2], values.shape[1])  # (b, n, E)
+            row_max = torch.full_like(row_sum, -math.inf)  # (b, n, 1)
+        if may_overflow:
+            before, row_max = row_max, torch.maximum(row_max, weights.amax(dim=2, keepdim=True))
+            weights.sub_(row_max).mul_(LOG2_E).exp2_()
+            for sums in (row_sum, weighted):
+                sums *= (before - row_max).mul_(LOG2_E).exp2_()
+        else:
+            weights.exp2_()
+        row_sum += weights.sum(dim=2, keepdim=True)
+        weighted.baddbmm_(weights, values[b, :, m].mT)
+        if m.stop == keys.shape[2]:
+            attended[b, :, n] = (weighted / row_sum).mT
+            total[b, :, n] = row_sum.mT
+            if may_overflow:
+                subtracted[b, :, n] = row_max.mT
+    batch = len(query)
+    return _join(attended, batch).to(value.dtype), _join(subtracted, batch), _join(total, batch)
+
+
+# For one query q with the gradient d of its result o, and the weights p of its keys:
+#
+#     dlogits = p · (dᵀV − dᵀo),   dq = K dlogits,   dK = q dlogitsᵀ,   dV = d pᵀ
+
+
+def _backward_in_tiles(
+    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, subtracted: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_output, q, k, v, output = _working_precision(d_attended, query, key, value, attended)
+    splits = _row_splits(q)
+    shifted = bool(subtracted.any())
+    if shifted:
+        d_output = d_output / total  # instead of the weights, which then are at most 1 each
+        logit_query, logit_key = q, k  # (B, D, N), (B, D, M)
+    else:
+        logit_query = _append_channel(q * LOG2_E, -total.log2())  # (B, D + 1, N)
+        logit_key = _append_channel(k)  # (B, D + 1, M)
+    delta = (d_output * output).sum(dim=1, keepdim=True)  # (B, 1, N)
+    queries, logit_query, row_max, delta, d_output = (
+        _split(tensor, splits) for tensor in (q, logit_query, subtracted, delta, d_output)
+    )
+    keys, logit_key, values = (_repeat(tensor, splits) for tensor in (k, logit_key, v))
+    d_query = queries.new_empty(queries.shape)  # (B, D, N)
+    d_key = keys.new_zeros(keys.shape)  # (B, D, M)
+    d_value = values.new_zeros(values.shape)  # (B, E, M)
+    for b, n, m, (weights, d_logits) in _tiles(queries, keys, buffers=2):
+        torch.bmm(logit_query[b, :, n].mT, logit_key[b, :, m], out=weights)  # (b, n, m)
+        if shifted:
+            # At most 0, even if this product is rounded differently from the forward's.
+            weights.sub_(row_max[b, :, n].mT).mul_(LOG2_E).clamp_(max=0).exp2_()
+        else:
+            weights.exp2_()  # rows sum to 1
+        d = d_output[b, :, n]  # (b, E, n)
+        torch.bmm(d.mT, values[b, :, m], out=d_logits).sub_(delta[b, :, n].mT).mul_(weights)  # (b, n, m)
+        # Sums go through small contiguous tensors: PyTorch multiplies into slices one sample at a time.
+        if m.start == 0:
+            d_queries = torch.zeros_like(queries[b, :, n], memory_format=torch.contiguous_format)  # (b, D, n)
+        d_queries.baddbmm_(keys[b, :, m], d_logits.mT)
+        d_key[b, :, m] += torch.bmm(queries[b, :, n], d_logits)
+        d_value[b, :, m] += torch.bmm(d, weights)
+        if m.stop == keys.shape[2]:
+            d_query[b, :, n] = d_queries
+    return (
+        _join(d_query, len(query)).to(query.dtype),
+        _sum_repeats(d_key, splits).to(key.dtype),
+        _sum_repeats(d_value, splits).to(value.dtype),
+    )
+
+
+@_tiled.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (query_in_working_precision,) = _working_precision(query)
+    attended = value.new_empty(value.shape[0], value.shape[1], query.shape[2])
+    subtracted, total = (query_in_working_precision.new_empty(query.shape[0], 1, query.shape[2]) for _ in range(2))
+    return attended, subtracted, total
+
+
+@_tiled_backward.register_fake
+def _(
+    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, subtracted: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx: Any, d_attended: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, *of_forward = ctx.saved_tensors
+    with torch.no_grad():
+        gradients: tuple[Tensor, Tensor, Tensor] = _tiled_backward(d_attended, query, key, value, *of_forward)
+    if torch.is_grad_enabled():
+        return differentiable_gradients(gradients, d_attended, query, key, value)
+    return gradients
+
+
+_tiled.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+# What is inside of an operator cannot be seen, so each tells how many operations its matrix products take.
+
+
+@register_flop_formula(torch.ops.torch_sagan.tiled_attention)
+def _tiled_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * query[0] * query[2] * key[2] * (query[1] + value[1])
+
+
+@register_flop_formula(torch.ops.torch_sagan.tiled_attention_backward)
+def _tiled_backward_flops(
+    d_attended: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return 2 * query[0] * query[2] * key[2] * (3 * query[1] + 2 * value[1])
+
+
+def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _append_channel(tensor: Tensor, channel: Tensor | None = None) -> Tensor:
+    """(B, D, N) -> (B, D + 1, N): one more channel, of ones by default."""
+    channel = tensor.new_ones(len(tensor), 1, tensor.shape[2]) if channel is None else channel
+    return torch.cat([tensor, channel], dim=1)
+
+
+def _may_overflow(query: Tensor, key: Tensor) -> bool:
+    """Whether two to the power of a logit could leave the range in which sums and quotients are safe."""
+    bound = LOG2_E * query.square().sum(dim=1).amax().sqrt() * key.square().sum(dim=1).amax().sqrt()
+    return not bound <= SAFE_EXPONENT  # also where it is not a number
+
+
+def _tiles(query: Tensor, key: Tensor, *, buffers: int) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
+    """For each tile its slices of samples, queries and keys, and reused memory (samples, queries, keys)."""
+    batch, n_queries, n_keys = len(query), query.shape[2], key.shape[2]
+    samples = min(batch, torch.get_num_threads())
+    largest = samples * min(n_queries, TILE_QUERIES) * min(n_keys, TILE_KEYS)
+    memory = query.new_empty(buffers, largest)
+    for b in _slices(batch, samples):
+        for n in _slices(n_queries, TILE_QUERIES):
+            for m in _slices(n_keys, TILE_KEYS):
+                shape = (b.stop - b.start, n.stop - n.start, m.stop - m.start)
+                yield b, n, m, [buffer[: math.prod(shape)].view(shape) for buffer in memory]
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+# A batch smaller than the number of threads: the queries of a sample are spread over several, with the same keys.
+
+
+def _row_splits(query: Tensor) -> int:
+    return math.gcd(query.shape[2], max(1, torch.get_num_threads() // len(query)))
+
+
+def _split(tensor: Tensor, splits: int) -> Tensor:
+    """(B, D, N) -> (B·splits, D, N / splits)."""
+    batch, channels, positions = tensor.shape
+    return tensor.reshape(batch, channels, splits, positions // splits).transpose(1, 2).flatten(0, 1)
+
+
+def _join(tensor: Tensor, batch: int) -> Tensor:
+    """(B·splits, D, N / splits) -> (B, D, N)."""
+    splits, channels, positions = len(tensor) // batch, *tensor.shape[1:]
+    return tensor.reshape(batch, splits, channels, positions).transpose(1, 2).reshape(batch, channels, -1)
+
+
+def _repeat(tensor: Tensor, splits: int) -> Tensor:
+    """(B, D, M) -> (B·splits, D, M)."""
+    return tensor.repeat_interleave(splits, dim=0) if splits > 1 else tensor
+
+
+def _sum_repeats(tensor: Tensor, splits: int) -> Tensor:
+    """(B·splits, D, M) -> (B, D, M)."""
+    return tensor.view(-1, splits, *tensor.shape[1:]).sum(dim=1) if splits > 1 else tensor
