@@ -9,6 +9,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from torch_sagan import functional
 from torch_sagan.arguments import at_least_one, one_of
@@ -252,10 +253,11 @@ def _is_plain_1x1_convolution(module: nn.Module) -> bool:
         isinstance(module, nn.Conv2d)
         and getattr(module.forward, "__func__", None) is nn.Conv2d.forward
         and (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
-        # Up to torch 2.13 there is no public way to ask for hooks.
+        # Up to torch 2.13 there is no public way to ask for hooks: of this module, then of every module.
         and not (module._forward_pre_hooks or module._forward_hooks)
         and not (module._backward_pre_hooks or module._backward_hooks)
-        and not torch.nn.modules.module._has_any_global_hook()
+        and not (modules._global_forward_pre_hooks or modules._global_forward_hooks)
+        and not (modules._global_backward_pre_hooks or modules._global_backward_hooks)
     )
 
 
