@@ -1094,6 +1094,10 @@ def with_integers() -> nn.Module:
 WRONG: dict[str, tuple[Callable[[], nn.Module], dict[str, object], type[Exception], str]] = {
     "no layers": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), {}, ValueError, "Sequential has no convolution"),
     "a name that is not there": (model, {"include": "2.1"}, ValueError, r"include: '2\.1' matches .*nearest: '2\.0'"),
+    "the end of a name": (
+        lambda: nn.ModuleDict({"generator": nn.ModuleDict({"convolution": nn.Conv2d(3, 4, 3)})}),
+        {"include": "convolution"}, ValueError, r"nearest: 'generator\.convolution'$",
+    ),
     "one of several": (model, {"exclude": ["0", "5"]}, ValueError, "exclude: '5' matches .* of Sequential; nearest: "),
     "a name of another module": (model, {"exclude": "1"}, ValueError, "exclude: '1' matches no convolution"),
     "a pattern": (model, {"exclude": "features.*"}, ValueError, r"exclude: 'features\.\*' matches no"),

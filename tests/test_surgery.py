@@ -238,12 +238,12 @@ def test_channels_that_a_module_declares(module: nn.Module, channels: int) -> No
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.ReLU(), r"'0' \(ReLU\) does not tell how many channels it returns: give example_input"),
-        (nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten()), r"'0' \(Sequential\) does not tell"),
-        (nn.Sequential(nn.ReLU()), r"'0' \(Sequential\) does not tell"),
-        (ResidualBlock(4), r"'0' \(ResidualBlock\) does not tell"),
-        (nn.Linear(3, 4), r"'0' \(Linear\) does not tell"),
-        (nn.PixelShuffle(2), r"'0' \(PixelShuffle\) does not tell"),
+        (nn.ReLU(), r"'0' \(ReLU\) does not declare how many channels it returns: give an example_input"),
+        (nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten()), r"'0' \(Sequential\) does not declare"),
+        (nn.Sequential(nn.ReLU()), r"'0' \(Sequential\) does not declare"),
+        (ResidualBlock(4), r"'0' \(ResidualBlock\) does not declare"),
+        (nn.Linear(3, 4), r"'0' \(Linear\) does not declare"),
+        (nn.PixelShuffle(2), r"'0' \(PixelShuffle\) does not declare"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -321,8 +321,8 @@ class Dense(nn.Sequential):
         ("act", EXAMPLE, r"'act' runs 3 times, with \[4, 8\] channels: one layer cannot serve them all"),
         ("split", EXAMPLE, r"'split' returns a tuple of 2, expected a feature map \(B, C, H, W\)"),
         ("head", EXAMPLE, r"'head' returns a tensor \(2, 2\), expected a feature map"),
-        ("spare", EXAMPLE, "'spare' is not reached.* example_input, though it may call what is inside$"),
-        ("spare.0", EXAMPLE, r"'spare\.0' is not reached.* example_input$"),
+        ("spare", EXAMPLE, "'spare' is not reached: .* does not call it, but perhaps the modules inside it$"),
+        ("spare.0", EXAMPLE, r"'spare\.0' is not reached: .* does not call it$"),
     ],
 )
 def test_errors_leave_the_model_as_it_was(after: str | list[str], example: dict[str, Tensor], message: str) -> None:
@@ -660,12 +660,12 @@ def test_a_replacement_without_the_layer_is_refused(after: str) -> None:
     expected = model(IMAGES)
     path, _, name = after.rpartition(".")
     parent = model.get_submodule(path)
-    message = rf"'{name}' of \w+ has inserted attention, which its replacement \(Identity\) has not"
+    message = rf"'{name}' of \w+ has inserted attention, which its replacement \(Identity\) lacks"
     with pytest.raises(RuntimeError, match=message):
         setattr(parent, name, nn.Identity())
     with pytest.raises(RuntimeError, match=message):
         parent.add_module(name, nn.Identity())
-    with pytest.raises(RuntimeError, match=r"has inserted attention, which its replacement \(NoneType\) has not"):
+    with pytest.raises(RuntimeError, match=r"has inserted attention, which its replacement \(NoneType\) lacks"):
         setattr(parent, name, None)
     assert torch.equal(model(IMAGES), expected)
     setattr(parent, name, copy.deepcopy(getattr(parent, name)))  # with a layer of its own

@@ -27,9 +27,11 @@ def one_of(choices: tuple[str, ...], **values: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def nearest_names(name: str, names: Iterable[str]) -> str:
-    """The names that come closest to one that does not exist, as an error lists them."""
-    return ", ".join(map(repr, difflib.get_close_matches(name, names, cutoff=0)))
+def nearest_names(name: str, names: Iterable[str], *, cutoff: float = 0.0) -> str:
+    """The dotted names that end in one that does not exist, or else those that resemble it, as an error lists them."""
+    names = list(names)
+    ending = [other for other in names if name and other.endswith(f".{name}")]
+    return ", ".join(map(repr, ending[:5] or difflib.get_close_matches(name, names, n=5, cutoff=cutoff)))
 
 
 def check_labels(labels: object, num_classes: int | None, batch: int, *, on_device: bool = False) -> None:
@@ -37,8 +39,8 @@ def check_labels(labels: object, num_classes: int | None, batch: int, *, on_devi
 
     Every conditional layer checks its labels, since each is used alone too; on the CPU that takes 13 µs, 0.1 % of a
     generator's pass with three of them. CUDA would have to be waited for, and fake or traced tensors have no values:
-    there the range is an assertion among the operations, made only with ``on_device``, which the networks ask for once
-    a pass. (The lookup of a label asserts as well, but its message does not name labels.) ``torch.compile``,
+    there the range is asserted on the device, and only with ``on_device``, which the networks set once
+    per pass. (The lookup of a label asserts as well, but its message does not name labels.) ``torch.compile``,
     ``torch.export``, the transforms of ``torch.func`` and the meta device leave the range unchecked.
 
     Raises:

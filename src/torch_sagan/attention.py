@@ -25,10 +25,10 @@ class SelfAttention2d(nn.Module):
         o_j = W_v \sum_i \beta_{ji}\, h(x_i), \qquad
         \beta_{ji} = \operatorname{softmax}_i\bigl(f(x_i)^\top g(x_j)\bigr)
 
-    where j is the position that looks and i the positions that it looks at; f, g and h are the 1×1 convolutions
-    ``key``, ``query`` and ``value``, :math:`W_v` is ``out`` (the identity when there is none), and ``gamma`` is one
-    learned number that starts at zero: a new layer returns its input to the bit, so it can be put into a trained model.
-    A negative gamma is as good as a positive one: the value projection can take up the sign.
+    where j is the query position and i runs over the positions that it attends to; f, g and h are the 1×1 convolutions
+    ``key``, ``query`` and ``value``, and :math:`W_v` is ``out`` (the identity when there is none). The learned number
+    ``gamma`` starts at zero: a new layer returns exactly its input, so it can be put into a trained model. The sign of
+    gamma has no meaning, since the value projection can take it up.
     There is no :math:`1/\sqrt{d}`, as in the paper.
 
     Args:
@@ -36,13 +36,13 @@ class SelfAttention2d(nn.Module):
         qk_channels: channels of query and key. Default: ``max(1, C // 8)``.
         value_channels: channels of the value. Default: C.
         pool: keys and values are max-pooled by this factor in both directions (rows and columns left over are
-            dropped, as the paper's released code does), so a query looks at ``(H // pool) · (W // pool)`` places.
-        out_projection: whether a convolution takes the result back to C channels. Default: only where
+            dropped, as the paper's released code does), so a query attends to ``(H // pool) · (W // pool)`` positions.
+        out_projection: whether a convolution projects the result to C channels. Default: only where
             ``value_channels`` differs from C.
-        bias: whether the 1×1 convolutions have biases. (The key's bias never gets a gradient: softmax does not see
-            a shift that all keys share.)
-        projection: ``projection(in_channels, out_channels) -> Module`` makes what stands in the place of each 1×1
-            convolution. It must keep H×W.
+        bias: whether the 1×1 convolutions have biases. (The key's bias never gets a gradient: it adds the
+            same number to all logits of a query, which softmax ignores.)
+        projection: ``projection(in_channels, out_channels) -> Module``, called instead of each 1×1 convolution. What it
+            returns must keep H×W.
         similarity: ``"dot"``, the product above, or ``"l2"``, the negative squared distance, which gives the layer a
             Lipschitz bound that the product cannot have:
 
@@ -50,8 +50,9 @@ class SelfAttention2d(nn.Module):
                 \beta_{ji} = \operatorname{softmax}_i\bigl(-\lVert g(x_i) - g(x_j) \rVert^2\bigr), \qquad
                 h(x_i) = V g(x_i)
 
-            The bound needs one projection g for query and key, and values that are projected from its result: there is
-            no ``key``, and ``value`` takes ``qk_channels``. The documentation's page on variants has the bound.
+            The bound holds only if query and key share one projection g, and if the values are projected from its
+            result: there is no ``key``, and ``value`` has ``qk_channels`` inputs. The documentation's page on variants
+            gives it.
 
     Attributes:
         query, key, value, out: the projections. (With ``similarity="l2"`` there is no ``key``.)
@@ -60,8 +61,8 @@ class SelfAttention2d(nn.Module):
     Raises:
         ValueError: for sizes below 1, for an output projection that is needed and refused, for ``bias=False``
             together with ``projection``, for another ``similarity``, and for ``"l2"`` with pooled keys, which have no
-            bound; in ``forward`` for an input that is not (B, C, H, W), and for a map that is smaller than ``pool``.
-        TypeError: in ``forward`` for what is no tensor.
+            bound; in ``forward`` for an input that is not (B, C, H, W), and for one that is smaller than ``pool``.
+        TypeError: in ``forward`` for an input that is not a tensor.
 
     The defaults are those of the PyTorch implementation that most tutorials copy. :meth:`paper` and
     :meth:`official` give the paper's text and the paper's released code.
@@ -109,7 +110,7 @@ class SelfAttention2d(nn.Module):
         if projection is None:
             projection = _conv1x1 if bias else _conv1x1_without_bias
         elif not bias:
-            raise ValueError("bias=False has no effect on a projection of your own: leave the bias out there")
+            raise ValueError("bias=False has no effect on a projection of your own: build it without a bias")
 
         self.channels = channels
         self.pool = pool
@@ -143,11 +144,11 @@ class SelfAttention2d(nn.Module):
 
         Args:
             x: (B, C, H, W).
-            return_attention: also return the map, which takes memory in proportion to N·M.
+            return_attention: also return the attention map, whose memory grows with N·M.
 
         Returns:
-            y (B, C, H, W); with ``return_attention`` the pair of y and the map (B, N, M), where N = H·W query
-            positions, M = keys left after pooling, both counted row by row, and each row of the map sums to 1.
+            y (B, C, H, W); with ``return_attention`` the pair of y and the attention map (B, N, M). N = H·W counts the
+            query positions and M the keys left after pooling, both row by row; each row of the map sums to 1.
         """
         x = _feature_map(x, self.channels)  # (B, C, H, W)
         if self.similarity == "l2":
@@ -167,7 +168,7 @@ class SelfAttention2d(nn.Module):
         return _output(y, attention)
 
     def _project(self, x: Tensor | torch.fx.Proxy) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value: by one convolution, which is faster, where that does what the three modules do."""
+        """Query, key and value, by one convolution where that does the same as the three modules: it is faster."""
         projections = (self.query, self.key, self.value)
         # torch.fx traces with a Proxy for x, and its graph should name the three modules.
         if not (isinstance(x, Tensor) and all(map(_is_plain_1x1_convolution, projections))):
@@ -190,7 +191,7 @@ class AttentionRecord(NamedTuple):
     """One call of one attention layer.
 
     Attributes:
-        attention: the map (B, N, M), detached; each row sums to 1.
+        attention: the attention map (B, N, M), detached; each row sums to 1.
         query_size: (height, width) of the queries, N of them.
         key_size: (height, width) of the keys, M of them.
         gamma: the layer's ``gamma`` during the call, of shape (1,), detached; None where it is not known.
@@ -202,7 +203,7 @@ class AttentionRecord(NamedTuple):
     gamma: torch.Tensor | None = None
 
 
-# What depends on shapes or on return_attention stands in functions, which torch.fx is told to call and not to trace.
+# Branches on shapes and on return_attention are in functions that torch.fx calls without tracing into them.
 
 
 @torch.fx.wrap
@@ -218,7 +219,7 @@ def _feature_map(x: Tensor, channels: int) -> Tensor:
 def _query_positions(query: Tensor, x: Tensor) -> Tensor:
     if query.shape[2:] != x.shape[2:]:
         raise ValueError(
-            f"a projection must keep the size of the map: {tuple(x.shape[2:])} became {tuple(query.shape[2:])}"
+            f"a projection must keep the size of the feature map: {tuple(x.shape[2:])} became {tuple(query.shape[2:])}"
         )
     return query.flatten(2)  # (B, D, N)
 

@@ -1,4 +1,4 @@
-"""The up and down blocks that the networks are stacked from, and the plan of the stack.
+"""The blocks of the two networks, and how many of which width and size a network has.
 
 Every up block is called as ``block(x, labels)``, with labels None in a network without classes.
 """
@@ -205,7 +205,7 @@ def to_image(in_channels: int, image_channels: int, spectral_norm: Normalizer) -
     return nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(), spectral_norm(_conv3x3(in_channels, image_channels)))
 
 
-# The plan of the stack.
+# Sizes, widths and attention of the stages.
 
 
 def feature_map_sizes(image_size: int) -> list[int]:
@@ -268,7 +268,7 @@ def attend(layers: nn.ModuleDict, size: int, x: Tensor, maps: list[Tensor] | Non
 
     Args:
         layers: what :func:`attention_layers` returns.
-        size: S, a number of its own because that of a traced tensor is not one.
+        size: S, given separately because the size of a traced tensor is not a number.
         x: (B, C, S, S).
         maps: where the layer's attention map (B, N, M) is appended, or None to compute none.
 

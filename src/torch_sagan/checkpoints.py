@@ -1,4 +1,4 @@
-"""Other implementations' weights into ours."""
+"""Load weights of other implementations into this library's modules."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ MMGENERATION = {
     "parametrizations.weight.0._": "weight_",
 }
 
-# What a file of other weights resembles: a pattern that one of its keys matches. The first to match counts.
+# What other files are: a pattern that one of their keys matches. The first match counts.
 KINDS = {
     "state_dict$": "a whole checkpoint: give its entry 'state_dict'",
     "generator$|discriminator$": "a checkpoint of torch-sagan's trainer: its 'generator' and 'discriminator' are state "
@@ -100,8 +100,8 @@ def load_reference_state_dict(
     **mmgeneration** has its attention at 64 pixels, so build both networks with ``attention_resolutions=(64,)``. The
     ``state_dict`` of a published file has three networks: the generator is taken from ``generator_ema.``, its moving
     average, or else from ``generator.``, and the discriminator from ``discriminator.``; names without these prefixes
-    will do as well. Attention layers count among the blocks, here with one behind the fourth block of the generator and
-    one behind the first of the discriminator:
+    are accepted as well. There, attention layers count among the blocks; in this table one follows the fourth block of
+    the generator, and one the first of the discriminator:
 
     ====================================  ================================================
     here                                  mmgeneration
@@ -139,7 +139,7 @@ def load_reference_state_dict(
 
     Raises:
         TypeError: for a model of another kind, or when ``state_dict`` is not a mapping.
-        ValueError: when the state dict does not fit: what it resembles, how many keys are missing, unexpected or of
+        ValueError: when the state dict does not fit: what it seems to be, how many keys are missing, unexpected or of
             another shape, and the first five; for a ``channel_order`` with weights of another implementation.
 
     >>> import torch
@@ -266,7 +266,7 @@ def _first_block(model: SAGANGenerator | SAGANDiscriminator) -> str:
 
 
 def _one_network(model: SAGANGenerator | SAGANDiscriminator, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The one network of a published file's three that the model stands for."""
+    """The network that matches the model, of the three in a published file."""
     prefixes = ("generator_ema.", "generator.") if isinstance(model, SAGANGenerator) else ("discriminator.",)
     return next((below for prefix in prefixes if (below := _below(prefix, state))), state)
 
@@ -310,7 +310,7 @@ def _reverse_channels(model: SAGANGenerator | SAGANDiscriminator, converted: dic
 
 
 def _resolve_biggan_buffers(layer: SelfAttention2d, state: dict[str, Tensor], converted: dict[str, Tensor]) -> None:
-    """``theta.u0`` into u and v, or into the weight. What has no key of ours is taken out of ``state``.
+    """``theta.u0`` into u and v, or into the weight. Entries without a key of ours are removed from ``state``.
 
     Its u0 is (1, h). Its evaluation computes v = uW / |uW| and sigma = v Wᵀ u' with u' = vWᵀ / |vWᵀ|.
     """

@@ -1,4 +1,4 @@
-"""What makes a network class-conditional: batch norm with a table per class, and a class projected on features."""
+"""The layers of class-conditional networks: batch norm with parameters per class, and the projection of a class."""
 
 from __future__ import annotations
 

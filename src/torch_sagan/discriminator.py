@@ -65,7 +65,7 @@ class SAGANDiscriminator(nn.Module):
             last two; of ``"resnet"``: 32, or the largest below.
         attention: ``attention(channels) -> Module``. Default: the architecture's own.
         spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalises, or
-            None to disable (as a gradient penalty needs it). An ``attention`` of your own is not changed.
+            None to disable (a gradient penalty needs that). An ``attention`` of your own is not changed.
 
     Raises:
         ValueError: for a size that cannot be built, an unknown architecture, and attention resolutions that do not
@@ -106,7 +106,7 @@ class SAGANDiscriminator(nn.Module):
             blocks: list[nn.Module] = [
                 DownBlock(narrow, wide, spectral_norm) for narrow, wide in pairwise([image_channels, *widths])
             ]
-            # A convolution that nothing bounds would outgrow the class's part of the logit, which is normalised.
+            # Without the norm, the convolution would outgrow the class's part of the logit, which is normalised.
             head: nn.Module = (
                 DCGANHead(widths[-1], sizes[-1])
                 if num_classes is None

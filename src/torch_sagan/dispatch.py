@@ -1,4 +1,4 @@
-"""In which mode operations run: autocast, and what records or transforms them."""
+"""The modes that operations run in: autocast, recorders such as FakeTensorMode, transforms such as vmap."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["is_autocast", "is_recorded", "is_transformed", "no_autocast"]
 
 
 def is_autocast(device_type: str) -> bool:
-    """Whether autocast is on. Some devices, the meta device among them, have none and refuse to be asked."""
+    """Whether autocast is on. On devices without autocast, such as meta, PyTorch raises an error when asked."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast is off inside, where the device has it. A compiler may not ask whether it has."""
+    """A context with autocast off, if the device has autocast. While compiling, that cannot be asked."""
     available = device_type != "meta" and (
         torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
     )

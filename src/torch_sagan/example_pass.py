@@ -21,8 +21,8 @@ def outputs_of_a_pass(
 ) -> dict[str, list[Tensor | str]]:
     """Call a model once, in evaluation mode, and note what some of its modules return.
 
-    Modes, buffers, hooks and random states are those of before, also after an error. Gradients are recorded if the
-    caller records them.
+    Modes, buffers, hooks and random states are then as they were, after an error too. A graph is recorded unless the
+    caller disabled gradients.
 
     Args:
         model: any module.
@@ -49,7 +49,7 @@ def outputs_of_a_pass(
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         outputs.setdefault(name, []).append(_without_content(output))
 
-    # Evaluation mode spares the statistics of norms; whatever else a pass does to buffers, it does to copies.
+    # Evaluation mode keeps the statistics of norms; all other changes to buffers are made to copies.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gpus = sorted({t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
     handles = [module.register_forward_hook(partial(note, name)) for name, module in modules.items()]

@@ -1,4 +1,4 @@
-"""Attention maps to explore: an HTML page in which a pointer chooses the query position."""
+"""Attention maps as an HTML page, on which the pointer chooses the query position."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class AttentionExplorer:
 
 @torch.no_grad()
 def explore_attention(images: Tensor, records: Records, *, max_bytes: int = 32_000_000) -> AttentionExplorer:
-    """What does this position attend to? A page that answers under the pointer, for images, layers and both directions.
+    """A page that shows what the position under the pointer attends to, for several images and layers.
 
     Pointer, touch and arrow keys choose a query position; its attention map is drawn as :func:`attention_overlay` draws
-    it, position by position. A click pins it, so that several can be compared. Or the page shows which positions attend
-    to the chosen one, or the entropy or the mean attention distance of every position. The address of a saved page
-    keeps the view: ``#image=2&layer=1&query=14,9&mode=from`` is ``images[2]``, the second layer, row 14 and column 9 of
-    its feature map; ``mode`` is ``from``, ``to``, ``entropy`` or ``distance``.
+    it, position by position. A click pins it, so that several can be compared. The page can also show which positions
+    attend to the chosen one, or the entropy or the mean attention distance of every position. The address of a saved
+    page stores the view: ``#image=2&layer=1&query=14,9&mode=from`` is ``images[2]``, the second layer, row 14 and
+    column 9 of its feature map; ``mode`` is ``from``, ``to``, ``entropy`` or ``distance``.
 
     The page holds every weight, as a byte: the square root of its share of the largest one in its row. A shown weight
     is off by at most 0.4 % of the row's largest; entropies and distances are computed from the weights as they are.

@@ -44,9 +44,9 @@ def attention_map(query: Tensor, key: Tensor) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     r"""Exact softmax attention over positions: :math:`o_j = \sum_i \beta_{ji} h_i`.
 
-    On the CPU and on CUDA the attention matrix is not materialised, so memory grows with N + M. Small matrices on the
-    CPU are, because that is faster; so are all on other devices, in exported programs, and where only plain operations
-    pass (``torch.func``, forward-mode derivatives, ``torch.jit.trace``). Differentiable twice.
+    On the CPU and on CUDA the attention matrix is not materialised, so memory grows with N + M. It is materialised if
+    it is small and on the CPU, where that is faster; on other devices; in exported programs; and where only plain
+    operations work (``torch.func``, forward-mode derivatives, ``torch.jit.trace``). Differentiable twice.
 
     Args:
         query: (B, D, N).
@@ -57,7 +57,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         (B, E, N).
 
     Raises:
-        ValueError: for shapes that do not fit together.
+        ValueError: for shapes that do not match.
         TypeError: for integers, and outside of autocast for dtypes that differ.
 
     Source: Zhang et al., arXiv:1805.08318, equation 2 without the output projection.
@@ -74,7 +74,7 @@ def l2_similarity(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     r"""A query and a key for :func:`attention` whose softmax is that of :math:`-\lVert f_i - g_j \rVert^2`.
 
     :math:`(2 g_j, 1) \cdot (f_i, -\lVert f_i \rVert^2) = \lVert g_j \rVert^2 - \lVert f_i - g_j \rVert^2`, and softmax
-    over i does not see the first term. The mean key is subtracted from both beforehand: distances stay the same, and an
+    over i ignores the first term. The mean key is subtracted from both beforehand: distances stay the same, and an
     offset that all positions share costs no precision.
 
     Args:
@@ -101,14 +101,14 @@ def power_iteration(
     r"""Turn u and v towards the first singular vectors: :math:`v = W^\top u / \lVert W^\top u \rVert`,
     :math:`u = W v / \lVert W v \rVert`, ``n_iterations`` times.
 
-    A direction whose norm is at most ``eps`` is not followed: the old vector stays. A matrix that is zero for a
-    while therefore does not destroy u and v.
+    A product whose norm is at most ``eps`` has no direction, so the old vector is kept. A weight that is zero for some
+    steps therefore does not destroy u and v.
 
     Args:
         matrix: (h, w).
         u: (h,), of unit norm.
         v: (w,), of unit norm.
-        n_iterations: how often to iterate; 0 estimates with u and v as they are.
+        n_iterations: how often to iterate; with 0, sigma is estimated from u and v as they are.
         eps: norms up to this one count as zero.
 
     Returns:
@@ -161,7 +161,7 @@ def spectral_normalize(
 class _DivideBySigma(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, eps: float) -> Tensor:
-        # Not in a setup_context, with which each call inspects the signature of forward: 50 µs.
+        # No setup_context: with one, every call inspects the signature of forward, which takes 50 µs.
         ctx.save_for_backward(weight, u, v, sigma)
         ctx.eps = eps
         return weight / torch.where(sigma.abs() > eps, sigma, 1.0)
@@ -170,10 +170,10 @@ class _DivideBySigma(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         weight, u, v, sigma = ctx.saved_tensors
-        # That of nn.Embedding(sparse=True) is sparse, and the gradient through sigma reaches every row; a dense one
-        # stays as it is. A branch on the layout would stop the compiler of torch 2.5.
+        # nn.Embedding(sparse=True) has a sparse gradient, but the one through sigma reaches every row. A dense gradient
+        # stays as it is; a branch on the layout would stop the compiler of torch 2.5.
         gradient = gradient.to_dense()
-        if torch.is_grad_enabled():  # somebody differentiates this backward, where sigma is a function of the weight
+        if torch.is_grad_enabled():  # for a double backward, in which sigma depends on the weight
             sigma = (u.conj() * v * weight).sum()
         nonzero = sigma.abs() > ctx.eps
         divisor = torch.where(nonzero, sigma, 1.0)
@@ -197,7 +197,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"expected query (B, D, N), key (B, D, M) and value (B, E, M), got {shapes[0]}, {shapes[1]} and {shapes[2]}"
         )
     dtypes = [tensor.dtype for tensor in (query, key, value)]
-    # Autocast makes them alike, but for float64, which it leaves alone.
+    # Autocast casts all of them to one dtype, except float64.
     alike = len(set(dtypes)) == 1 or (is_autocast(query.device.type) and torch.float64 not in dtypes)
     if not (alike and all(dtype.is_floating_point for dtype in dtypes)):
         raise TypeError(
@@ -213,7 +213,7 @@ def _should_materialize(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _only_plain_operations(*tensors: Tensor) -> bool:
-    # Functions with a backward of their own have no vmap and no forward mode, and a trace with them cannot be saved.
+    # A custom autograd.Function has no vmap and no forward mode here, and a trace that contains one cannot be saved.
     if torch.compiler.is_compiling():
         return False
     if is_transformed() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]

@@ -35,7 +35,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class FusedAttention(torch.autograd.Function):
-    """The fused kernel, with a graph of its own that the first backward uses up."""
+    """The fused kernel in an autograd graph of its own, which the first backward consumes and a second one rebuilds."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         (d_attended,) = gradients
         *inputs, attended = ctx.graph or _graph(*ctx.saved_tensors)
-        ctx.graph = None  # Otherwise its padded copies live as long as the outer graph: into the next step's forward.
+        ctx.graph = None  # else its padded copies would live as long as the outer graph: into the next step
         d_query, d_key, d_value = torch.autograd.grad(attended, inputs, d_attended.to(attended.dtype))
         if torch.is_grad_enabled():
             return differentiable_gradients((d_query, d_key, d_value), d_attended, *ctx.saved_tensors)

@@ -23,18 +23,18 @@ __all__ = ["InsertionPoint", "InsertionPoints", "insertion_points"]
 
 
 class InsertionPoint(NamedTuple):
-    """A module behind which attention can be inserted, and the costs of a :class:`SelfAttention2d` there.
+    """A module after which attention can be inserted, and the costs of a :class:`SelfAttention2d` there.
 
     Attributes:
         path: the module's dotted path, for :func:`insert_self_attention`.
         type: the name of its class.
         channels: C of the feature map (B, C, H, W) that it returns.
-        size: (H, W); of the largest, where its calls return several.
+        size: (H, W); the largest, if its calls return several.
         calls: how often it runs in one pass.
-        operations: of the layer's forward passes, two for each multiplication with its addition, as
-            :class:`torch.utils.flop_counter.FlopCounterMode` counts them.
-        memory: bytes that a training step needs for the layer at most, with this library's attention.
-        plain_memory: the same, with the attention equation as it is written.
+        operations: of the layer's forward passes; a multiplication and its addition count as two, as in
+            :class:`torch.utils.flop_counter.FlopCounterMode`.
+        memory: the most bytes that a training step needs for the layer, with this library's attention.
+        plain_memory: the same with the plain attention equation, which materialises the attention matrix.
     """
 
     path: str
@@ -79,22 +79,22 @@ class InsertionPoints(list[InsertionPoint]):
 
 
 def insertion_points(model: nn.Module, example_input: ExampleInput) -> InsertionPoints:
-    r"""Every module behind which :func:`insert_self_attention` can put attention, with the costs of a
+    r"""Every module after which :func:`insert_self_attention` can put attention, with the costs of a
     :class:`SelfAttention2d` there.
 
     These are the modules that return a feature map (B, C, H, W), always with the same number of channels; those inside
-    of a :class:`SelfAttention2d` or of a parametrization are left out. The example is passed through the model once, in
-    evaluation mode; modes, buffers, hooks and random states are those of before. Costs are proportional to its batch,
-    so give one of the size that you train with.
+    a :class:`SelfAttention2d` or a parametrization are left out. The example is passed through the model once, in
+    evaluation mode, and leaves modes, buffers, hooks and random states as they were. Costs are proportional to the
+    batch of the example, so give it the size that you train with.
 
     A layer of B maps with N = H·W positions, C channels of the value and D = C // 8 of query and key takes
 
     .. math::
         2 B N C (2 D + C) + 2 B N^2 (D + C)
 
-    operations in a forward pass, and about twice as many in a backward pass. Memory is the most that forward and
-    backward pass of the layer need beyond its input and the gradient of its output, as PyTorch's allocator counts it; a
-    process can take a third more, which the allocator of the C library keeps. It counts
+    operations in a forward pass, and about twice as many in a backward pass. Memory is the most that the forward and
+    the backward pass of the layer need beyond its input and the gradient of its output, as PyTorch's allocator counts
+    it; a process can take a third more, because the C library's allocator keeps some. It counts
 
     - what is kept for the backward pass: query, key, value, their attention and the layer's output, and one attention
       matrix (B, N, N) in the plain equation;
@@ -152,12 +152,12 @@ def insertion_points(model: nn.Module, example_input: ExampleInput) -> Insertion
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that a layer may follow, as far as can be said before they return something."""
+    """The modules after which a layer may be inserted, as far as is known before they return something."""
     inside: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, SelfAttention2d):
             inside |= set(module.modules()) - {module}
-        if isinstance(module, ParametrizationList):  # whose (B, C, H, W) would be a weight
+        if isinstance(module, ParametrizationList):  # where a tensor (B, C, H, W) is a weight
             inside |= set(module.modules())
     candidates = {}
     for path, module in model.named_modules():
@@ -208,7 +208,7 @@ def _costs(batch: int, channels: int, positions: int, itemsize: int, on_cpu: boo
     backward = itemsize * b * n * (2 * c + 4 * d + 2)
     if on_cpu:
         threads = torch.get_num_threads()
-        splits = math.gcd(n, max(1, threads // b))  # of each sample's queries, which have keys and values of their own
+        splits = math.gcd(n, max(1, threads // b))  # of each sample's queries, each with a copy of keys and values
         backward += 2 * itemsize * min(b * splits, threads) * min(n // splits, TILE_QUERIES) * min(n, TILE_KEYS)
         if splits > 1:
             backward += itemsize * b * n * ((c + 2 * d + 1) + splits * (2 * c + 3 * d + 1))

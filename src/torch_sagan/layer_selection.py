@@ -1,4 +1,4 @@
-"""Which layers of a model are meant by names, wildcards or a function."""
+"""Select layers of a model by names, wildcards or a function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode for the length of a block."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["evaluation_mode"]
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module of the model is in evaluation mode inside, and afterwards in the mode that it had before.
+    """Put every module of the model into evaluation mode, and afterwards back into the mode that it had.
 
-    The attribute is set, and ``train()`` is not called: some models override it to do more.
+    It sets the attribute and does not call ``train()``, which some models override to do more.
     """
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:

@@ -1,4 +1,4 @@
-"""Recompute from the current weights what training keeps beside them: u and v, and batch statistics."""
+"""Recompute u and v of spectral norms and the statistics of batch norms from the current weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ M = TypeVar("M", bound=nn.Module)
 def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None) -> M:
     """Fit the buffers of an averaged or edited model to its weights, in place.
 
-    Averaged weights come with the u and v of other weights, and with the batch statistics of another network. Here u
-    and v of every spectral norm, of each implementation, become the first singular vectors of its weight, so that its
-    sigma is exact. Then every batch norm gets the mean and variance of the inputs: of each batch, with equal weight, as
-    by :func:`torch.optim.swa_utils.update_bn`, all else being in evaluation mode.
+    The buffers beside averaged weights belong to other weights. This function sets u and v of every spectral norm, of
+    any implementation, to the first singular vectors of its weight, so that sigma is exact. Then it passes the inputs
+    through the model, all of which but the batch norms is in evaluation mode, and gives every batch norm the mean over
+    batches of their means and variances, as :func:`torch.optim.swa_utils.update_bn` does.
 
     The result depends on weights and inputs alone, not on the buffers that were there. No random number is drawn, and
     each module keeps its mode.
@@ -32,7 +32,7 @@ def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None
     Args:
         model: any module, an ``AveragedModel`` for example.
         inputs: batches on the model's device, for a model with batch norm: a tensor each, or a tuple of the model's
-            arguments, such as ``(z, labels)``. About a thousand samples do. It is read once.
+            arguments, such as ``(z, labels)``. About a thousand samples are enough. It is iterated once.
 
     Returns:
         The model itself.
@@ -47,7 +47,7 @@ def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None
     >>> generator = SAGANGenerator(16)  # with averaged weights
     >>> generator = recalibrate(generator, [torch.randn(64, 128) for _ in range(16)])
     """
-    # The base class, without a public name: synchronised batch norms outside of PyTorch derive from it too.
+    # The base class has no public name; synchronised batch norms of other libraries derive from it, too.
     norms = {
         path: module
         for path, module in model.named_modules()

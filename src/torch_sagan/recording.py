@@ -17,10 +17,10 @@ __all__ = ["record_attention"]
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionRecord]]]:
-    """Record the map of every :class:`SelfAttention2d` that runs inside of the ``with`` block.
+    """Record the attention map of every :class:`SelfAttention2d` that runs inside the ``with`` block.
 
-    The model is called as always. Its outputs differ by rounding at most, because the layers now hold their maps, which
-    takes memory in proportion to N·M. Compiled models run uncompiled inside (with torch 2.5 they are not recorded).
+    Call the model as always. Its outputs differ by rounding at most, because the layers now materialise their attention
+    maps, whose memory grows with N·M. Compiled models run uncompiled inside (with torch 2.5 they are not recorded).
     Afterwards nothing is left in the model.
 
     Args:
@@ -54,14 +54,14 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionRecor
         y, attention = output
         height, width = y.shape[2:]
         key_size = (height // layer.pool, width // layer.pool)
-        gamma = layer.gamma.detach().clone()  # which training goes on to change
+        gamma = layer.gamma.detach().clone()  # a copy, since training changes it
         records[path].append(AttentionRecord(attention.detach(), (height, width), key_size, gamma))
         return output if asked[path] else y
 
     handles = []
     for path, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(partial(ask, path), with_kwargs=True))
-        # In front of the hooks that are there: those shall see what they always see.
+        # Before the hooks that are there, so that those receive what they always receive.
         handles.append(layer.register_forward_hook(partial(keep, path), prepend=True))
     try:
         # A compiled graph would run without hooks that it was not compiled with.

@@ -18,7 +18,7 @@ __all__ = ["Norm", "SpectralNorm", "find_norm", "make_norm", "spectral_norm", "u
 
 M = TypeVar("M", bound=nn.Module)
 
-# As many iterations as PyTorch's own makes for a new layer.
+# PyTorch's own makes as many for a new layer.
 WARM_UP_ITERATIONS = 15
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -34,9 +34,10 @@ class SpectralNorm(nn.Module):
     A parametrization for :func:`torch.nn.utils.parametrize.register_parametrization`; :func:`spectral_norm` registers
     it for you. Its state-dict keys are those of PyTorch's own spectral norm, so checkpoints move both ways.
 
-    Each use in training mode makes ``n_power_iterations`` steps; in evaluation u and v stay as they are. A new one is
-    warmed up, and so is one whose weight is set (``module.weight = w``). The iteration runs in float32 for weights in
-    half precision, and outside of autocast. u and v are constants to the gradient, which may be taken twice.
+    Each use in training mode makes ``n_power_iterations`` steps; in evaluation u and v stay as they are. They are
+    warmed up by 15 steps at first and whenever the weight is assigned (``module.weight = w``). The iteration runs in
+    float32 for weights in half precision, and outside of autocast. u and v are constants to the gradient, which may be
+    taken twice.
 
     Args:
         weight: the weight to be normalised. It is unfolded to a matrix (h, w) with h = ``weight.shape[dim]``.
@@ -107,11 +108,11 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def _iterate(self, weight: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
         """Make the iterations, keep u and v, and return them with sigma."""
-        # The graph gets tensors of its own and never the buffers: those are written to by the next forward, by
-        # DistributedDataParallel's broadcast and by load_state_dict, all of which may come before the backward.
-        # An iteration makes new ones.
+        # The autograd graph must not hold the buffers: the next forward, DistributedDataParallel's broadcast and
+        # load_state_dict write to them, perhaps before the backward. Iterations return new tensors, else they are
+        # copied.
         u, v = (vector.to(weight.dtype, copy=n_iterations == 0) for vector in (self._u, self._v))
-        if self._u.dtype != weight.dtype:  # rounded to half precision, they have lost their unit norm
+        if self._u.dtype != weight.dtype:  # rounding to half precision lost their unit norm
             u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
         matrix = unfold(weight, self.dim)  # (h, w)
         u, v, sigma = functional.power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
@@ -124,8 +125,7 @@ class SpectralNorm(nn.Module):
         return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps}"
 
 
-# The ways in which a weight may be normalised: ours, PyTorch's parametrization (a class without a public name, which
-# has to be recognised), and its older hook.
+# A weight may be normalised by our parametrization, by PyTorch's (a class without a public name), or by its older hook.
 TorchSpectralNorm = parametrizations._SpectralNorm
 Norm: TypeAlias = SpectralNorm | parametrizations._SpectralNorm | LegacySpectralNorm
 
@@ -141,7 +141,7 @@ def spectral_norm(
 ) -> M:
     r"""Normalise one weight of a module by its spectral norm, :math:`W / \sigma(W)`, in place.
 
-    The same call as :func:`torch.nn.utils.parametrizations.spectral_norm`.
+    It takes the arguments of :func:`torch.nn.utils.parametrizations.spectral_norm`.
 
     Args:
         module: the layer.
@@ -155,8 +155,8 @@ def spectral_norm(
         The module itself.
 
     Raises:
-        ValueError: when the module has no such parameter, it has no shape yet, a hook computes it, it is normalised
-            already (in whichever way), or the implementation is unknown.
+        ValueError: when the module has no such parameter; when that has no shape yet, is computed by a hook, or is
+            normalised already (by any implementation); or when the implementation is unknown.
         TypeError: for a weight of integers.
 
     >>> from torch import nn
@@ -195,7 +195,7 @@ def make_norm(
 
 
 def find_norm(module: nn.Module, name: str) -> Norm | None:
-    """What normalises this weight, in whichever way, or None."""
+    """The spectral norm of this weight, of whichever implementation, or None."""
     if parametrize.is_parametrized(module, name):
         chain = module.parametrizations[name]  # type: ignore[index]
         return next((part for part in chain if isinstance(part, SpectralNorm | TorchSpectralNorm)), None)

@@ -87,8 +87,8 @@ def apply_spectral_norm(
             raise type(error)(f"{path}: {error} (exclude={path!r} leaves it out)") from error
     if done:
         warnings.warn(
-            f"spectrally normalised already, and left alone: {', '.join(map(repr, done))} (named in exclude, they are "
-            "left alone without this warning)",
+            f"spectrally normalised already, and left alone: {', '.join(map(repr, done))} (exclude them to "
+            "avoid this warning)",
             stacklevel=2,
         )
     for layer, norm in zip(new.values(), norms, strict=True):
@@ -99,8 +99,9 @@ def apply_spectral_norm(
 def remove_spectral_norm(model: M, name: str | None = None) -> M:
     """Undo spectral normalisation in a layer or a whole model: the weights stay exactly those of evaluation.
 
-    Those of :func:`spectral_norm` (either implementation) and of the older :func:`torch.nn.utils.spectral_norm`. Each
-    becomes a plain parameter again, the same object that an optimiser holds already.
+    It removes that of :func:`spectral_norm` (either implementation) and of the older
+    :func:`torch.nn.utils.spectral_norm`. Each weight becomes a plain parameter again, the same object that an optimiser
+    holds already.
 
     Args:
         model: a layer or a model.
@@ -137,7 +138,7 @@ def reset_power_iteration(model: nn.Module) -> None:
     """Draw new u and v for every normalised weight of a model and warm them up on the current weights.
 
     Call it after the raw weights were changed without going through the parametrization, for example by
-    ``nn.init.orthogonal_(module.parametrizations.weight.original)``. It does so for every implementation.
+    ``nn.init.orthogonal_(module.parametrizations.weight.original)``. It covers every implementation.
     """
     for weight in _normalized_weights(model):
         raw = weight.raw()
@@ -162,7 +163,7 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
     for weight in _normalized_weights(model):
         value = weight.in_evaluation()
         matrix = _in_double(unfold(value, weight.norm.dim) if value.ndim > 1 else value[:, None])  # (h, w)
-        # The decomposition of what is not finite does not converge, and its error would not name the weight.
+        # With infinities or NaN the decomposition does not converge, and its error would not name the weight.
         finite = bool(matrix.isfinite().all())
         values[weight.path] = torch.linalg.matrix_norm(matrix, ord=2).item() if finite else math.nan
     return values
@@ -170,7 +171,7 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def align_power_iteration(model: nn.Module) -> None:
-    """Turn u and v of every normalised weight of a model to its first singular vectors, whatever they were before.
+    """Set u and v of every normalised weight of a model to its first singular vectors, whatever they were before.
 
     They come from an eigendecomposition in float64. An iteration might need hundreds of steps where the first two
     singular values are close, and would never leave a u that is orthogonal to the first singular vector.
@@ -198,7 +199,7 @@ def align_power_iteration(model: nn.Module) -> None:
 
 
 class _NormalizedWeight(NamedTuple):
-    """A spectrally normalised weight of a model, the same to its user whichever implementation normalises it."""
+    """A spectrally normalised weight of a model, with one interface to all implementations."""
 
     path: str  # from the model to the weight
     module: nn.Module
@@ -221,7 +222,7 @@ class _NormalizedWeight(NamedTuple):
         return value
 
     def raw(self) -> Tensor:
-        """What the norm divides: the parameter, or what parametrizations before the norm make of it."""
+        """The weight before normalisation: the parameter, or what parametrizations before the norm return."""
         if isinstance(self.norm, LegacySpectralNorm):
             return self.module.get_parameter(f"{self.name}_orig")
         chain = self.parametrizations()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from torch_sagan.arguments import nearest_names
 from torch_sagan.attention import SelfAttention2d
 from torch_sagan.example_pass import ExampleInput, outputs_of_a_pass
 from torch_sagan.inserted import MARK, NAME
@@ -26,7 +26,7 @@ def insert_self_attention(
     example_input: ExampleInput | None = None,
     attention: Callable[[int], nn.Module] = SelfAttention2d,
 ) -> M:
-    """Put a new attention layer behind one or several modules of a model, in place.
+    """Put a new attention layer after one or several modules of a model, in place.
 
     The layer becomes the child ``inserted_attention`` of the module that it follows, and everything that calls this
     module receives the layer's output. No name or class in the model changes: its own state-dict keys stay, and a
@@ -34,11 +34,12 @@ def insert_self_attention(
     A new :class:`SelfAttention2d` is the identity, so the model's outputs stay the same until it is trained.
 
     The layer stays when modules are converted afterwards, as by ``SyncBatchNorm.convert_sync_batchnorm``. A conversion
-    that drops it is an error: where the module is replaced, or else when the converted module is called. Behind a
-    ``Sequential`` the layer is the last of its children, so that its ``len`` grows by one.
+    that would lose it raises an error, either when it replaces the module or when the new module is called. After a
+    ``Sequential`` the layer is the last of its children, so its ``len`` grows by one.
 
-    Do it before the optimiser is made, which else does not know the new parameters, and before ``torch.compile`` or
-    ``DistributedDataParallel``. A module that is used in several places has one layer, which attends in each of them.
+    Insert before you create the optimiser, which otherwise does not know the new parameters, and before
+    ``torch.compile`` or ``DistributedDataParallel``. A module that a model uses several times has one layer, which runs
+    each time.
 
     Args:
         model: any module.
@@ -46,8 +47,8 @@ def insert_self_attention(
             return a feature map (B, C, H, W): a convolution, a norm, an activation, a block, a ``Sequential``.
         example_input: what the model can be called with, a tensor, a tuple of arguments or a mapping of keyword
             arguments. One pass of it in evaluation mode shows what each module returns; buffers and random states stay
-            as they are. Needed where a module does not declare its channels: convolutions and norms do, and a
-            ``Sequential`` that ends in one of them and activations; a block of another class does not.
+            as they are. It is needed where a module does not declare its channels. Convolutions and norms do, and so
+            does a ``Sequential`` that ends in one of them, with or without activations after it.
         attention: ``attention(channels) -> Module``, called once for each path. The result takes the device, dtype
             and mode of the module that it follows.
 
@@ -56,11 +57,11 @@ def insert_self_attention(
 
     Raises:
         ValueError: for a path that does not exist (the message lists the nearest ones) or is named twice; for a module
-            that has an inserted layer already, whose channels are not known without ``example_input``; that the model
-            does not call with this example, that returns no feature map (the message says what it returns) or several
-            with different channels; for a model that is compiled or
-            wrapped for parallel training. The model is then as it was.
-        TypeError: when ``after`` holds something else than paths, ``example_input`` is neither a tensor nor a tuple nor
+            that has an inserted layer already, whose channels are not known without ``example_input``, that the model
+            does not call with this example, that does not return a feature map (the message says what it returns) or
+            returns several with different channels; for a model that is compiled or wrapped for parallel training. The
+            model is then as it was.
+        TypeError: when ``after`` contains anything but paths, ``example_input`` is neither a tensor nor a tuple nor
             a mapping, or ``attention`` is not a function or does not return a module.
 
     >>> model = nn.Sequential(
@@ -93,7 +94,7 @@ def insert_self_attention(
     for path, module in targets.items():  # nothing fails from here on
         layers[path].register_load_state_dict_pre_hook(_keep_own_weights)
         setattr(layers[path], MARK, True)
-        module.add_module(NAME, layers[path])  # and _accompany sees to it that the module calls the layer
+        module.add_module(NAME, layers[path])  # _on_registration then makes the module call the layer
     return model
 
 
@@ -122,7 +123,7 @@ def remove_self_attention(model: M) -> M:
 
 
 def _attend(module: nn.Module, args: Any, output: Tensor) -> Any:
-    # A function of the module that is called, which holds no layer itself: copies of the model have their own.
+    # It looks the layer up in the module that is called, so that copies of a model call their own.
     layer = _inserted_layer(module)
     if layer is None:
         raise RuntimeError(
@@ -132,27 +133,27 @@ def _attend(module: nn.Module, args: Any, output: Tensor) -> Any:
     return layer(output)
 
 
-def _accompany(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Whenever any module gets a child: whoever gets an inserted layer calls it, and nobody drops one unnoticed.
+def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """When any module gets a child: let it call an inserted layer, and do not let it replace one by something else.
 
     Conversions make a new module and give it the old one's children, but not its hooks.
     """
     if name == NAME and hasattr(module, MARK):
-        runs_children = type(parent).forward is nn.Sequential.forward  # the last one last
+        runs_children = type(parent).forward is nn.Sequential.forward  # and the layer as the last one
         if not runs_children and _attend not in parent._forward_hooks.values():
             parent.register_forward_hook(_attend)
         return
-    # Not by getattr: this is called in every model of the process, and some have a __getattr__ that is not ready yet.
+    # Not by getattr: this runs in every model of the process, and the __getattr__ of some is not ready at this time.
     drops = _inserted_layer(parent._modules.get(name)) is not None
     if drops and not (module is not None and any(hasattr(part, MARK) for part in module.modules())):
         raise RuntimeError(
             f"{name!r} of {type(parent).__name__} has inserted attention, which its replacement "
-            f"({type(module).__name__}) has not: remove_self_attention first, and insert it again afterwards"
+            f"({type(module).__name__}) lacks: call remove_self_attention first, and insert it again afterwards"
         )
 
 
-# For every module of the process, since PyTorch does not tell which of them a conversion will make.
-register_module_module_registration_hook(_accompany)
+# For every module of the process, because the modules that a conversion will make are not known in advance.
+register_module_module_registration_hook(_on_registration)
 
 
 def _inserted_layer(module: object) -> nn.Module | None:
@@ -170,20 +171,16 @@ def _find(model: nn.Module, after: object) -> dict[str, nn.Module]:
     paths = list(after) if isinstance(after, Iterable) and not isinstance(after, str) else [after]
     if not paths:
         raise ValueError("after names no module")
-    # Modules that are used in several places have as many paths.
+    # A module that is used several times has several paths.
     modules = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
     targets: dict[str, nn.Module] = {}
     for path in paths:
         if not isinstance(path, str):
             raise TypeError(f"after takes dotted paths, got {type(path).__name__}")
         if path not in modules:
-            ending = [name for name in modules if path and name.endswith(f".{path}")]
-            nearest = ending[:5] or difflib.get_close_matches(path, modules, n=5, cutoff=0.3)
-            raise ValueError(
-                f"{type(model).__name__} has no module {path!r}; the nearest are {', '.join(map(repr, nearest))}"
-                if nearest
-                else f"{type(model).__name__} has no module {path!r}; model.named_modules() lists what it has"
-            )
+            nearest = nearest_names(path, modules, cutoff=0.3)
+            hint = f"the nearest are {nearest}" if nearest else "model.named_modules() lists what it has"
+            raise ValueError(f"{type(model).__name__} has no module {path!r}; {hint}")
         module = modules[path]
         if module in targets.values():
             raise ValueError(f"{path!r} names a module that is named already")
@@ -193,8 +190,8 @@ def _find(model: nn.Module, after: object) -> dict[str, nn.Module]:
 
 
 def check_insertable(model: nn.Module) -> None:
-    """Refuse a model that would not run, or not train, layers that it gets now."""
-    # torch.compile leaves one of these: a wrapper with the original in it, or the compiled call of the module itself.
+    """Refuse a model that would not run or not train a layer inserted now."""
+    # torch.compile leaves one of these: a wrapper around the original, or the compiled call of the module itself.
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is compiled, and would not run the new layers: insert before that")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -202,13 +199,13 @@ def check_insertable(model: nn.Module) -> None:
 
 
 def check_target(path: str, module: nn.Module) -> None:
-    """Refuse a module that no layer can follow, whatever it returns."""
+    """Refuse a module after which no layer can be inserted, whatever it returns."""
     if _inserted_layer(module) is not None:
         raise ValueError(f"{path!r} has an inserted attention layer already")
     if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
         raise ValueError(
             f"{path!r} is a Sequential with a forward of its own, which may run its children in any way: name the "
-            "module inside of it"
+            "module inside it"
         )
     if hasattr(module, NAME):
         raise ValueError(f"{path!r} has an attribute {NAME!r} of its own")
@@ -219,7 +216,7 @@ KEEP_CHANNELS = (
     nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Softplus, nn.Dropout, nn.Dropout2d, nn.Upsample, nn.MaxPool2d,
     nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
-    nn.InstanceNorm2d,  # which accepts more channels or fewer than it was told
+    nn.InstanceNorm2d,  # whose num_features need not be the number of channels
 )  # fmt: skip
 
 
@@ -239,8 +236,8 @@ def _declared_channels(path: str, module: nn.Module) -> int:
         channels = last.channels
     if not channels:  # 0 in a lazy module that has not run
         raise ValueError(
-            f"{path!r} ({type(module).__name__}) does not tell how many channels it returns: give example_input, what "
-            "the model can be called with"
+            f"{path!r} ({type(module).__name__}) does not declare how many channels it returns: give an "
+            "example_input that the model can be called with"
         )
     return channels
 
@@ -252,8 +249,8 @@ def _channels_of_a_pass(
         outputs = outputs_of_a_pass(model, targets, example_input)
     for path, module in targets.items():
         if path not in outputs:
-            inside = ", though it may call what is inside" if any(module.children()) else ""
-            raise ValueError(f"{path!r} is not reached: the model does not call it with this example_input{inside}")
+            inside = ", but perhaps the modules inside it" if any(module.children()) else ""
+            raise ValueError(f"{path!r} is not reached: with this example_input the model does not call it{inside}")
     return {path: channels_of(path, outputs[path]) for path in targets}
 
 

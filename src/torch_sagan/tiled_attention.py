@@ -1,17 +1,17 @@
 """Exact softmax attention on the CPU, forward and backward, in tiles: the N×M matrix is never materialised.
 
-PyTorch's fused CPU kernel wants query, key and value of one size. Here the attention matrix is computed in tiles of
-queries × keys that stay in the processor's cache, and computed again in the backward (the idea of FlashAttention, in
-tensor operations). A tile costs one exponential and some matrix products. Everything else is arranged around them:
+PyTorch's fused CPU kernel needs query, key and value to have one number of channels. Here the attention matrix is
+computed in tiles of queries × keys that stay in the processor's cache, and computed again in the backward (the idea of
+FlashAttention, in tensor operations). A tile costs one exponential and some matrix products; the rest avoids more:
 
-* Powers of two replace powers of e, whose exponential takes twice as long; ``log2(e)`` goes into the query.
-* The forward keeps the sum of each row. With ``-log2`` of it as one more channel of the query, against a one in the
-  key, the backward's matrix product and exponential give weights that are normalised already.
-* The maximum of a row is subtracted only where a power of two could overflow; a bound on the norms tells. It may be
-  so large that rounding would lose what is added to it, or multiplied into the logits. So it is subtracted first, and
-  kept apart from the sum.
-* Tiles of as many samples as there are threads are multiplied at once: each core works on a sample of its own and
-  finds its tile in its own cache.
+* Weights are powers of two, since powers of e take twice as long; the query is multiplied by ``log2(e)`` before.
+* The forward saves the sum of each row. The backward appends ``-log2`` of that sum to the query as one more channel,
+  and a one to the key. The exponential of their product is then a normalised weight, without a division.
+* The maximum of a row is subtracted only if a power of two could overflow, which a bound on the norms of queries and
+  keys decides. It is subtracted before anything else and saved apart from the sum, because what is added to a large
+  maximum would be rounded away.
+* As many samples as there are threads are multiplied at once, so that each core works on one sample, with its tile in
+  its own cache.
 
 Sources: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, arXiv:2112.05682; Dao et al.,
 *FlashAttention*, arXiv:2205.14135.
@@ -59,8 +59,8 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @torch.library.custom_op("torch_sagan::tiled_attention", mutates_args=())
 def _tiled(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The result (B, E, N). For the backward alone: what is subtracted from each query's logits (B, 1, N), and the sum
-    of its weights after that (B, 1, N)."""
+    """The result (B, E, N), and for the backward two numbers for each query (B, 1, N): the maximum that was subtracted
+    from its logits (0 if none was), and the sum of its weights."""
     with torch.autocast("cpu", enabled=False):
         return _forward_in_tiles(query, key, value)
 
@@ -118,7 +118,7 @@ def _backward_in_tiles(
     splits = _row_splits(q)
     shifted = bool(subtracted.any())
     if shifted:
-        d_output = d_output / total  # instead of the weights, which then are at most 1 each
+        d_output = d_output / total  # and not the weights: each of them is at most 1
         logit_query, logit_key = q, k  # (B, D, N), (B, D, M)
     else:
         logit_query = _append_channel(q * LOG2_E, -total.log2())  # (B, D + 1, N)

@@ -13,10 +13,10 @@ from torch_sagan.attention import AttentionRecord
 
 __all__ = ["attention_overlay", "mark_queries"]
 
-# Violet, orange, pale yellow: over a grey image, what has a colour is attended to.
+# Violet, orange, pale yellow: on a grey image, only attention has a colour.
 RAMP = ((0.45, 0.08, 0.43), (0.95, 0.45, 0.15), (0.99, 1.0, 0.75))
-# Green, magenta, blue, teal, sky: none lies on the ramp, none is lost on a white page or a black one, and to the
-# red-green blind the first four differ too.
+# Green, magenta, blue, teal, sky: none is on the ramp, all are visible on white and on black, and the first four
+# differ for red-green colour-blind people, too.
 MARKS = ((0.1, 1.0, 0.2), (1.0, 0.1, 0.85), (0.1, 0.2, 1.0), (0.1, 0.65, 0.55), (0.3, 0.8, 1.0))
 
 LUMA = (0.299, 0.587, 0.114)
@@ -35,22 +35,23 @@ def attention_overlay(
     strength: float = 0.9,
     mark: bool = True,
 ) -> Tensor:
-    r"""What one query position attends to, or several, in colour over the image in grey.
+    r"""What one or several query positions attend to, in colour over the image in grey.
 
     .. math::
         \text{level}_i = \min\Bigl(1,\ \frac{\beta_{ji}}{\max(\max_k \beta_{jk} / 2,\ 4 / M)}\Bigr)
 
-    The query's row of the attention map is stretched over the image (bilinearly), and each level is both a place on a
-    colour ramp and, times ``strength``, the opacity of that colour: what gets no attention keeps its grey. Weights from
-    half of the largest on are all at full level, so that a peak covers its whole position; the 4 / M keeps a uniform
-    map, whose weights are 1 / M, pale. Rows and columns of the feature map that pooling left without a key stay grey.
+    The query's row of the attention map is stretched over the image (bilinearly), and each level is both a position on
+    a colour ramp and, times ``strength``, the opacity of that colour: positions without attention stay grey. All
+    weights from half of the largest one have the full level, so that a peak covers its whole position; the 4 / M keeps
+    a uniform attention map, whose weights are 1 / M, pale. Rows and columns of the feature map that pooling left
+    without a key stay grey.
 
-    Small images are better enlarged first, to 192 pixels or more: a mark of a few pixels can hardly be seen.
+    Enlarge small images first, to 192 pixels or more: a mark of a few pixels can hardly be seen.
 
     Args:
         images: (B, 3, H, W) or (B, 1, H, W), in [-1, 1].
-        attention: (B, N, M), as ``return_attention=True`` gives it, or what :func:`record_attention` recorded, which
-            knows its sizes.
+        attention: (B, N, M), as ``return_attention=True`` gives it, or a record of :func:`record_attention`, which
+            has its sizes.
         query: (row, column) of the query position, in pixels of the image, or a sequence of Q of them.
         query_size: (height, width) of the feature map behind N. Default: the one shaped like the image.
         key_size: (height, width) behind M. Default: as for N.
@@ -62,8 +63,8 @@ def attention_overlay(
         (B, 3, H, W) in [0, 1]; for a sequence of queries (B, Q, 3, H, W), each with its own mark alone.
 
     Raises:
-        ValueError: for images or maps of other shapes, images of integers, a query outside of the image, a strength
-            outside of [0, 1], sizes that do not multiply to N and M, or sizes beside a record.
+        ValueError: for images or maps of other shapes, images of integers, a query outside the image, a strength
+            outside [0, 1], sizes that do not multiply to N and M, or sizes given together with a record.
 
     >>> images = torch.rand(2, 3, 64, 64) * 2 - 1
     >>> attention = torch.rand(2, 256, 64).softmax(2)
@@ -121,7 +122,7 @@ def mark_queries(images: Tensor, queries: Query | Sequence[Query]) -> Tensor:
         (B, 3, H, W) in [0, 1].
 
     Raises:
-        ValueError: for images of another shape or of integers, or a query outside of the image.
+        ValueError: for images of another shape or of integers, or a query outside the image.
     """
     rgb = _rgb(images)  # (B, 3, H, W)
     positions, _ = _queries(queries, (images.shape[2], images.shape[3]))
@@ -151,10 +152,10 @@ def map_size(
 
 
 def keys_extent(query_size: tuple[int, int], key_size: tuple[int, int]) -> tuple[int, int]:
-    """How many rows and columns of the queries' map the keys lie on: without those that pooling dropped."""
+    """How many rows and columns of the query positions the keys cover: all but those that pooling dropped."""
     pool = min(query // key for query, key in zip(query_size, key_size, strict=True))
     if pool == 0 or key_size != tuple(query // pool for query in query_size):
-        return query_size  # the keys are not what pooling makes of the queries' map
+        return query_size  # the keys do not come from pooling
     return key_size[0] * pool, key_size[1] * pool
 
 
@@ -176,7 +177,7 @@ def _queries(query: Query | Sequence[Query], image_size: tuple[int, int]) -> tup
     queries: list[Query] = [(row, column) for row, column in given.view(-1, 2).tolist()]
     for row, column in queries:
         if not (0 <= row < height and 0 <= column < width):
-            raise ValueError(f"the query {(row, column)} is outside of an image of {height}×{width} pixels")
+            raise ValueError(f"the query {(row, column)} is outside an image of {height}×{width} pixels")
     return queries, given.ndim == 2
 
 
