@@ -11,16 +11,21 @@ __all__ = ["is_autocast", "is_recorded", "is_transformed", "no_autocast"]
 
 
 def is_autocast(device_type: str) -> bool:
-    """Whether autocast is on. On devices without autocast, such as meta, PyTorch raises an error when asked."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Whether autocast is on."""
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A context with autocast off, if the device has autocast. While compiling, that cannot be asked."""
-    available = device_type != "meta" and (
-        torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    )
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+    """Autocast is off inside."""
+    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
+
+
+def _has_autocast(device_type: str) -> bool:
+    # Some devices have none, the meta device among them, and torch refuses to be asked about them. A compiler may not
+    # ask at all (torch 2.5 cannot trace it).
+    if torch.compiler.is_compiling():
+        return device_type != "meta"
+    return torch.amp.is_autocast_available(device_type)
 
 
 # The two below have no public form up to torch 2.13.
