@@ -172,7 +172,7 @@ def spoiled(celeba: Path, text: str) -> None:
         (["--classes", "smiling"], r"--classes smiling: expected none, own, or attributes:"),
         (["--classes", "attributes:Male", "--attributes", "nowhere.txt"], r"nowhere\.txt"),
         (["--attributes", "some.txt"], r"--attributes some\.txt: only --classes attributes:"),
-        (["--classes", "own"], r"--data .*celeba: two classes or more are needed, found none"),
+        (["--classes", "own"], r"--data .*celeba: expected two classes or more, found none"),
         (["--data", "digits", "--classes", "attributes:Male"], r"digits has no attributes"),
         (["--data", "digits", "--classes", "Male"], r"--classes Male: expected none, own, or attributes:"),
     ],

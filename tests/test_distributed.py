@@ -198,6 +198,6 @@ def test_what_one_process_cannot_do_none_does(monkeypatch, capsys):
 
 
 def test_several_processes_take_each_its_own_device():
-    with pytest.raises(SystemExit, match=r"--device cuda:1: several processes share no device"):
+    with pytest.raises(SystemExit, match=r"--device cuda:1: several processes cannot share it"):
         pick_device("cuda:1", Ranks(0, 2))
     assert pick_device("cpu", Ranks(1, 2, 1)) == torch.device("cpu")

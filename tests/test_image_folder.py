@@ -112,7 +112,7 @@ def test_a_tiff_of_12_bits_is_scaled_by_its_own_white(tmp_path):
         (1000 * RAMP.astype(np.float32), "grey values from 0 to 1000, expected 0 to 1"),
         (RAMP.astype(np.float32) - 0.5, "grey values from -0.5 to 0.5, expected 0 to 1"),
         (np.full((SIZE, SIZE), np.nan, np.float32), "grey values from nan to nan, expected 0 to 1"),
-        (BYTES.astype(np.int32), "grey values of TIFF mode I, of which none is known to be white"),
+        (BYTES.astype(np.int32), "grey values of TIFF mode I, for which no value is known to be white"),
     ],
     ids=["large", "negative", "nan", "integers"],
 )
@@ -320,7 +320,7 @@ def test_a_pipe_is_not_opened(folder):
     found = ImageFolder(folder, SIZE)
     assert names(found) == ["a.png", "more/b.png"]
     assert left_out(found) == {"pipe.jpg": "not a regular file", "link.jpg": "not a regular file"}
-    with pytest.raises(ValueError, match="a folder of images is needed, or a zip archive"):
+    with pytest.raises(ValueError, match="expected a folder of images or a zip archive"):
         open_data(str(folder / "pipe.jpg"), size=SIZE)
 
 

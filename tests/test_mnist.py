@@ -39,7 +39,7 @@ def test_images_and_labels(tmp_path: Path, pack: bool) -> None:
     ("images", "labels", "message"),
     [
         (idx(PIXELS), idx(np.zeros(2, np.uint8)), "3 images, but 2 labels"),
-        (idx(PIXELS)[:-1], idx(np.zeros(3, np.uint8)), "states 2352 values .* and holds 2351"),
+        (idx(PIXELS)[:-1], idx(np.zeros(3, np.uint8)), "states 2352 values .* and has 2351"),
         (b"", idx(np.zeros(3, np.uint8)), "starts with nothing, not 00 00 08 03"),
         (b"GIF89a", idx(np.zeros(3, np.uint8)), "starts with 47 49 46 38"),
         (idx(PIXELS)[:10], idx(np.zeros(3, np.uint8)), "ends within its header"),
@@ -60,5 +60,5 @@ def test_a_cut_off_archive(tmp_path: Path) -> None:
     (folder / "train-labels-idx1-ubyte.gz").unlink()
     write_images = gzip.compress(idx(PIXELS))
     packed.write_bytes(write_images)
-    with pytest.raises(ValueError, match=r"neither train-labels-idx1-ubyte nor train-labels-idx1-ubyte\.gz"):
+    with pytest.raises(ValueError, match=r"expected train-labels-idx1-ubyte or train-labels-idx1-ubyte\.gz"):
         read_mnist(folder)

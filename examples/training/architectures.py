@@ -2,8 +2,8 @@
 
 `dcgan` and `resnet` are the library's own (see `SAGANGenerator`). `mnist` is the TensorFlow tutorial's system for
 28-pixel digits: `dcgan` with an attention layer whose projections are 4×4 convolutions, followed by batch norm and ReLU
-in G. In D they are followed by ReLU alone, and spectral norm replaces the batch norm, with which D wins before G has
-drawn a stroke.
+in G. In D they are followed by ReLU alone, with spectral norm instead of the batch norm: with batch norm, D wins before
+G has learnt anything.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def _mnist_resolutions(image_size: int, resolutions: Sequence[int] | None) -> Se
 
 
 def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, nn.Conv2d]:
-    """The tutorial's 4×4 convolution. The even kernel needs one row and column more at the end."""
-    # This is what TensorFlow calls "same". torch knows that word too, but warns of even kernels.
+    """The tutorial's 4×4 convolution. The even kernel needs one more row and column of padding at the end."""
+    # TensorFlow's "same" padding. torch has it too, but warns about even kernels.
     return nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(in_channels, out_channels, kernel_size=4, bias=False)
 
 

@@ -1,8 +1,8 @@
 """Differentiable augmentation of every image that the discriminator sees, for small data sets, and instance noise.
 
-DiffAugment (Zhao et al., arXiv:2006.10738): applied to real and to generated images alike, in both steps, so the
-generator is never shown that augmented images are real. Images are (B, C, S, S) in [-1, 1]; each one gets random
-numbers of its own. `noise` is instance noise (Sønderby et al., arXiv:1610.04490).
+DiffAugment (Zhao et al., arXiv:2006.10738) is applied to real and to generated images alike, in both steps, so that the
+generator does not learn to imitate the augmentation. Images are (B, C, S, S) in [-1, 1]; each one is
+augmented with its own random numbers. `noise` is instance noise (Sønderby et al., arXiv:1610.04490).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Augmentation = Callable[[Tensor], Tensor]
 
 
 def color(images: Tensor) -> Tensor:
-    """Brightness moved by up to ±0.5, saturation times 0 to 2, contrast times 0.5 to 1.5, each uniformly."""
+    """Change brightness by up to ±0.5, multiply saturation by 0 to 2 and contrast by 0.5 to 1.5, each uniformly."""
     brightness, saturation, contrast = torch.rand(3, len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
     images = images + (brightness - 0.5)  # (B, C, S, S)
     gray = images.mean(1, keepdim=True)  # (B, 1, S, S)
@@ -28,11 +28,11 @@ def color(images: Tensor) -> Tensor:
 
 
 def translation(images: Tensor) -> Tensor:
-    """Moved by up to an eighth of the size in each direction, by whole pixels; what enters is zero, a mid grey."""
+    """Shift by up to an eighth of the size in each direction, by whole pixels, and fill with zero, a mid grey."""
     size = images.shape[-1]
     reach = round(size / 8)
     shift = torch.randint(-reach, reach + 1, (2, len(images), 1), device=images.device)  # rows, columns
-    # In an image with a border of one zero pixel, everything outside is that border.
+    # Indices outside the image are clamped to a border of zeros, one pixel wide.
     rows, columns = (torch.arange(size, device=images.device) + 1 + shift).clamp(0, size + 1)  # (B, S) each
     padded = F.pad(images, (1, 1, 1, 1)).movedim(1, -1)  # (B, S + 2, S + 2, C)
     sample = torch.arange(len(images), device=images.device)[:, None, None]
@@ -40,7 +40,7 @@ def translation(images: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor) -> Tensor:
-    """A square of half the size set to zero, its centre anywhere in the image."""
+    """Set a square of half the size to zero; its centre is anywhere in the image."""
     size = images.shape[-1]
     center = torch.randint(0, size, (2, len(images), 1), device=images.device)
     offset = torch.arange(size, device=images.device) - center + size // 4  # (2, B, S)
@@ -49,7 +49,7 @@ def cutout(images: Tensor) -> Tensor:
 
 
 def noise(images: Tensor, strength: float) -> Tensor:
-    """Normal noise of this standard deviation added."""
+    """Add normal noise of this standard deviation."""
     return images + strength * torch.randn_like(images)
 
 
@@ -57,7 +57,7 @@ POLICIES: dict[str, Augmentation] = {"color": color, "translation": translation,
 
 
 def augmentation(policies: str, noise_strength: float = 0.0) -> Augmentation:
-    """The policies of a list such as `color,translation`, one after the other, then noise; '' or 'none' for none.
+    """The policies of a list such as `color,translation`, one after the other, then noise; '' or 'none' disables them.
 
     Raises:
         ValueError: for a policy that does not exist or is named twice.

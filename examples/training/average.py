@@ -1,4 +1,4 @@
-"""The moving average of the generator's weights, which is what samples, is evaluated and is exported."""
+"""The moving average of the generator's weights: the generator that is sampled, evaluated and exported."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ CALIBRATION = 16, 64  # batches, and latent vectors in each: about a thousand sa
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, *, decay: float, steps: int) -> None:
-    """average ← d · average + (1 − d) · model, after `steps` earlier updates of this average; below 0, a copy.
+    """average ← d · average + (1 − d) · model, after `steps` earlier updates of this average; a copy if `steps` is
+    negative.
 
-    d = min(decay, (1 + steps) / (10 + steps)): at first the average forgets quickly, so that it does not remember
-    untrained weights for thousands of steps. (`AveragedModel` would wait for the GPU each time, to count.)
+    d = min(decay, (1 + steps) / (10 + steps)): at first the average forgets quickly, so that the untrained weights
+    are gone after a few steps. (`AveragedModel` counts on the device, and would wait for the GPU in each step.)
     """
     decay = min(decay, (1 + steps) / (10 + steps)) if steps >= 0 else 0.0
     get_ema_multi_avg_fn(decay)(list(average.parameters()), list(model.parameters()), 0)
@@ -31,7 +32,7 @@ def update_average(average: nn.Module, model: nn.Module, *, decay: float, steps:
 def recalibrated(average: SAGANGenerator) -> SAGANGenerator:
     """A copy of an averaged generator whose sigmas and batch statistics are those of its own weights.
 
-    A function of the weights alone, so that a run and whatever opens its checkpoints get the same generator.
+    It depends on the weights alone, so that a run and a script that opens its checkpoint get the same generator.
     """
     rng = torch.Generator().manual_seed(0)
     device = next(average.parameters()).device

@@ -1,4 +1,4 @@
-"""Files that are never half written, and checkpoints: the last few of them, and the newest that can be read."""
+"""Write files completely or not at all; keep the last few checkpoints; find the newest one that can be read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import torch
 import torch_sagan
 from training.tensor_files import read
 
-# What a checkpoint holds beside the state dicts.
+# What a checkpoint contains besides the state dicts.
 CONTENTS = {
     "config": dict, "classes": dict, "random": dict, "versions": dict, "best": dict, "scores": dict,
     "step": int, "images": int, "losses": torch.Tensor,
 }  # fmt: skip
 
-# The names of the files that a run writes into its folder, beside `tensorboard`, which is a folder itself. Whatever has
-# another name is somebody else's and is not touched.
+# The names of the files that a run writes into its folder, besides the folder `tensorboard`. Files with other names are
+# not the trainer's and are never touched.
 CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.pt")
 IMAGE = re.compile(r"(?:samples|attention)-(\d{6,})\.png")
 EXPLORER = re.compile(r"attention-(\d{6,})\.html")
@@ -38,7 +38,7 @@ FILES = re.compile(
 
 
 def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Write a new file, wait until it is on the disk, and only then let it take the old one's name."""
+    """Write a new file, wait until it is on the disk, and only then give it the old one's name."""
     new = path.with_name(path.name + ".new")
     try:
         with open(new, "wb") as file:
@@ -46,7 +46,7 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-        if os.name == "posix":  # the name, too, has to reach the disk; elsewhere folders cannot be opened
+        if os.name == "posix":  # the name has to reach the disk too; on other systems folders cannot be opened
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -65,10 +65,10 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def save_and_rotate(state: dict[str, Any], out: Path, *, keep_last: int, keep_every: int) -> Path:
-    """Write `checkpoint-<step>.pt`, let `checkpoint.pt` name it, and only then delete what need not be kept."""
+    """Write `checkpoint-<step>.pt`, point the link `checkpoint.pt` to it, and only then delete old checkpoints."""
     path = out / f"checkpoint-{state['step']:06d}.pt"
     save(state, path)
-    with suppress(OSError):  # not all disks have links; the folder's name leads to the newest checkpoint as well
+    with suppress(OSError):  # some disks have no links; --resume also takes the folder
         link = out / "checkpoint.pt.new"
         link.unlink(missing_ok=True)
         link.symlink_to(path.name)
@@ -80,10 +80,10 @@ def save_and_rotate(state: dict[str, Any], out: Path, *, keep_last: int, keep_ev
 
 
 def archive_previous_run(out: Path, *, after: int | None = None) -> Path | None:
-    """Move what an earlier run left into a folder of its own; with `after`, only what belongs to later steps.
+    """Move the files of an earlier run into a new folder; with `after`, only those of later steps.
 
-    Images of later steps than any checkpoint are deleted: the run that is resumed will draw them again.
-    Returns that folder, or None where nothing was moved.
+    Images that are newer than all checkpoints are deleted, because the resumed run will draw them again.
+    Returns the new folder, or None if nothing was moved.
     """
     for unfinished in out.glob("*.new"):
         if FILES.fullmatch(unfinished.stem) and not unfinished.is_dir():
@@ -95,7 +95,7 @@ def archive_previous_run(out: Path, *, after: int | None = None) -> Path | None:
         moved, drawn = later[CHECKPOINT], later[IMAGE] + later[EXPLORER]
         if moved:
             moved += drawn
-            with suppress(SystemExit):  # where it is missing or cannot be read
+            with suppress(SystemExit):  # if it is missing or cannot be read
                 moved += [out / "best.pt"] if load(out / "best.pt")["step"] > after else []
         else:
             for path in drawn:
@@ -113,7 +113,7 @@ def archive_previous_run(out: Path, *, after: int | None = None) -> Path | None:
 
 
 def versions() -> dict[str, str]:
-    """What a checkpoint is made with."""
+    """The versions that a checkpoint is made with."""
     torchs, ours = str(torch.__version__), torch_sagan.__version__
     return {"python": platform.python_version(), "torch": torchs, "torch_sagan": ours}
 
@@ -129,7 +129,7 @@ def load(path: Path) -> dict[str, Any]:
         raise SystemExit(f"cannot resume from {path}: no such file")
     try:
         with zipfile.ZipFile(path) as file:
-            if file.testzip():  # torch.load does not look at the checksums that torch.save writes
+            if file.testzip():  # torch.load does not verify the checksums that torch.save writes
                 raise ValueError("damaged")
         state = read(path)
         foreign = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
@@ -141,7 +141,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(out: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, None where there is none; those that cannot are named."""
+    """The newest checkpoint that can be read, or None without any; unreadable ones are reported."""
     found = _numbered(out, CHECKPOINT)
     for _, path in reversed(found):
         try:

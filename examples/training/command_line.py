@@ -17,7 +17,7 @@ Settings = TypeVar("Settings")
 
 
 def line(message: object) -> str:
-    """A message as one line that says who speaks."""
+    """A message as one line that begins with the script's name."""
     return "train_celeba.py: " + " ".join(str(message).split())
 
 
@@ -39,17 +39,17 @@ def option(
     fixed: bool = False,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A setting: its default, the heading it stands under in --help, and its comment, which is its help.
+    """A setting: its default, its heading in --help, and its help text, which is also its comment in the code.
 
-    `least` is the smallest value it may have. A `fixed` one, and those of the networks, cannot change
-    when a run is resumed.
+    `least` is the smallest allowed value. A `fixed` setting, like those of the networks, cannot change when a run is
+    resumed.
     """
     more = {"group": group, "help": text, "least": least, "fixed": fixed or group == "networks", "choices": choices}
     return field(default=default, metadata=more)
 
 
 def script(main: Callable[[], int | None]) -> NoReturn:
-    """Run the main function of a script. What the terminal cannot show is escaped; Ctrl-C is status 130."""
+    """Run the main function of a script. Characters unknown to the terminal are escaped; Ctrl-C gives status 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -60,14 +60,13 @@ def script(main: Callable[[], int | None]) -> NoReturn:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, of the script that `prog` names. `@file` stands for the flags in that
-    file."""
+    """A parser whose errors are one line that begins with `prog`. `@file` stands for the flags in that file."""
 
     def __init__(self, prog: str, usage: str | None = None, **more: Any) -> None:
         super().__init__(prog, usage, fromfile_prefix_chars="@", **more)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """A line of a recipe: flags with their values; what follows a # is a comment."""
+        """Split a line of a recipe into flags and values; a # begins a comment."""
         return shlex.split(arg_line, comments=True)
 
     def error(self, message: str) -> NoReturn:
@@ -90,7 +89,7 @@ def read_short_run(
 
 
 def read_arguments(settings: type[Any], arguments: Sequence[str] | None, description: str) -> dict[str, Any]:
-    """What was given on the command line, and only that: the rest comes from the defaults or from a checkpoint."""
+    """The settings given on the command line, and only those: the rest comes from the defaults or from a checkpoint."""
     parser = Parser(
         "train_celeba.py", "%(prog)s [@recipe] [settings]", description=description, argument_default=argparse.SUPPRESS
     )
@@ -103,7 +102,7 @@ def read_arguments(settings: type[Any], arguments: Sequence[str] | None, descrip
     resuming = parser.add_argument_group("resuming")
     resuming.add_argument(
         "--resume", metavar="PATH", default=None,
-        help="continue from this checkpoint, or the newest in this run's folder, with its settings; auto: from the "
+        help="continue from this checkpoint, or from the newest in this folder, with its settings; auto: from the "
         "newest in --out, or begin if there is none",
     )  # fmt: skip
     resuming.add_argument(
@@ -127,7 +126,7 @@ def resolve_config(settings: type[Settings], given: dict[str, Any], stored: dict
     """The settings of a run: those given, else those stored in its checkpoint, else the defaults."""
     metadata = {setting.name: setting.metadata for setting in fields(settings)}  # type: ignore[arg-type]
     if unknown := sorted(map(str, set(stored or ()) - set(metadata))):
-        fail(f"the checkpoint is of another version, with settings that this one does not know: {', '.join(unknown)}")
+        fail(f"the checkpoint is of another version, with settings that this version lacks: {', '.join(unknown)}")
     before = settings(**(stored or {}))
     changed = {name: value for name, value in given.items() if name != "out" and value != getattr(before, name)}
     if stored is not None and changed:

@@ -15,7 +15,7 @@ from training.objectives import DEFAULT_WEIGHT, LOSSES
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of the trainer. The text of each is its comment here and its help on the command line."""
+    """All settings of the trainer. The text of each is both its comment here and its help on the command line."""
 
     data: str = option("faces", "data", "faces, faces:200, digits, an image folder or zip, MNIST's or CIFAR-10's files")
     classes: str = option("none", "data", "none, own (folders, digits, hair …) or attributes:Smiling,Male", fixed=True)
@@ -65,7 +65,7 @@ class Config:
     keep_every: int = option(20_000, "output", "steps between two checkpoints kept for good, 0 to disable", least=0)
     tensorboard: bool = option(True, "output", "also write event files for TensorBoard")
 
-    eval_every: int = option(5000, "evaluation", "steps between two evaluations of the averaged G, 0: none", least=0)
+    eval_every: int = option(5000, "evaluation", "steps between evaluations of the averaged G, 0 to disable", least=0)
     eval_samples: int = option(2000, "evaluation", "images of each kind (published FIDs take 50000)", least=2)
     inception: str = option("", "evaluation", "Inception's weights, for FID (default: where torch.hub has them)")
 
@@ -82,15 +82,15 @@ class Config:
 
 
 def check(config: Config, processes: int) -> None:
-    """Settings that do not go together, or cannot be used. What concerns one setting alone is checked beside it."""
+    """Refuse settings that contradict each other or cannot be used. Limits of one setting are beside its default."""
     if not config.data:
         fail("--data is empty: expected faces, digits, a folder or an archive")
     if Path(config.out).exists() and not Path(config.out).is_dir():
-        fail(f"--out {config.out}: there is a file of this name, a folder is needed")
+        fail(f"--out {config.out}: expected a folder, but there is a file of this name")
     if config.seed >= 2**62:
         fail(f"--seed must be below 2^62, got {config.seed}")
     for name in ("ema_decay", "beta1", "beta2"):
-        # A mean that keeps everything would never move.
+        # With 1, Adam's means would never change.
         if getattr(config, name) > 1 or (name != "ema_decay" and getattr(config, name) == 1):
             fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(config, name)}")
     _check_penalty(config)
@@ -122,7 +122,7 @@ def _check_penalty(config: Config) -> None:
 
 
 def default_out(data: str) -> str:
-    """The folder of a run that is not given one."""
+    """The folder of a run without --out."""
     name = Path(os.path.abspath(data)).name.removesuffix(".zip").removesuffix(".tar.gz")  # of . and .. too
-    name = name.replace(":", "-")  # of faces:200, since not every disk takes a colon
+    name = name.replace(":", "-")  # of faces:200, since some file systems allow no colon
     return f"runs/{name or 'images'}"

@@ -1,8 +1,8 @@
-"""Where training images come from: what `--data` and `--classes` name.
+"""Training images: the data sets that `--data` and `--classes` name.
 
 A data set is indexed by a whole batch at once, a list of (index, flip) pairs, and returns a `Batch`. All random numbers
-are drawn in `InfiniteBatchSampler`, which makes those pairs: workers draw nothing, so order and flips depend on the
-seed alone, not on how many processes decode.
+are drawn in `InfiniteBatchSampler`, which makes these pairs, and none in the workers. So order and flips depend on the
+seed alone, not on the number of decoding processes.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ class InfiniteBatchSampler(Sampler[Indices]):
         self.count, self.batch_size, self.seed, self.flip, self.position = count, batch_size, seed, flip, position
 
     def __iter__(self) -> Iterator[Indices]:
-        epoch, place = divmod(self.position, self.count)
+        epoch, start = divmod(self.position, self.count)
         order = self._epoch(epoch)
         while True:
-            batch = order[place : place + self.batch_size]
-            place += len(batch)
+            batch = order[start : start + self.batch_size]
+            start += len(batch)
             while len(batch) < self.batch_size:
                 epoch += 1
                 order = self._epoch(epoch)
-                place = min(self.batch_size - len(batch), self.count)
-                batch = batch + order[:place]
+                start = min(self.batch_size - len(batch), self.count)
+                batch = batch + order[:start]
             yield batch
 
     def _epoch(self, epoch: int) -> Indices:
-        # The two numbers seed a hash, so that neighbouring seeds and epochs have nothing in common.
-        generator = np.random.default_rng((self.seed, epoch))
-        order = generator.permutation(self.count).tolist()
-        flips = generator.random(self.count) < 0.5 if self.flip else np.zeros(self.count, bool)
+        # numpy hashes the two numbers, so that neighbouring seeds and epochs have nothing in common.
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(self.count).tolist()
+        flips = rng.random(self.count) < 0.5 if self.flip else np.zeros(self.count, bool)
         return list(zip(order, flips.tolist(), strict=True))
 
 
 class ArrayDataset(Dataset[Batch]):
-    """Images that are in memory, or mapped into it: uint8 (N, C, size, size).
+    """Images in memory, or mapped into it: uint8 (N, C, size, size).
 
-    `folder` is where they were decoded; `flip` says whether a mirrored image is one that could be in the data set.
+    `folder` is the folder that they were decoded from; `flip` says whether a mirrored image could be in the data set.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ArrayDataset(Dataset[Batch]):
         return len(self.images)
 
     def __getitem__(self, indices: Indices) -> Batch:
-        # In numpy, which takes a tenth of the time that torch's indexing and selection take for bytes.
+        # In numpy: torch takes ten times as long to index and select bytes.
         index, flip = (np.array(column) for column in zip(*indices, strict=True))
         images = np.asarray(self.images)[index]  # (B, C, size, size), a copy
         images[flip] = images[flip, :, :, ::-1]
@@ -102,12 +102,12 @@ def open_data(
     classes: str = "none",
     attributes: str = "",
 ) -> DataSource:
-    """What `--data` names, with the classes that `--classes` names.
+    """The data set that `--data` names, with the classes that `--classes` names.
 
-    A folder of images is decoded into the folder `cache`, or without one, again and again. All other data sets are read
-    whole within seconds.
+    A folder of images is decoded once, into the folder `cache`, or in every epoch without one. All other data sets are
+    read into memory within seconds.
 
-    Errors are ValueError or OSError with one line that says what is wrong.
+    Every error is a ValueError or an OSError with one line.
     """
     if attributes and not classes.startswith(ATTRIBUTES):
         raise ValueError(f"--attributes {attributes}: only --classes {ATTRIBUTES}Smiling,Male has attributes")
@@ -156,9 +156,9 @@ def procedural_faces(size: int, count: int = FACES, *, first: int = 0) -> ArrayD
 
 def digits(size: int) -> ArrayDataset:
     """The 1797 handwritten digits that scikit-learn ships, 8×8 pixels in 17 greys: enlarged, with more contrast."""
-    from sklearn.datasets import load_digits  # here, because only this data set needs it
+    from sklearn.datasets import load_digits  # imported here, because only this data set needs it
 
-    margin = 3 * size // 28  # the strokes reach the edge of the 8×8 pixels, and are easier to read with some air
+    margin = 3 * size // 28  # the strokes reach the edge of the 8×8 pixels, and are easier to read with a margin
     content = load_digits()
     images = torch.from_numpy(content.images).float()[:, None] / 8 - 1  # (1797, 1, 8, 8) in [-1, 1]
     images = F.interpolate(images, size=size - 2 * margin, mode="bicubic", align_corners=False)
@@ -182,7 +182,7 @@ def cifar10(archive: Path, size: int) -> ArrayDataset:
 
 
 def crop_setting(text: str) -> int | None:
-    """What `--crop` says: a number of pixels, or None for auto."""
+    """The value of `--crop`: a number of pixels, or None for auto."""
     if text != "auto" and not text.isdecimal():
         raise ValueError(f"--crop {text}: expected auto, or a number of pixels, 0 for the largest centre square")
     return None if text == "auto" else int(text)
@@ -199,12 +199,12 @@ def _open_folder(data: str, size: int, crop: int | None, cache: Path | None, lab
         raise ValueError(f"--data {data}: no such folder or zip archive (and neither 'faces' nor 'digits')")
     if not root.is_dir() and not (root.is_file() and zipfile.is_zipfile(root)):
         raise ValueError(
-            f"--data {data}: a folder of images is needed, or a zip archive; this is neither, or its end is missing"
+            f"--data {data}: expected a folder of images or a zip archive; this is neither, or it is incomplete"
         )
     kind = ImageFolder if root.is_dir() else ZippedImageFolder
     try:
         folder = kind(root, size, crop, labeling)
-    except (zipfile.BadZipFile, ValueError) as error:  # the second where an offset points out of the file
+    except (zipfile.BadZipFile, ValueError) as error:  # a ValueError if an offset points outside the file
         raise ValueError(f"--data {data}: a damaged zip archive: {error}") from None
     if folder.labels and (folder.paths or NO_CLASS in folder.others.values()):
         check_classes(folder.labels, f"--data {data}")
@@ -214,7 +214,7 @@ def _open_folder(data: str, size: int, crop: int | None, cache: Path | None, lab
             path, reason = next(iter(folder.others.items()))
             message += f"; {len(folder.others)} files are left out, for example {path}: {reason}"
         raise ValueError(message)
-    folder.read(0)  # at least one can be decoded; otherwise this says so before the training starts
+    folder.read(0)  # raises an error before the training starts if no image can be decoded
     if cache is None:
         return folder
     images, sources = open_cache(folder, cache)

@@ -1,8 +1,8 @@
-"""Several processes that train one model: what `torchrun` starts, on one machine or on many.
+"""Several processes that train one model, started by `torchrun` on one machine or on many.
 
-Every process holds the same networks and takes its share of each batch; gradients are averaged by
-DistributedDataParallel. Agreements go through gloo, on the CPU, so that no GPU is waited for; tensors of a GPU go
-through NCCL. Without `torchrun` there is one process, and nothing here does anything.
+Every process has the same networks and takes its share of each batch; DistributedDataParallel averages the gradients.
+Objects such as messages are exchanged by gloo on the CPU, so that no process waits for its GPU; tensors on a GPU are
+exchanged by NCCL. Without `torchrun` there is one process, and nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from training.memory import out_of_memory
 
 Rows = TypeVar("Rows", Tensor, list[Any])
 
-# What gloo and NCCL say where another process has ended.
+# What gloo and NCCL report when another process has ended.
 LOST = re.compile(r"onnection closed by peer|onnection reset by peer|roken pipe|remote process exited")
 
 # The first process saves, draws and evaluates while the others wait.
@@ -39,7 +39,7 @@ TIMEOUT = timedelta(hours=3)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: its number `rank` of `world`, and its number on this machine."""
+    """The number `rank` of this process among `world` processes, and its number on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -48,7 +48,7 @@ class Ranks:
 
     @property
     def abandoned(self) -> bool:
-        """Whether `torchrun` was killed, which no signal tells: its processes would train on beside the next ones."""
+        """Whether `torchrun` was killed, which sends no signal: its processes would continue beside a new run."""
         return self.launcher not in (None, os.getppid())
 
     @property
@@ -57,20 +57,20 @@ class Ranks:
         return self.rank == 0
 
     def shard(self, batch: Rows) -> Rows:
-        """This process's rows of a batch that all processes know."""
+        """This process's rows of a batch that every process has."""
         size = len(batch) // self.world
         share: Rows = batch[self.rank * size : (self.rank + 1) * size]
         return share
 
     def gather(self, thing: Any) -> list[Any]:
-        """One thing from each process, in the order of ranks."""
+        """One object from each process, in the order of ranks."""
         things = [thing] * self.world
         if self.world > 1:
             dist.all_gather_object(things, thing)
         return things
 
     def broadcast(self, thing: Any) -> Any:
-        """What the first process has, on all: the machines need no common disk."""
+        """The object of the first process, on all of them, without a common disk."""
         things = [thing]
         if self.world > 1:
             dist.broadcast_object_list(things)
@@ -93,7 +93,7 @@ class Ranks:
 
     @contextmanager
     def agreeing(self, *errors: type[Exception]) -> Iterator[None]:
-        """A SystemExit with a line, too little memory, an OSError or one of `errors`, on one process, ends them all."""
+        """End all processes with one line if one raises SystemExit, OSError, out of memory, or one of `errors`."""
         message = None
         try:
             yield
@@ -112,14 +112,14 @@ class Ranks:
         if messages:
             if self.first:
                 print(messages[0], file=sys.stderr, flush=True)
-            self.gather(None)  # torchrun ends the others as soon as one has ended: not before the line is printed
+            self.gather(None)  # until the line is printed: torchrun ends all processes as soon as one has ended
             raise SystemExit(1)
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model as its training calls it: a backward pass through it averages the gradients over processes."""
+        """The model to call in training: a backward pass through it averages the gradients over processes."""
         if self.world == 1:
             return model
-        # A weight with a dimension of one has several strides that mean the same; DDP takes that for a difference.
+        # A weight with a dimension of size one has several equivalent strides, of which DDP warns.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         on_gpu = next(model.parameters()).is_cuda
         return DistributedDataParallel(model, device_ids=[self.local_rank] if on_gpu else None)
@@ -131,10 +131,10 @@ class Ranks:
         return model
 
     def average_statistics(self, model: nn.Module) -> None:
-        """Where batch norm saw this process's images alone: the mean of all processes' running statistics."""
+        """Average the running statistics of batch norms that saw only this process's images."""
         if self.world == 1:
             return
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]  # SyncBatchNorm is none
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]  # SyncBatchNorm is not one
         statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
         if statistics:
             means = self.mean(torch.cat([tensor for tensor in statistics if tensor is not None]))
@@ -148,7 +148,7 @@ SINGLE_PROCESS = Ranks()
 
 
 def no_sync_unless(model: nn.Module, when: bool) -> AbstractContextManager[object]:
-    """Gradients of forward passes inside stay on this process and add up, unless `when`."""
+    """Unless `when`, gradients of forward passes inside are added up on this process and not averaged over all."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not when else nullcontext()
 
 
@@ -174,15 +174,15 @@ class ShardSampler(Sampler[list[Any]]):
 
 @contextmanager
 def processes() -> Iterator[Ranks]:
-    """Join the processes that were started together, and leave them; only the first one prints.
+    """Join the process group inside the block; only the first process prints.
 
-    What holds the group, such as a model from `Ranks.parallel`, has to be out of scope when the block ends.
+    Objects that refer to the group, such as a model from `Ranks.parallel`, must be out of scope when the block ends.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Ranks()
         return
     launcher = os.getppid()
-    # DistributedDataParallel imports it, and from then on its functions hold the group that there was at the import.
+    # DistributedDataParallel imports this later, and its functions would then keep a reference to the group.
     import torch.distributed.nn.functional
 
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
@@ -194,16 +194,16 @@ def processes() -> Iterator[Ranks]:
             nullcontext() if ranks.first else redirect_stdout(nowhere),
         ):
             yield ranks
-            ranks.gather(None)  # one that left earlier would be missed by those who still read its last message
+            ranks.gather(None)  # a process that left earlier could not answer those that still read its last message
     except BaseException as error:
-        # The others may be waiting for this process, and those who leave a group in order wait for the others.
+        # The others may be waiting for this process, which would wait for them if it left the group in order.
         status = error.code if isinstance(error, SystemExit) else 1
         atexit.register(_leave_at_once, status if isinstance(status, int) else 1)
         if ranks.world > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
             fail(f"rank {ranks.rank} lost another process")
         raise
-    # Gloo's threads end with the last reference to the group. One that still lets go of a tensor when Python ends, for
-    # which it needs Python, aborts the process. DistributedDataParallel holds the group, and lies in reference cycles.
+    # Gloo's threads end with the last reference to the group. A thread that still frees a tensor when Python ends
+    # aborts the process. DistributedDataParallel refers to the group and is part of reference cycles, so collect them.
     gc.collect()
     dist.destroy_process_group()
 
@@ -215,21 +215,21 @@ def _leave_at_once(status: int) -> None:
 
 
 def pick_device(name: str, ranks: Ranks) -> torch.device:
-    """What `--device` names; on CUDA each process of a machine takes its own."""
+    """The device that `--device` names; on CUDA each process of a machine takes its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cpu" if name == "mps" and ranks.world > 1 else name
     if ranks.world > 1:
         if name not in ("cpu", "cuda"):
-            fail(f"--device {name}: several processes share no device, give cuda (each takes its own) or cpu")
+            fail(f"--device {name}: several processes cannot share it, give cuda (each takes its own) or cpu")
         name = f"cuda:{ranks.local_rank}" if name == "cuda" else name
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-        torch.Generator(device)  # latent vectors are drawn there
+        torch.Generator(device)  # latent vectors will be drawn on it
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}")  # torch's advice can fill a page
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32: products of 10 bits, sums in float32, several times faster
+        torch.set_float32_matmul_precision("high")  # TF32: 10-bit products summed in float32, several times faster
     return device

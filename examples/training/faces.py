@@ -1,14 +1,14 @@
 """Procedural portraits: an endless, aligned set of cartoon faces that needs no download.
 
-Face `index` of `seed` is always the same face, at every size. Five pairs of places that lie far apart must agree,
-and nothing near either place tells which colour it should be, so only a model that relates distant positions can
-get them right: the two irises, the two earrings, the two cheeks, the hair and the brows, the head-band and the shirt.
+Face `index` of `seed` is always the same face, at every size. Five pairs of distant parts have one colour each: the two
+irises, the two earrings, the two cheeks, the hair and the brows, the head-band and the shirt. Nothing near a part shows
+which colour it should have, so only a model that relates distant positions can draw both alike.
 
     from training.faces import render, traits
-    pictures = render(traits(64), size=64)      # uint8, (64, 3, 64, 64)
+    images = render(traits(64), size=64)        # uint8, (64, 3, 64, 64)
 
-Coordinates run from -1 to 1, x to the right and y downward. Every shape is a signed distance (negative inside), and a
-pixel is covered as far as its distance from the edge says: that is the anti-aliasing, and why any size works.
+Coordinates run from -1 to 1, x to the right and y downward. Every shape is a signed distance (negative inside), and the
+coverage of a pixel follows from its distance to the edge. That is the anti-aliasing, and it works at any size.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LIPS = np.array([[112, 10, 28]], np.float32)  # added to a share of the skin's c
 
 
 class Traits(NamedTuple):
-    """What tells n faces apart. Colours are (n, 3) in 0 … 255, everything else (n,)."""
+    """What distinguishes n faces. Colours are (n, 3) in 0 … 255, everything else (n,)."""
 
     eyes: Floats
     earrings: Floats
@@ -68,7 +68,7 @@ class Traits(NamedTuple):
 
 def traits(count: int, *, seed: int = 0, first: int = 0) -> Traits:
     """The traits of the faces `first` … `first + count - 1` of the set `seed`."""
-    # A counter-based generator keyed by (seed, index): any face alone, without drawing those before it.
+    # A counter-based generator with the key (seed, index) draws any face without drawing those before it.
     draws = np.stack(
         [np.random.Generator(np.random.Philox(key=[seed, first + i])).random(32) for i in range(count)]
     ).astype(np.float32)  # (n, 32)
@@ -86,11 +86,11 @@ def traits(count: int, *, seed: int = 0, first: int = 0) -> Traits:
         return (196 + 40 * np.cos(hue)).astype(np.float32)
 
     def blend(palette: tuple[tuple[int, int, int], ...]) -> Floats:
-        place = next(columns) * (len(palette) - 1)  # anywhere between two neighbours of the palette
-        left = place.astype(int)
+        position = next(columns) * (len(palette) - 1)  # anywhere between two neighbours of the palette
+        left = position.astype(int)
         colors = np.array(palette, np.float32)
         low, high = np.take(colors, left, axis=0), np.take(colors, left + 1, axis=0)
-        blended: Floats = low + (place - left)[:, None].astype(np.float32) * (high - low)
+        blended: Floats = low + (position - left)[:, None].astype(np.float32) * (high - low)
         return blended
 
     return Traits(
@@ -123,14 +123,14 @@ def traits(count: int, *, seed: int = 0, first: int = 0) -> Traits:
 
 
 def hair_colors(people: Traits) -> NDArray[np.int64]:
-    """The number of each face's hair color (n,), its place in `HAIR_COLORS`."""
+    """The number of each face's hair colour (n,), its index in `HAIR_COLORS`."""
     same = (people.hair[:, None] == np.array(HAIR, np.float32)).all(2)  # (n, 6)
     numbers: NDArray[np.int64] = same.argmax(1).astype(np.int64)
     return numbers
 
 
 def render(people: Traits, size: int) -> NDArray[np.uint8]:
-    """Draws the faces at size x size pixels: uint8, (n, 3, size, size)."""
+    """The faces at size × size pixels: uint8, (n, 3, size, size)."""
     count = len(people.eyes)
     pictures = np.empty((count, 3, size, size), np.uint8)
     step = max(1, 2**17 // size**2)  # faces at a time: few enough that every intermediate stays in the cache

@@ -1,11 +1,12 @@
-"""Images decoded once, into an array on the disk: from then on, an epoch costs no decoding.
+"""Decode the images of a folder once, into an array on the disk, so that later epochs need no decoding.
 
 A cache is one `.npy` file, uint8 (N, 3, size, size), that runs map into memory. Row i is what the folder itself would
-give for image i. After the array stand the numbers of the images that were decoded, for i itself may not be readable,
-and a checksum. So training from the cache and training without it are bitwise the same. The name holds crop, size and a
-fingerprint of the files. A cache is written under another name, by one process at a time, and takes its own only when
-it is whole and on the disk: whichever file has the name that a run looks for is up to date. The checksum shows whether
-it is still as it was written; if not, it is built again.
+return for image i, so that training from the cache and training without it are bitwise the same. After the array come
+the numbers of the decoded images (where image i cannot be read, row i is another image) and a checksum.
+
+The name contains crop, size and a fingerprint of the files. A cache is written under another name, by one process at a
+time, and renamed when it is complete and on the disk. So a file with the name that a run expects is up to date. If its
+checksum is wrong, it is built again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from training.image_folder import ImageFolder
 from training.memory import readable
 from training.workers import decoded, usable_cores
 
-DECODER = f"3, Pillow {PIL.__version__}"  # raise the number when `ImageFolder` makes other pixels of the same file
+DECODER = f"3, Pillow {PIL.__version__}"  # increase the number when `ImageFolder` returns other pixels for a file
 CHECKSUM = 4  # bytes at the end of a cache: the CRC-32 of all before them
 CHUNK = 2**20  # bytes that are read at a time
 
@@ -48,7 +49,7 @@ class Decoded(NamedTuple):
 
 
 def open_cache(folder: ImageFolder, directory: Path) -> Decoded:
-    """All images of a folder from its cache in `directory`, which is built if need be."""
+    """All images of a folder from its cache in `directory`, which is built if necessary."""
     shape = (len(folder), 3, folder.size, folder.size)
     stem = _stem(folder)
     path = directory / f"{stem}-{_fingerprint(folder)}.npy"
@@ -65,7 +66,7 @@ def open_cache(folder: ImageFolder, directory: Path) -> Decoded:
     try:
         images = _map(path, shape)  # by now, another process may have built it
         if images is None:
-            for file in directory.iterdir():  # out of date, or what a builder left that was killed
+            for file in directory.iterdir():  # out of date, or left by a process that was killed
                 if file.name.startswith(f"{stem}-") and file.suffix in (".npy", ".part"):
                     if file == path:
                         print(f"damaged, decoded again: {path}", file=sys.stderr, flush=True)
@@ -73,14 +74,14 @@ def open_cache(folder: ImageFolder, directory: Path) -> Decoded:
             _build(folder, path, shape)
             images = _map(path, shape)
             if images is None:
-                raise OSError(f"{path} is not what has just been written: --cache-dir names another folder")
+                raise OSError(f"{path} differs from what was just written: choose another folder with --cache-dir")
     finally:
         lock.release()
     return images
 
 
 def _stem(folder: ImageFolder) -> str:
-    """What the caches of the same folder, crop and size have in common, whatever the folder held at the time."""
+    """The part of the name that all caches of this folder, crop and size share, whatever the folder contained."""
     where = hashlib.sha256(os.fsencode(folder.root)).hexdigest()[:8]
     crop = "auto" if folder.crop is None else folder.crop
     return f"{folder.root.stem[:64]}-{folder.size}px-crop{crop}-{where}"
@@ -100,7 +101,7 @@ def _header(shape: tuple[int, ...]) -> bytes:
 
 
 def _map(path: Path, shape: tuple[int, ...]) -> Decoded | None:
-    """The cache, or None where there is none, or where it is no longer as it was written."""
+    """The cache, or None if there is none or its checksum is wrong."""
     header = _header(shape)
     pixels = len(header) + math.prod(shape)
     end = pixels + 8 * shape[0]
@@ -108,7 +109,7 @@ def _map(path: Path, shape: tuple[int, ...]) -> Decoded | None:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size != end + CHECKSUM:
                 return None
-            # Read, not mapped: at a bad sector, a read raises an error, where looking into a mapping ends the process.
+            # Read, not mapped: at a bad sector a read raises an error, while access to a mapping kills the process.
             checksum = 0
             for start in range(0, pixels, CHUNK):
                 checksum = zlib.crc32(file.read(min(CHUNK, pixels - start)), checksum)
@@ -127,14 +128,14 @@ def _build(folder: ImageFolder, path: Path, shape: tuple[int, ...]) -> None:
     if need > free:
         raise OSError(
             f"the decoded images need {readable(need)} in {path.parent}, {readable(need - free)} more than are "
-            "free: --cache-dir names another folder, --no-cache does without"
+            "free: choose another folder with --cache-dir, or give --no-cache"
         )
     for other, reason in folder.others.items():
         print(f"{reason}, left out: {other}", file=sys.stderr)
     part = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}.part")
     try:
         with open(part, "xb") as file:
-            # Written, not mapped: on a full disk a write raises an error, where storing to a mapping ends the process.
+            # Written, not mapped: on a full disk a write raises an error, while storing to a mapping kills the process.
             file.write(header)
             checksum = zlib.crc32(header)
             sources = bytearray()
@@ -155,7 +156,7 @@ def _build(folder: ImageFolder, path: Path, shape: tuple[int, ...]) -> None:
 
 
 class _Sources(Dataset[tuple[Tensor, Tensor, dict[str, str]]]):
-    """A folder that gives the numbers of the images it has read, whatever their classes."""
+    """A folder that also returns the numbers of the images that it has read, and no classes."""
 
     def __init__(self, folder: ImageFolder) -> None:
         self.folder = folder
@@ -168,7 +169,7 @@ class _Sources(Dataset[tuple[Tensor, Tensor, dict[str, str]]]):
 
 def _decoded(folder: ImageFolder) -> Iterator[tuple[Tensor, Tensor]]:
     """The images in their order, uint8 (n, 3, size, size) at a time, and their numbers (n,), decoded on all cores."""
-    step = min(64, max(1, 2**20 // (3 * folder.size**2)))  # a MiB at most, so that little shared memory is enough
+    step = min(64, max(1, 2**20 // (3 * folder.size**2)))  # at most a MiB, so that little shared memory is enough
     starts = range(0, len(folder), step)
     batches = [list(range(len(folder))[start : start + step]) for start in starts]
     decoding = decoded(_Sources(folder), batches, workers=min(usable_cores(), len(batches)))

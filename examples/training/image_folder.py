@@ -1,6 +1,6 @@
 """Images of a folder or a zip archive, at any depth: found, decoded, cropped and resized.
 
-A file that is not an image, or that cannot be read without a guess, is left out and named with the reason.
+A file that is not an image, or that cannot be read without guessing, is left out and reported with the reason.
 """
 
 from __future__ import annotations
@@ -27,32 +27,33 @@ from training.labels import UNLABELED, Labels
 from training.memory import readable
 
 Indices = list[tuple[int, bool]]  # the images of a batch: each one's number, and whether it is mirrored
-Found = tuple[str, str, str]  # a file's path, what changes when the file does, and why it is left out, or ""
+Found = tuple[str, str, str]  # a file's path, a text that changes when the file does, and why it is left out, or ""
 Labeling = Callable[[list[str]], Labels]  # paths within a folder, with slashes -> their classes
 CELEBA, CELEBA_CROP = (178, 218), 160  # the size of CelebA's aligned images, and what is usually cropped from them
 LARGEST_FILE = 2**29  # bytes; a member of an archive is read into memory as a whole
-NO_CLASS = "no class"  # why an image of a folder with classes is left out
+NO_CLASS = "no class"  # the reason for leaving out an image without a class
 SAMPLE = 64  # images whose sizes are looked at
 
 
 class Batch(NamedTuple):
-    """Images of a data set that is indexed by a whole batch at once."""
+    """A batch of a data set that is indexed by a whole batch at once."""
 
     images: Tensor  # uint8 (B, C, size, size)
-    labels: Tensor | None  # (B,), of a data set with classes
+    labels: Tensor | None  # (B,), if the data set has classes
     unreadable: dict[str, str]  # files that could not be read, each with the reason
 
 
 class ImageFolder(Dataset[Batch]):
-    """The images below a folder, at any depth, cropped and resized. `others` are the files left out, each with why.
+    """The images below a folder, at any depth, cropped and resized. `others` are the files left out, each with the
+    reason.
 
-    An image that turns out unreadable is replaced by the next one that can be read, so that a batch always has its
-    size. `crop` is the side of the centre square that is kept, in pixels, 0 for the largest; None takes 160 pixels of
-    images of CelebA's size and the largest square of all others. With `labeling`, images without a class are left out,
-    and one that cannot be read keeps no label: that of the image in its place is taken.
+    An image that turns out to be unreadable is replaced by the next one that can be read, so that a batch always has
+    its size. `crop` is the side of the centre square that is kept, in pixels, 0 for the largest; None takes 160 pixels
+    of images of CelebA's size and the largest square of all others. With `labeling`, images without a class are left
+    out, and an image that replaces an unreadable one has its own label.
     """
 
-    flip = True  # a mirrored image is one that could be in the data set
+    flip = True  # a mirrored image could be in the data set
 
     def __init__(self, root: Path, size: int, crop: int | None = None, labeling: Labeling | None = None) -> None:
         self.labeling = labeling
@@ -60,10 +61,10 @@ class ImageFolder(Dataset[Batch]):
         self.root, self.size, self.crop = root.resolve(), size, crop
         suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
         self.paths: list[str] = []
-        self.stamps: list[str] = []  # for each image, what changes when its file does, found without reading it
+        self.stamps: list[str] = []  # for each image a text that changes when its file does, found without reading it
         self.others: dict[str, str] = {}
         for path, stamp, problem in sorted(self._find()):
-            # A name that starts with a dot is some program's own, such as macOS's ._000001.jpg.
+            # Names that start with a dot belong to other programs, such as macOS's ._000001.jpg.
             image = os.path.splitext(path)[1].lower() in suffixes and not os.path.basename(path).startswith(".")
             if image and not problem:
                 self.paths.append(path)
@@ -72,8 +73,8 @@ class ImageFolder(Dataset[Batch]):
                 self.others[path] = problem or "not an image"
         if labeling:
             self._label(labeling)
-        self.unreadable: dict[str, str] = {}  # the images found unreadable so far, in this process, each with why
-        self._instead: dict[int, int] = {}  # for the index of each of them, that of the image in its place
+        self.unreadable: dict[str, str] = {}  # the images found unreadable so far in this process, each with the reason
+        self._instead: dict[int, int] = {}  # from the index of each of them to that of the image that replaces it
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -89,15 +90,15 @@ class ImageFolder(Dataset[Batch]):
         return Batch(torch.stack(images), labels, unreadable)
 
     def read(self, index: int) -> tuple[Tensor, int, dict[str, str]]:
-        """Image `index`, uint8 (3, size, size), and that index; if it cannot be read, the next one that can and that
-        one's index, and the path of the first with the reason."""
+        """Image `index`, uint8 (3, size, size), and its index, or those of the next image that can be read and the
+        path of the unreadable one with the reason."""
         failed: list[int] = []
         at = index
         while len(failed) < len(self.paths):
             at = self._instead.get(at, at)
             try:
                 image = self._decode(self.paths[at])
-            except Exception as error:  # a damaged file can raise anything, each format has its own way
+            except Exception as error:  # damaged files raise errors of many types
                 self.unreadable[self.paths[at]] = _reason(error)
                 failed.append(at)
                 at = (at + 1) % len(self.paths)
@@ -120,13 +121,13 @@ class ImageFolder(Dataset[Batch]):
         return Path(path).relative_to(self.root).as_posix()
 
     def crops(self) -> str:
-        """What is cropped from what, according to the headers of all images, or of a sample of a large folder's."""
+        """The crop and the sizes of the images, from the headers of all of them, or of a sample in a large folder."""
         sample = self.paths[:: -(-len(self.paths) // SAMPLE)]
         crops: Counter[str] = Counter()
         for path in sample:
             try:
                 width, height = self._upright_size(path)
-            except Exception:  # as in `read`, which names it
+            except Exception:  # as in `read`, which reports it
                 continue
             side = self._side(width, height)
             crops[f"{side}x{side} of {width}x{height}"] += 1
@@ -139,7 +140,7 @@ class ImageFolder(Dataset[Batch]):
         return text if len(sample) == len(self.paths) else f"{text}, in a sample of {len(sample)}"
 
     def _find(self) -> Iterator[Found]:
-        """All files. Each folder is read once, and those that are links last, so that no link leads in a circle."""
+        """All files. Each folder is read once, and links to folders last, so that links cannot form a cycle."""
         folders, links = [str(self.root)], list[str]()
         read = set()
         while folders or links:
@@ -157,11 +158,11 @@ class ImageFolder(Dataset[Batch]):
             for entry in entries:
                 try:
                     status = entry.stat()
-                except OSError as error:  # a link that leads nowhere
+                except OSError as error:  # a broken link
                     yield entry.path, "", _reason(error)
                     continue
                 if not stat.S_ISDIR(status.st_mode):
-                    regular = stat.S_ISREG(status.st_mode)  # to open a pipe would wait for whoever writes to it
+                    regular = stat.S_ISREG(status.st_mode)  # opening a pipe would wait for its writer
                     problem = _too_large(status.st_size) if regular else "not a regular file"
                     name = entry.path[len(str(self.root)) :]
                     yield entry.path, f"{name} {status.st_size} {status.st_mtime_ns}", problem
@@ -192,7 +193,7 @@ class ImageFolder(Dataset[Batch]):
         """Width and height that the decoded image will have, from its header."""
         with self._open(path) as file:
             width, height = file.size
-            if isinstance(file, TiffImagePlugin.TiffImageFile):  # some versions of Pillow have turned the size already
+            if isinstance(file, TiffImagePlugin.TiffImageFile):  # some versions of Pillow have swapped the size already
                 width, height = (file.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
             lies = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (height, width) if lies else (width, height)
@@ -201,12 +202,12 @@ class ImageFolder(Dataset[Batch]):
 class _Mapped(mmap.mmap):
     """A file in memory. Each process has its own reading position, so that workers can share one open archive."""
 
-    def seekable(self) -> bool:  # which zipfile asks for, and mmap has from Python 3.13 on
+    def seekable(self) -> bool:  # zipfile calls it, and mmap has it only from Python 3.13 on
         return True
 
 
 class ZippedImageFolder(ImageFolder):
-    """A folder in a zip archive, read where it is. Paths are those in the archive."""
+    """A folder in a zip archive, which is not unpacked. Paths are those in the archive."""
 
     def __init__(self, root: Path, size: int, crop: int | None = None, labeling: Labeling | None = None) -> None:
         with open(root, "rb") as file:
@@ -228,7 +229,7 @@ class ZippedImageFolder(ImageFolder):
         return path
 
     def _open(self, path: str) -> ImageFile.ImageFile:
-        return _open_image(io.BytesIO(self._archive.read(path)))  # read whole, so that its checksum is looked at
+        return _open_image(io.BytesIO(self._archive.read(path)))  # read as a whole, so that its checksum is verified
 
 
 def _too_large(size: int) -> str:
@@ -236,7 +237,7 @@ def _too_large(size: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file cannot be read, without its path: that stands beside the reason."""
+    """Why a file cannot be read, without its path, which the messages already contain."""
     if isinstance(error, UnidentifiedImageError):
         return "not in a format that can be read"
     text = getattr(error, "strerror", None) or str(error)
@@ -245,17 +246,17 @@ def _reason(error: Exception) -> str:
 
 def _open_image(source: str | io.BytesIO) -> ImageFile.ImageFile:
     with warnings.catch_warnings():
-        # Pillow warns of images half as large as those that it refuses.
+        # Pillow warns about images half as large as those that it refuses.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(source)
 
 
 def upright_rgb(file: ImageFile.ImageFile) -> Image.Image:
-    """The pixels of an open file as RGB, turned as its EXIF data say, over white where they are transparent."""
+    """The pixels of an open file as RGB, rotated as its EXIF data say, on white where they are transparent."""
     if file.mode == "F" or file.mode.startswith("I"):
         return _gray_bytes(file).convert("RGB")
     if file.format == "PNG" and "transparency" in file.info and file.tile[0][3] in ("L;2", "L;4", "RGB;16B"):
-        # Pillow turns the pixels into bytes, but compares them with the colour as the file has it.
+        # Pillow converts the pixels to bytes, but compares them with the unconverted colour of the file.
         raise ValueError("a transparent colour of 2, 4 or 16 bits, which Pillow does not find in the image")
     picture = ImageOps.exif_transpose(file)
     if picture.has_transparency_data:
@@ -274,7 +275,7 @@ def _gray_bytes(file: ImageFile.ImageFile) -> Image.Image:
     elif file.format == "TIFF" and file.mode != "I":  # mode I: numbers with a sign, or of 32 bits
         white = 2 ** tags[ExifTags.Base.BitsPerSample][0] - 1
     else:
-        raise ValueError(f"grey values of {file.format} mode {file.mode}, of which none is known to be white")
+        raise ValueError(f"grey values of {file.format} mode {file.mode}, for which no value is known to be white")
     values = np.asarray(ImageOps.exif_transpose(file), np.float32)  # (H, W)
     if not (values.min() >= 0 and values.max() <= white):  # nor is nan
         raise ValueError(f"grey values from {values.min():g} to {values.max():g}, expected 0 to {white}")

@@ -1,4 +1,4 @@
-"""Tensors to files: grids of images, figures and pages of what a generator attends to, single images, animations."""
+"""Write tensors to files: grids, attention figures and pages, single images, animations."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch_sagan import AttentionRecord, attention_overlay, explore_attention, m
 from training.checkpointing import write
 
 GAP = 2  # pixels between two tiles
-TILE = 192  # pixels of an overlay, at least: its marks and positions are to be seen
-PAGE_BYTES = 8_000_000  # that a page of several images may have
+TILE = 192  # least width of an overlay in pixels, so that its marks and positions are visible
+PAGE_BYTES = 8_000_000  # bytes that a page of several images may have
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> None:
@@ -29,7 +29,7 @@ def save_attention(
     path: Path, images: Tensor, attention: Tensor | AttentionRecord, queries: Sequence[tuple[float, float]]
 ) -> None:
     """Write a row for each image: itself with the query positions (fractions) marked, then what each attends to."""
-    images = _enlarged(images, TILE)  # (B, C, H, W), before anything is drawn on them: marks should be fine
+    images = _enlarged(images, TILE)  # (B, C, H, W), enlarged first, so that the marks are fine
     height, width = images.shape[2:]
     points = [(int(row * height), int(column * width)) for row, column in queries]
     tiles = torch.cat([mark_queries(images, points).unsqueeze(1), attention_overlay(images, attention, points)], 1)
@@ -37,7 +37,7 @@ def save_attention(
 
 
 def save_explorer(path: Path, images: Tensor, records: Mapping[str, Sequence[AttentionRecord]]) -> int:
-    """Write a page to explore attention in, with as many of the images as 8 MB hold, one at least. Returns how many."""
+    """Write an attention explorer with as many of the images as fit into 8 MB, at least one. Returns how many."""
     weights = sum(record.attention[0].numel() for calls in records.values() for record in calls)  # of an image
     count = max(1, min(len(images), PAGE_BYTES // (2 * weights)))  # a weight takes 4/3 bytes; the rest is small
     first = {
@@ -69,7 +69,7 @@ def _pil_images(images: Tensor) -> list[Image.Image]:
 
 
 def _enlarged(images: Tensor, least: int) -> Tensor:
-    """Images of so many pixels at least: small ones would hardly be seen."""
+    """The images, enlarged to at least so many pixels if they are smaller."""
     zoom = -(-least // images.shape[-1])
     return images.expand(-1, 3, -1, -1).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
 
@@ -85,7 +85,7 @@ def _save(path: Path, tiles: Tensor, columns: int) -> None:
 
 
 def _write(path: Path, image: Image.Image, **options: Any) -> None:
-    """Write an image completely or not at all, in the format of the suffix."""
+    """Write an image completely or not at all, in the format that the suffix names."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise ValueError(f"unknown file extension: {path.suffix!r}")

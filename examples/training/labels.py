@@ -1,7 +1,7 @@
 """Classes of images: from the folders that they are in, or from CelebA's table of attributes.
 
-A label is a class's number, its place in `Labels.classes`. What the trainer's `--classes` and `generate.py --labels`
-mean is defined here; nothing here reads an image.
+A label is the number of a class, its index in `Labels.classes`. This file defines the meaning of the trainer's
+`--classes` and of `generate.py --labels`; it reads no images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def check_classes(labels: Labels, source: str) -> None:
     """Raise a ValueError unless there are two classes or more, each with an image."""
     if len(labels.classes) < 2:
         found = ", ".join(labels.classes) or "none"
-        raise ValueError(f"{source}: two classes or more are needed, found {found} (--classes none trains without)")
+        raise ValueError(
+            f"{source}: expected two classes or more, found {found} (--classes none trains without classes)"
+        )
     if empty := [name for name, count in labels.counts().items() if count == 0]:
         raise ValueError(f"{source}: no image has the class {', '.join(empty)}")
 
@@ -46,7 +48,7 @@ def check_classes(labels: Labels, source: str) -> None:
 def from_folders(paths: Iterable[str]) -> Labels:
     """One class for each first folder of the paths (relative, with slashes); images beside the folders have none.
 
-    Folders that all paths share are passed over: archives often hold one folder with everything in it.
+    Folders that all paths share are skipped: archives often contain one folder with everything in it.
     """
     folded = [PurePosixPath(path).parts[:-1] for path in paths]
     while len({parts[:1] for parts in folded}) == 1 and all(len(parts) > 1 for parts in folded):
@@ -58,7 +60,7 @@ def from_folders(paths: Iterable[str]) -> Labels:
 
 
 def from_attributes(paths: Iterable[str], table: Mapping[str, Sequence[bool]], attributes: Sequence[str]) -> Labels:
-    """2^k classes from k attributes; `table` maps a file's name to whether it has each of them.
+    """2^k classes from k attributes; `table` maps a file name to one bool for each of them.
 
     The class `not-Smiling+Male` has the second of `Smiling,Male` and not the first. Images without a row have no class.
     """
@@ -106,17 +108,17 @@ def find_attributes(data: Path) -> Path:
     """CelebA's table in a folder of images, or beside that folder or archive, as it is downloaded.
 
     Raises:
-        ValueError: when it is in neither place.
+        ValueError: when it is in none of these folders.
     """
-    places = [data / ATTRIBUTE_FILE, data.parent / ATTRIBUTE_FILE, data.parent / "Anno" / ATTRIBUTE_FILE]
-    found = next((place for place in places if place.is_file()), None)
+    candidates = [data / ATTRIBUTE_FILE, data.parent / ATTRIBUTE_FILE, data.parent / "Anno" / ATTRIBUTE_FILE]
+    found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise ValueError(f"no {ATTRIBUTE_FILE} in {data} or beside it: give its path with --attributes")
     return found
 
 
 def parse_labels(text: str, classes: Sequence[str], num_classes: int) -> list[int]:
-    """`smiling,3` to numbers: names of classes (in capitals or not) and numbers, separated by commas.
+    """The numbers of classes such as `smiling,3`: names (in any case) and numbers, separated by commas.
 
     Raises:
         ValueError: for what is neither.
@@ -124,7 +126,7 @@ def parse_labels(text: str, classes: Sequence[str], num_classes: int) -> list[in
     names = {name.lower(): number for number, name in enumerate(classes)}
     numbers = []
     for part in (part.strip() for part in text.split(",")):
-        # A class may be called 3: its name goes before its number.
+        # A class may be called 3: names have precedence over numbers.
         number = names.get(part.lower(), int(part) if part.isdecimal() else UNLABELED)
         if not 0 <= number < num_classes:
             known = f"{', '.join(classes)}; or " if classes else ""

@@ -1,4 +1,4 @@
-"""Latent vectors: drawn with or without truncation, and the way from one to another."""
+"""Latent vectors: draw them, with or without truncation, and interpolate between them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 def draw_latents(count: int, z_dim: int, rng: torch.Generator, truncation: float | None = None) -> Tensor:
     """`count` standard normal vectors (count, z_dim); with truncation t their components lie in [-t, t].
 
-    The truncated normal is that of drawing again whatever lies outside (Brock et al., arXiv:1809.11096).
+    As if components outside were drawn again (Brock et al., arXiv:1809.11096).
     """
     rows = []
-    for _ in range(count):  # one by one, so that the first vectors do not depend on how many follow
+    for _ in range(count):  # one by one, so that the first vectors do not depend on the count
         if truncation is None:
             rows.append(torch.randn(z_dim, generator=rng))
         else:
@@ -21,10 +21,10 @@ def draw_latents(count: int, z_dim: int, rng: torch.Generator, truncation: float
 
 
 def slerp(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """The points (n, D) at shares (n,) of the way from one vector (D,) to another, along the arc between them.
+    """The points (n, D) at fractions (n,) of the arc from one vector (D,) to another.
 
     (sin((1 − t) Ω) a + sin(t Ω) b) / sin Ω, with Ω the angle between a and b; a straight line where that is 0 or π.
-    The middle of a straight line is shorter than the vectors that the generator was trained with.
+    (The middle of a straight line would be shorter than the latent vectors that the generator was trained with.)
     """
     share = share[:, None]  # (n, 1)
     cosine = nn.functional.cosine_similarity(start, end, dim=0).clamp(-1, 1)
@@ -35,7 +35,7 @@ def slerp(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
 
 
 def walk(stops: Tensor, frames: int, *, closed: bool) -> Tensor:
-    """Latent vectors from each of the stops (k, D) towards the next: (legs, frames, D), without the last end."""
+    """Latent vectors from each of the stops (k, D) towards the next: (legs, frames, D), without the last end point."""
     ends = torch.cat([stops[1:], stops[:1]]) if closed else stops[1:]
     shares = torch.arange(frames) / frames
     return torch.stack([slerp(a, b, shares) for a, b in zip(stops[: len(ends)], ends, strict=True)])

@@ -1,4 +1,4 @@
-"""What a run reports: a JSON object per line in `log.jsonl`, TensorBoard's event files, and a progress bar."""
+"""The reports of a run: `log.jsonl` with a JSON object per line, TensorBoard's event files, and a progress bar."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class RunLog:
-    """The log of a run that stands at `step`; what an interrupted run noted of later steps is dropped."""
+    """The log of a run that is at `step`; an interrupted run's lines of later steps are dropped."""
 
     def __init__(self, out: Path, step: int, steps: int, batch_size: int, tensorboard: bool) -> None:
         self.path, self.batch_size = out / "log.jsonl", batch_size
@@ -42,11 +42,11 @@ class RunLog:
         )  # fmt: skip
 
     def advance(self) -> None:
-        """One step is done."""
+        """Count one step."""
         self.bar.update(self.batch_size)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a line, which is on the disk before a checkpoint of its step is, and its numbers to TensorBoard."""
+        """Append a line, and its numbers to TensorBoard. The line is on the disk before a checkpoint of its step is."""
         with open(self.path, "ab") as file:
             file.write(json.dumps({"step": step, **values}).encode() + b"\n")
             file.flush()
@@ -55,30 +55,30 @@ class RunLog:
         self.scalars(step, values)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers for TensorBoard alone."""
+        """Write numbers to TensorBoard alone."""
         if self.tensorboard:
             for name, value in _flat(values):
                 self.tensorboard.add_scalar(name, value, step)
             self.tensorboard.flush()
 
     def images(self, step: int, files: Mapping[str, Path]) -> None:
-        """Images that were written, for TensorBoard as well."""
+        """Add image files to TensorBoard."""
         if self.tensorboard:
             for name, file in files.items():
-                with Image.open(file) as picture:
-                    self.tensorboard.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+                with Image.open(file) as image:
+                    self.tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
             self.tensorboard.flush()
 
     def close(self) -> None:
         """End the progress bar and the event file."""
         self.bar.close()
         if self.tensorboard:
-            with suppress(OSError):  # everything has been flushed, or has raised this error already
+            with suppress(OSError):  # everything is flushed, or flush has raised this error already
                 self.tensorboard.close()
 
 
 def _step(line: bytes) -> float:
-    """The step of a line; infinity where it is not one of ours, or was cut off when the run was killed."""
+    """The step of a line; infinity if it is not the trainer's, or was cut off when the run was killed."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, OverflowError):
@@ -95,7 +95,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
     try:
-        from torch.utils.tensorboard import SummaryWriter  # here, because a run needs it only where it is installed
+        from torch.utils.tensorboard import SummaryWriter  # imported here, because it is optional
     except ImportError:
         print("without TensorBoard: pip install tensorboard, or give --no-tensorboard", file=sys.stderr)
         return None
@@ -104,7 +104,7 @@ def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
 
 @contextmanager
 def one_report() -> Iterator[None]:
-    """What TensorBoard's thread cannot write, its `flush` raises as well: here the thread does not print it too."""
+    """Do not print errors of TensorBoard's thread, since `flush` raises them as well."""
     before = threading.excepthook
 
     def report(error: threading.ExceptHookArgs) -> None:
@@ -119,10 +119,10 @@ def one_report() -> Iterator[None]:
 
 
 class Means:
-    """The mean losses since they were last read, which is when they leave the device.
+    """The mean losses since they were last read. They stay on the device until then.
 
-    `losses` (n, 2), averaged over processes, are those that have left it, and what a checkpoint keeps: where it is made
-    between two lines of the log, the next line is the mean over all steps since the last one all the same.
+    `losses` (n, 2) are those read, averaged over processes. A checkpoint between two lines of the log contains them, so
+    that the next line is the mean over all steps since the last line, also after a resume.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], ranks: Ranks) -> None:
@@ -133,7 +133,7 @@ class Means:
         self.restart()
 
     def restart(self) -> None:
-        """Time runs from here: saving and drawing are not training."""
+        """Start the clock again, so that saving and drawing do not count as training."""
         self.since, self.steps = time.monotonic(), 0
 
     def add(self, losses: Tensor) -> None:
@@ -142,7 +142,7 @@ class Means:
         self.steps += 1
 
     def check(self, step: int) -> Tensor:
-        """The mean losses (2,) since the last reading. Where they are not finite the run ends here, before a save."""
+        """The mean losses (2,) since the last reading. If they are not finite, the run ends here, before a save."""
         if self.on_device:
             self.losses = torch.cat([self.losses, self.ranks.mean(torch.stack(self.on_device)).cpu()])
             self.on_device.clear()
@@ -155,14 +155,14 @@ class Means:
                 seen, sound = f"{seen}, {finite.count(False)} of {name}'s {len(finite)} weight tensors", False
         if not sound:
             fail(
-                f"step {step}: the training is no longer finite: {seen}. Seen before: {self.seen}. The last checkpoint "
-                "is from before; lower learning rates may help"
+                f"step {step}: the training is no longer finite: {seen}. Previously: {self.seen}. The last checkpoint "
+                "is older; lower learning rates may help"
             )
         self.seen = f"step {step}, {seen}"
         return means
 
     def read(self, step: int, batch_size: int) -> dict[str, float]:
-        """The numbers of a log line, for which the means start anew."""
+        """The numbers of a log line; the next means start here."""
         loss_d, loss_g = self.check(step).tolist()
         rate = self.steps * batch_size / (time.monotonic() - self.since)
         self.losses = torch.empty(0, 2)

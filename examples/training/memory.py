@@ -1,4 +1,4 @@
-"""Memory in words: numbers of bytes, and what PyTorch and NumPy raise where it is short, in one sentence."""
+"""Sizes in bytes as text, and out-of-memory errors of PyTorch and NumPy as one sentence."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 
 
 def readable(size: int) -> str:
-    """A number of bytes in the largest unit of which there is at least one: 1536 is 1.5 KiB."""
+    """A number of bytes in the largest unit that makes it at least 1: 1536 is 1.5 KiB."""
     power = max(0, size.bit_length() - 1) // 10
     return f"{size / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What was asked for in vain; None for every other error."""
+    """The message of an out-of-memory error; None for every other error."""
     said = (str(error).splitlines() or ["out of memory"])[0]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return said
-    _, allocator, what = said.partition("DefaultCPUAllocator: ")  # the CPU has no error of its own
+    _, allocator, what = said.partition("DefaultCPUAllocator: ")  # on the CPU it is a plain RuntimeError
     return what if isinstance(error, RuntimeError) and allocator else None

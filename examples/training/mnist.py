@@ -40,7 +40,7 @@ def read_idx(folder: Path, name: str, *, dimensions: int) -> NDArray[np.uint8]:
     """The bytes of an IDX file in the shape that it states; of `name.gz` if there is no `name`."""
     path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
     if path is None:
-        raise ValueError(f"{folder}: neither {name} nor {name}.gz is there")
+        raise ValueError(f"{folder}: expected {name} or {name}.gz in it")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
@@ -52,5 +52,5 @@ def read_idx(folder: Path, name: str, *, dimensions: int) -> NDArray[np.uint8]:
         raise ValueError(f"{path} ends within its header")
     shape = np.frombuffer(content[4:start], dtype=">u4").tolist()
     if len(content) - start != math.prod(shape):
-        raise ValueError(f"{path} states {math.prod(shape)} values {tuple(shape)} and holds {len(content) - start}")
+        raise ValueError(f"{path} states {math.prod(shape)} values {tuple(shape)} and has {len(content) - start}")
     return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
