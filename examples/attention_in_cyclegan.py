@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = read_short_run(
         "attention_in_cyclegan.py", "Put attention into a CycleGAN that turns dark hair fair and back.", 600, arguments
     )
-    torch.set_num_threads(1)  # more would add in another order, and end in another figure
+    torch.set_num_threads(1)  # more threads would add in another order and give another figure
     torch.manual_seed(args.seed)
     dark, fair = portraits(faces.HAIR[0], first=0), portraits(faces.HAIR[3], first=PEOPLE)
     to_fair, to_dark, is_fair, is_dark = networks = Generator(), Generator(), Discriminator(), Discriminator()

@@ -28,7 +28,7 @@ QUERIES = ((0.52, 0.63), (0.73, 0.5), (0.2, 0.5), (0.95, 0.5))  # an eye, the mo
 
 
 def attention(channels: int) -> nn.Module:
-    # Where weights grow freely, the softmax soon attends to one position alone.
+    # Without a norm the weights grow, and the softmax soon attends to a single position.
     return apply_spectral_norm(SelfAttention2d.official(channels))
 
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = read_short_run(
         "attention_in_dcgan.py", "Put attention into a DCGAN and train it on procedural faces.", 1400, arguments
     )
-    torch.set_num_threads(1)  # more would add in another order, and end in another figure
+    torch.set_num_threads(1)  # more threads would add in another order and give another figure
     torch.manual_seed(args.seed)
     images = torch.from_numpy(faces.render(faces.traits(PEOPLE), size=32)).float() / 127.5 - 1  # (N, 3, 32, 32)
     z = torch.randn(32, Z_DIM, 1, 1)

@@ -1,10 +1,10 @@
-"""How far an averaged generator has drifted from its sigmas and batch statistics, and what recalibration leaves of it.
+"""Measure how far an averaged generator is from its sigmas and batch statistics, before and after recalibration.
 
     python examples/average_drift.py runs/faces   # a run's folder, or a checkpoint
 
 Sigma is the exact largest singular value of the normalised weights, the smallest and the largest of all layers. The gap
-is the mean absolute difference between images in evaluation and images with the statistics of their own batch, as
-training has them; pixels lie in [-1, 1].
+is the mean absolute difference between images in evaluation mode and images with the statistics of their own batch, as
+in training; pixels are in [-1, 1].
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from training.average import recalibrated
 from training.command_line import script
 from training.model_card import build, from_checkpoint
 
-IMAGES, SEED = 256, 5  # other latent vectors than those that the statistics are taken from
+IMAGES, SEED = 256, 5  # not the latent vectors that the statistics come from
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
-"""How fast the layers are, as ratios against the plain way of writing them, measured in one process.
+"""Measure how fast the layers are, as ratios to plain implementations, in one process.
 
     python examples/benchmark.py                          # everything, some ten minutes on two CPU cores
     python examples/benchmark.py attention                # one part; --help lists them
     python examples/benchmark.py --device cuda --json benchmark.json --plot growth.png
 
 Each number is the median of repeats that take turns with the baseline's, so that a machine whose speed drifts does not
-favour either. A ratio above 1 says how many times as fast as the plain way the library is. The plain way is what the
-public PyTorch implementations do: two ``bmm`` and a softmax; power iterations with a dozen small operations; generated
-images tracked in the discriminator's step.
+favour either. A ratio above 1 means that the library is so many times as fast. The plain implementations are those
+of the public PyTorch repositories: two ``bmm`` and a softmax; power iterations with a dozen small operations; a graph
+of the generated images in the discriminator's step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from training.step import GAN, Piece, no_augmentation, training_step
 
 ATTENTION_SHAPES = [(16, 256, 8), (16, 128, 16), (16, 64, 32), (4, 64, 64), (1, 32, 128)]  # B, C, H = W
 PENALTY_SHAPES = [(16, 128, 16), (16, 64, 32), (1, 32, 64), (4, 64, 64)]
-MEMORY_FROM = 32 * 32  # positions; below, the process's own noise is larger than the map
+MEMORY_FROM = 32 * 32  # positions; with fewer, the noise of the process is larger than the attention matrix
 
 Run = Callable[[], object]
 
@@ -59,7 +59,7 @@ class Stopwatch:
         self.seconds = seconds
 
     def __call__(self, **runs: Run) -> dict[str, float]:
-        """Take turns until the time is used up (five turns at least), after one turn that does not count."""
+        """Run in turns until the time is over, but at least five times, after one turn that is not measured."""
         times: dict[str, list[float]] = {name: [] for name in runs}
         for run in runs.values():
             run()
@@ -92,7 +92,7 @@ def forward_backward(module: nn.Module, x: Tensor, gradient: Tensor) -> Run:
 def gradient_penalty(module: nn.Module, x: Tensor, gradient: Tensor) -> Run:
     """The gradients of WGAN-GP's penalty: a backward pass, and the backward pass of that."""
     x = x.clone().requires_grad_()
-    # The biases of value and output have no influence on the gradient of the input.
+    # The biases of value and output do not affect the gradient of the input.
     inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
 
     def run() -> None:
@@ -137,7 +137,7 @@ def peak_memory(
     device: torch.device,
     make: Callable[[nn.Module, Tensor, Tensor], Run] = forward_backward,
 ) -> float:
-    """MiB that one run takes beyond what was there before, in a process of its own."""
+    """MiB that one run takes in addition to those before, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (kind, shape, device, make))
 
@@ -151,7 +151,7 @@ def _peak_memory(
     batch, channels, size = shape
     layer = attention_layers(channels, device)[kind]
     small = torch.randn(1, channels, 40, 40, device=device)
-    make(layer, small, torch.ones_like(small))()  # libraries make their own buffers at first use
+    make(layer, small, torch.ones_like(small))()  # libraries allocate buffers at first use
     x = torch.randn(batch, channels, size, size, device=device)
     run = make(layer, x, torch.ones_like(x))
     if device.type == "cuda":
@@ -166,7 +166,7 @@ def _peak_memory(
 
 
 def _resident(line: str) -> float:
-    """MiB of this process, now (VmRSS) or at the peak (VmHWM), as Linux tells it."""
+    """MiB of this process, now (VmRSS) or at the peak (VmHWM), as Linux reports them."""
     status = dict(entry.split(":", 1) for entry in Path("/proc/self/status").read_text().splitlines())
     return int(status[line].split()[0]) / 2**10
 
@@ -175,7 +175,7 @@ def _resident(line: str) -> float:
 
 
 def rates(watch: Stopwatch) -> dict[str, float]:
-    """What this machine does at best: products (GFLOP/s), exponentials (G/s) and copies (GB/s, read and written)."""
+    """The best rates of this machine: products (GFLOP/s), exponentials (G/s) and copies (GB/s, read and written)."""
     n = 2048 if watch.device.type == "cpu" else 8192
     matrix = torch.randn(n, n, device=watch.device)
     cached = torch.rand(2**18 if watch.device.type == "cpu" else 2**26, device=watch.device)
@@ -324,7 +324,7 @@ def our_step(
     num_classes: int | None = None,
     architecture: Literal["dcgan", "resnet"] = "dcgan",
 ) -> Run:
-    """The step of every example: images made once, one pass of D, no unread gradients."""
+    """The step of the examples: images generated once, one pass of D, no unused gradients."""
     generator = SAGANGenerator(image_size, num_classes=num_classes, architecture=architecture).to(device)
     discriminator = SAGANDiscriminator(image_size, num_classes=num_classes, architecture=architecture).to(device)
     real = torch.randn(batch, 3, image_size, image_size, device=device).clamp(-1, 1)
@@ -396,7 +396,7 @@ def _residual_step(batch: int, device: torch.device) -> tuple[float, float | Non
 
 def data(watch: Stopwatch) -> list[dict[str, Any]]:
     """How fast the trainer's loader gives batches of 64: from JPEGs, from a zip of them, and from their cache."""
-    # Here, because only this part needs what reading images takes.
+    # Imported here, because only this part reads images.
     from train_celeba import read_images
     from training.configuration import Config
     from training.data import open_data
@@ -405,7 +405,7 @@ def data(watch: Stopwatch) -> list[dict[str, Any]]:
     config = Config(data="photographs")
 
     def feed(source: Any, steps: int) -> float:
-        """Images in a second, once the workers are running and have used up what they did ahead."""
+        """Images per second, after the batches that the workers prepared in advance."""
         batches = read_images(source, config, 0, watch.device, SINGLE_PROCESS)
         for _ in range(1 + 2 * config.num_workers):
             next(batches)
@@ -432,7 +432,7 @@ def data(watch: Stopwatch) -> list[dict[str, Any]]:
 
 
 def photographs(at: Path) -> tuple[Path, Path]:
-    """A folder, and a zip, of 2000 JPEGs as large as those of aligned CelebA, cut out of scikit-learn's photographs."""
+    """A folder and a zip of 2000 JPEGs of the size of aligned CelebA's, cropped from scikit-learn's photographs."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -453,7 +453,7 @@ def photographs(at: Path) -> tuple[Path, Path]:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is worth timing: processors that only emulate it take a minute for what should take a second."""
+    """Whether bfloat16 is worth timing: processors that emulate it take a minute instead of a second."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported())
@@ -518,7 +518,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(parts)}")
     if arguments.plot and arguments.parts and "growth" not in arguments.parts:
-        parser.error("--plot draws the part growth, which is not asked for")
+        parser.error("--plot draws the part growth: add it to the parts")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed")
     device = torch.device(arguments.device)

@@ -8,7 +8,7 @@
     python examples/generate.py faces.safetensors --seed 7                     # the exported generator needs no run
     python examples/generate.py sagan.pth --labels 207 --columns 16            # mmgeneration's published SAGAN
 
-The same command gives the same files, byte for byte, on the same machine; image number i of a seed is the same however
+On one machine the same command writes the same files, byte for byte; image number i of a seed does not depend on how
 many are made.
 """
 
@@ -38,8 +38,8 @@ from training.latents import draw_latents, walk
 from training.model_card import Card, open_generator, save
 
 BATCH = 16  # fixed, because another batch size may round differently
-ROWS = 16  # classes in a grid where none are named, at most
-LISTED = 8  # paths to print at most; of more, the first and the last
+ROWS = 16  # at most so many classes in a grid if none are named
+LISTED = 8  # at most so many paths to print; of more, the first and the last
 
 
 def fail(message: object) -> NoReturn:
@@ -65,7 +65,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     inputs.add_argument(
         "--truncation", type=float, metavar="T",
-        help="latent numbers lie in [-T, T], as if larger ones were drawn again: less variety, fewer failures",
+        help="draw latent numbers outside [-T, T] again: less variety, fewer failures",
     )  # fmt: skip
     inputs.add_argument(
         "--labels", metavar="A,B,…", help="classes, by name or number: a row of the grid each (default: all)"
@@ -121,7 +121,7 @@ def check(args: argparse.Namespace, generator: SAGANGenerator) -> None:
 
 
 def chosen_classes(args: argparse.Namespace, generator: SAGANGenerator, card: Card) -> list[int]:
-    """The numbers of the classes that the command line names, or of all; none without classes."""
+    """The numbers of the classes that the command line names, by default of all; empty without classes."""
     if generator.num_classes is None:
         return []
     if args.labels is None:

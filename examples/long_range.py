@@ -1,9 +1,9 @@
-"""Does attention help? The same GAN with and without it, on faces whose far-apart positions have to agree.
+"""Does attention help? The same GAN with and without it, on faces whose distant parts have to agree.
 
     python examples/long_range.py                # 5 seeds, both arms: 38 minutes on two busy cores
-    python examples/long_range.py --seeds 8      # three more pairs of runs: what is there is kept
-    python examples/long_range.py --report       # table and chart again, from the results that are there
-    python examples/long_range.py --draw docs/images/long-range.json     # a chart from a summary, here that of the docs
+    python examples/long_range.py --seeds 8      # three more pairs; finished runs are kept
+    python examples/long_range.py --report       # table and chart again, from the existing results
+    python examples/long_range.py --draw docs/images/long-range.json  # a chart from a summary, as in the docs
 
 Both arms are SAGAN's networks with the same weights to begin with, trained on the same images and latent vectors for
 the same number of steps. They differ in one thing, a layer in G and one in D:
@@ -57,14 +57,14 @@ from training.objectives import objective
 from training.step import GAN, Piece, no_augmentation, training_step
 
 TRAINED_ON = 8192  # faces
-HELD_OUT = 2_000_000  # the first of the faces that generated ones are compared with
-KEY_CHANNELS = 8  # of f and g, in both arms; a share of these narrow networks' channels would be two
+HELD_OUT = 2_000_000  # number of the first face that generated ones are compared with
+KEY_CHANNELS = 8  # channels of f and g in both arms; the default, C // 8, would be two in such narrow networks
 
 
 class LocalAttention(SelfAttention2d):
     """SelfAttention2d's parameters without the view of other positions: o_j = σ(f(x_j)ᵀ g(x_j)) h(x_j).
 
-    That is attention over two things, the position itself and an empty one whose logit is 0.
+    This is attention over two positions: the position itself and an empty one whose logit is 0.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -163,7 +163,7 @@ def generate(generator: nn.Module, settings: Settings) -> Tensor:
 
 
 def measure(images: Tensor, classifiers: ColorClassifiers, settings: Settings) -> dict[str, Any]:
-    """The readings of a set of faces, their mean relative to chance, and the distance from as many real ones."""
+    """The disagreements of a set of faces, their mean relative to chance, and the distance to as many real faces."""
     readings = classifiers(images.numpy())
     unseen = torch.from_numpy(faces.render(faces.traits(len(images), first=HELD_OUT), settings.image_size))
     return {
@@ -174,8 +174,8 @@ def measure(images: Tensor, classifiers: ColorClassifiers, settings: Settings) -
 
 
 def run(arm: str, seed: int, settings: Settings, out: Path) -> str:
-    """Train and measure one arm with one seed, in a process of its own; leaves a JSON and a grid of faces."""
-    torch.set_num_threads(1)  # there is a process for each core
+    """Train and measure one arm with one seed, in a process of its own; writes a JSON and a grid of faces."""
+    torch.set_num_threads(1)  # since there is a process for each core
     start = time.monotonic()
     generator, gammas = train(arm, seed, settings)
     images = generate(generator, settings)
@@ -212,7 +212,7 @@ def baselines(settings: Settings) -> dict[str, Any]:
 
 
 def collect(out: Path, settings: Settings) -> dict[str, dict[int, dict[str, Any]]]:
-    """The results in the folder, by arm and seed. Those of other settings are an error: they do not compare."""
+    """The results in the folder, by arm and seed. Results of other settings are an error: they are not comparable."""
     found: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in ARMS}
     for arm, results in found.items():
         for path in out.glob(f"{arm}-*.json"):
@@ -270,7 +270,7 @@ def table(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any]) ->
 
 
 def summarize(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """What the chart shows of each pair: how far apart it lies, and how often it differs, in per cent."""
+    """The data of the chart: for each pair its distance, and how often it differs, in per cent."""
     summary: dict[str, Any] = {}
     for i, pair in enumerate(PAIRS):
         summary[pair.name] = {
@@ -285,7 +285,7 @@ def summarize(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any]
     return summary
 
 
-# On a white page as on a black one.
+# Legible on white and on black.
 COLORS = {"attention": "#e8813a", "local": "#6f8fc0", "chance": "#c0508a", "real faces": "#2f9e6e"}
 INK = "#777777"
 WIDTH, HEIGHT, LEFT, ABOVE, BELOW, BAR = 560, 350, 46, 58, 46, 38
@@ -353,8 +353,8 @@ def read_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace,
         )
     files = parser.add_argument_group("running")
     files.add_argument("--out", type=Path, default=Path("runs/long-range"), help="folder (default: %(default)s)")
-    files.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
-    files.add_argument("--report", action="store_true", help="only table and chart, from the results that are there")
+    files.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
+    files.add_argument("--report", action="store_true", help="only table and chart, from the existing results")
     files.add_argument(
         "--draw", type=Path, metavar="SUMMARY", help="only the chart, from a summary.json that a run wrote"
     )
@@ -395,12 +395,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 for done in as_completed([pool.submit(run, arm, seed, settings, out) for arm, seed in wanted]):
                     print(done.result(), flush=True)
-            except BaseException:  # Ctrl-C too: what has not begun never will, what is done is on the disk
+            except BaseException:  # after Ctrl-C, too: cancel runs that have not begun; finished ones are on the disk
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         found = collect(out, settings)
     if not all(found.values()):
-        fail(f"{out}: there are no results of both arms")
+        fail(f"{out}: expected results of both arms")
     marks_file = out / "baselines.json"
     if not marks_file.exists():
         _write_json(baselines(settings), marks_file)

@@ -121,7 +121,7 @@ def main() -> None:
             decay = min(EMA_DECAY, step / (10 + step))  # forgets the untrained weights quickly
             for ours, theirs in zip(average.parameters(), generator.parameters(), strict=True):
                 ours.lerp_(theirs, 1 - decay)
-            # Averaged u, v or batch statistics would not belong to any weights.
+            # Averages of u, v or batch statistics would not match the averaged weights.
             for buffer, source in zip(average.buffers(), generator.buffers(), strict=True):
                 buffer.copy_(source)
 
@@ -130,7 +130,7 @@ def main() -> None:
         if step % args.save_every == 0 or step == args.steps:
             with torch.no_grad():
                 save_grid(args.out / f"samples-{step:06d}.png", average(z_fixed))
-            new = checkpoint.with_suffix(".new")  # a run that is killed here leaves the old checkpoint
+            new = checkpoint.with_suffix(".new")  # if the run is killed here, the old checkpoint stays
             torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, new)
             new.replace(checkpoint)
     print(f"samples and checkpoint: {args.out}")

@@ -1,9 +1,9 @@
-"""What each recipe costs on paper, computed from its networks, and written into the recipe.
+"""Estimate the cost of each recipe from its networks, and write it into the recipe.
 
     python examples/recipe_costs.py           # print the estimates
-    python examples/recipe_costs.py --write   # and put them into examples/recipes/*.txt
+    python examples/recipe_costs.py --write   # and write them into examples/recipes/*.txt
 
-Nothing is trained: a step runs on the meta device, where tensors have shapes and no content.
+Nothing is trained: a step runs on the meta device, where tensors have shapes but no values.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from training.step import GAN, Piece, no_augmentation, training_step
 RECIPES = Path(__file__).parent / "recipes"
 GPU, UTILIZATION = 312e12, 0.3  # an A100's bf16 operations per second, and the share of them that a training reaches
 FIRST, LAST = "# Estimated by recipe_costs.py, not measured:", "# End of the estimate."
-BATCH = 2  # of the step that is counted, whose costs are proportional to it
+BATCH = 2  # batch size of the counted step, whose costs are proportional to it
 
 
 class Data(NamedTuple):
-    """What a recipe trains on."""
+    """The data of a recipe."""
 
     images: int
     classes: int
@@ -72,11 +72,11 @@ def read_recipe(path: Path) -> Config:
 
 
 def costs(config: Config, data: Data) -> Costs:
-    """What one step costs, counted on the meta device."""
+    """The costs of one step, counted on the meta device."""
     with torch.device("meta"):
         generator, discriminator = build_networks(config, data.channels, data.classes or None)
         g_optimizer, d_optimizer = (torch.optim.SGD(network.parameters()) for network in (generator, discriminator))
-        # Augmentation and the penalty's random numbers cost next to nothing, but need tensors with content.
+        # Augmentation and the penalty's random numbers cost almost nothing, but need tensors with values.
         minimised = objective(config.loss, config.penalty, no_augmentation)
         gan = GAN(generator, discriminator, g_optimizer, d_optimizer, minimised)
         labels = torch.zeros(BATCH, dtype=torch.int64) if data.classes else None
@@ -121,7 +121,7 @@ def estimate(config: Config, data: Data) -> Iterator[str]:
 
 
 def with_estimate(recipe: str, lines: Sequence[str]) -> str:
-    """The text of a recipe with these lines in the place of its estimate, or before its first flag."""
+    """The text of a recipe with these lines instead of its estimate, or before its first flag."""
     old = recipe.splitlines()
     if FIRST in old and LAST in old:
         start, end = old.index(FIRST), old.index(LAST) + 1
@@ -136,7 +136,7 @@ def write_text(path: Path, text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("recipe_costs.py", description="Estimate what the recipes cost.")
-    parser.add_argument("--write", action="store_true", help="put the estimates into the recipes")
+    parser.add_argument("--write", action="store_true", help="write the estimates into the recipes")
     args = parser.parse_args(arguments)
     for name, data in DATA.items():
         path = RECIPES / f"{name}.txt"

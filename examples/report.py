@@ -1,10 +1,10 @@
-"""A run of the trainer on one page: its settings, curves of its log, and its images over time.
+"""Write a run of the trainer as one page: its settings, curves of its log, and its images over time.
 
     python examples/report.py runs/faces          # writes runs/faces/summary.html
 
-The page is one file without scripts: curves are SVG and images are inside it, so it can be sent or kept as it is. Only
-the attention explorer, where the run has written one, stays a file of its own, which the page links to. It works while
-the run goes on, with whatever is there.
+The page is one file without scripts, with curves as SVG and images inside it, so that it can be sent or archived. It
+links to the attention explorer, if the run has written one, which stays a file of its own. The script also works while
+the run continues, with the files that exist.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ Points = list[tuple[float, float]]  # (step, value)
 TITLES = {"loss": "losses", "gamma": "gammas of the attention layers", "images_per_second": "speed"}
 UNITS = {"losses": "loss", "gammas of the attention layers": "gamma", "speed": "images per second"}
 COLORS = ("#3b78c8", "#d0603f", "#3f9a62", "#9468bd", "#b98a1f", "#4aa3a8", "#c4588f", "#808080")
-WIDTH, HEIGHT = 400, 230  # of a chart; a phone shows it hardly smaller, so that its numbers can be read
-LEFT, RIGHT, ABOVE, BELOW = 58, 20, 26, 40  # what surrounds its curves
-MOST = 12  # images of a kind: first, last, and evenly many between
-MOST_STEPS = 2**53  # up to here a float is exact
-LARGEST = 1e300  # of the values that are drawn: sums and differences of such values are finite
+WIDTH, HEIGHT = 400, 230  # of a chart; nearly the width of a phone, so that its numbers stay legible
+LEFT, RIGHT, ABOVE, BELOW = 58, 20, 26, 40  # margins around its curves
+MOST = 12  # at most so many images of a kind: first, last, and evenly spaced ones between
+MOST_STEPS = 2**53  # up to this number integers are exact as floats
+LARGEST = 1e300  # the largest value that is drawn: sums and differences of such values are finite
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -60,7 +60,7 @@ img { display: block; max-width: 100%; height: auto; }
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, oldest first. What is not a line of a log is left out, such as one that a kill cut off."""
+    """The lines of a log, oldest first, without invalid ones, such as a line that was cut off by a kill."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -73,7 +73,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
-    """Every number of the log by its name, `gamma/G.attention.16` where it stands in a table of its own."""
+    """Every number of the log by its name; nested ones are called `gamma/G.attention.16`."""
     found: dict[str, Points] = {}
 
     def add(step: int, values: Mapping[str, Any], prefix: str) -> None:
@@ -104,13 +104,13 @@ def charts(found: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
 
 
 def varies(points: Points) -> bool:
-    """Whether a curve is more than a horizontal line, as far as an eye can tell."""
+    """Whether a curve differs visibly from a horizontal line."""
     low, high = min(value for _, value in points), max(value for _, value in points)
     return high - low > 1e-9 * max(abs(low), abs(high), 1e-6)
 
 
 def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """At most so many of the items: first and last, and evenly many between."""
+    """At most so many of the items: the first, the last, and evenly spaced ones between."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
@@ -128,10 +128,10 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def chart(lines: Mapping[str, Points], unit: str) -> str:
-    """Curves over steps as SVG, one of which varies at least."""
+    """Curves over steps as SVG; at least one of them varies."""
     points = [point for line in lines.values() for point in line]
     first, last = min(step for step, _ in points), max(step for step, _ in points)
-    last = max(last, first + 1)  # a single step gets room
+    last = max(last, first + 1)  # a single step gets some width, too
     low, high = min(value for _, value in points), max(value for _, value in points)
     margin = 0.05 * (high - low)
     low, high = low - margin, high + margin
@@ -153,7 +153,7 @@ def chart(lines: Mapping[str, Points], unit: str) -> str:
         color = COLORS[i % len(COLORS)]
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
-        if len(points) <= 20:  # few points are seen better, a single one at all
+        if len(points) <= 20:  # makes few points, or a single one, visible
             parts += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="2.5" fill="{color}"/>' for s, v in points]
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(unit)}">{"".join(parts)}</svg>'
 
@@ -179,7 +179,7 @@ def image(path: Path) -> str:
 
 
 def settings(path: Path) -> str:
-    """The settings of a run: the data and what is not the default, and all of them behind a click."""
+    """The settings of a run: the data and all that differ from the default; the others unfold on a click."""
     try:
         config = json.loads(path.read_bytes())
         given = {name: value for name, value in config.items() if name != "out"}
@@ -251,7 +251,7 @@ def fail(message: object) -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("report.py", description="Write a run of the trainer as one page: settings, curves, images.")
-    parser.add_argument("folder", type=Path, help="the run's folder, what was --out of the trainer")
+    parser.add_argument("folder", type=Path, help="the run's folder, which was the trainer's --out")
     parser.add_argument("--out", type=Path, help="the page (default: summary.html in that folder)")
     given = parser.parse_args(arguments)
     out = given.out or given.folder / "summary.html"

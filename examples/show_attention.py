@@ -1,10 +1,10 @@
-"""What a trained generator attends to, as a figure and as a page to explore.
+"""Draw what a trained generator attends to, as a figure and as an interactive page.
 
     python examples/show_attention.py runs/faces                        # the checkpoint of that run
     python examples/show_attention.py runs/faces/checkpoint.pt --query 33,24 --query 0.92,0.5 --samples 6 --seed 3
 
-The figure has samples with query positions on them, and beside them what each position attends to, framed in its
-colour. The page, an HTML file beside it, shows what any position attends to, in every layer.
+The figure shows samples with query positions on them, and beside each sample what the positions attend to, framed in
+their colours. The page, an HTML file beside it, shows what any position attends to, in every layer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from training.image_io import save_attention, save_explorer
 from training.labels import parse_labels
 from training.model_card import open_generator
 
-QUERIES = ["0.52,0.37", "0.73,0.5", "0.15,0.5", "0.06,0.06"]  # an eye, the mouth, the hair, the background of a face
+QUERIES = ["0.52,0.37", "0.73,0.5", "0.15,0.5", "0.06,0.06"]  # an eye, the mouth, the hair and the background of a face
 
 
 def fraction(text: str, size: int) -> float:
-    """A coordinate as a fraction of the image: 0.5 is one already, 12 is the middle of a pixel."""
+    """A coordinate as a fraction of the image: 0.5 is a fraction already, 12 means the middle of pixel 12."""
     value = float(text) if "." in text else (int(text) + 0.5) / size
     if not 0 <= value < 1:
         raise ValueError

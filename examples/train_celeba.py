@@ -12,7 +12,7 @@ The folder `--out` receives sample grids, attention maps, `log.jsonl`, TensorBoa
 that was stopped (by Ctrl-C, SIGTERM, or the power) and resumed continues as if it had never stopped: on the CPU,
 bitwise.
 
-What a step is, is in training/step.py; what each setting means, in training/configuration.py.
+The training step is in training/step.py, the meaning of each setting in training/configuration.py.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ OpenEvaluator = Callable[[Config, DataSource, torch.device], Evaluate | None]
 def read_images(
     data: DataSource, config: Config, position: int, device: torch.device, ranks: Ranks
 ) -> Generator[Batch]:
-    """This process's pieces of batches, from the image at `position` of the run's endless order on.
+    """This process's pieces of batches, starting at the image `position` of the run's endless order.
 
-    The order is that of all processes together, so a run may be resumed with more of them, or with fewer.
+    The order is that of all processes together, so a run can be resumed with more or fewer processes.
     """
     order = InfiniteBatchSampler(len(data), config.batch_size, seed=config.seed, flip=data.flip, position=position)
-    # From memory or the cache, a batch is one copy: to hand it over from a worker takes four times as long.
+    # From memory or the cache a batch is one copy; to transfer it from a worker would take four times as long.
     workers = min(config.num_workers, usable_cores()) if isinstance(data, ImageFolder) else 0
     shards = ShardSampler(order, ranks, config.grad_accum_steps)
     named: dict[str, str] = {}
@@ -80,9 +80,9 @@ def read_images(
 
 
 def open_evaluator(config: Config, data: DataSource, device: torch.device) -> Evaluate | None:
-    """FID and more where Inception is available, and else the sliced Wasserstein distance. Smaller is better."""
+    """FID and more if Inception is available, or else the sliced Wasserstein distance. Smaller is better."""
     if config.image_size < COARSEST:
-        print(f"evaluate  no: that takes images of {COARSEST} pixels or more")
+        print(f"evaluate  no: it needs images of {COARSEST} pixels or more")
         return None
     agreement = class_agreement(config.data, data)
     if agreement:
@@ -111,7 +111,7 @@ def evaluate_average(state: TrainingState, evaluate: Evaluate) -> bool:
     with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):  # not the training's numbers
         state.scores = evaluate(usable_average(state), state.config.seed)
     name, score = next(iter(state.scores.items()))
-    # On a machine without Inception another score selects, and is compared with its own kind alone.
+    # On a machine without Inception another score selects; it is compared only with scores of the same name.
     best = score < state.best.get(name, math.inf)
     state.best[name] = min(score, state.best.get(name, math.inf))
     return best
@@ -147,7 +147,7 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
             if log:
                 log.advance()
             signal = signals[0] if signals else SIGTERM * ranks.abandoned
-            signal = ranks.all_reduce_max(signal)  # all processes stop at the same step
+            signal = ranks.all_reduce_max(signal)  # so that all processes stop at the same step
             step, end = state.step, state.step == config.steps
             last = end or signal > 0
             logs, draws, saves = (step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
@@ -159,7 +159,7 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
             with ranks.agreeing():
                 if reports:
                     best = report(state, log, evaluate if evaluates else None)
-                else:  # stopped between two lines of the log: the checkpoint keeps the losses for the next one
+                else:  # the run stops between two lines of the log: the checkpoint keeps the losses for the next line
                     state.means.check(step)
             if last or saves or evaluates:
                 checkpoint = state.state_dict()
@@ -178,7 +178,7 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
 
 
 def report(state: TrainingState, log: RunLog | None, evaluate: Evaluate | None) -> bool:
-    """Write a line of the log, after an evaluation if there is to be one. Returns whether that is the best so far."""
+    """Write a line of the log, after an evaluation if one is due. Returns whether its score is the best so far."""
     line = {"images": state.images} | state.means.read(state.step, state.config.batch_size) | state.numbers()
     if log is None:
         return False
@@ -195,16 +195,17 @@ def main(arguments: Sequence[str] | None = None, open_evaluator: OpenEvaluator =
     with processes() as ranks:
         with ranks.agreeing():
             args = read_arguments(Config, arguments, "Train a SAGAN on faces, digits or your own images.")
-        return start(args, ranks, open_evaluator)  # a function, so that its networks are gone when the processes part
+        # A function, so that its networks are freed before the process group ends.
+        return start(args, ranks, open_evaluator)
 
 
 def start(args: dict[str, Any], ranks: Ranks, open_evaluator: OpenEvaluator) -> int:
-    """Do what the command line asks for. Returns the status."""
+    """Run what the command line asks for. Returns the exit status."""
     resume, dry_run = args.pop("resume"), args.pop("dry_run")
     folder = ranks.broadcast(folder_to_resume(resume, args))
     out = Path(args.get("out") or folder or default_out(args.get("data", Config.data)))
     args["out"] = str(out)
-    if dry_run:  # in a folder of its own, since its settings are not those of the run
+    if dry_run:  # in another folder, since its settings are not those of the run
         out = out / "dry-run"
     with closing(RunLock(out)) as lock:
         with ranks.agreeing():
@@ -243,7 +244,7 @@ def start(args: dict[str, Any], ranks: Ranks, open_evaluator: OpenEvaluator) -> 
                 if same:
                     redraw(state, out)
                 if earlier := archive_previous_run(out, after=first if same else None):
-                    print(f"kept      what an earlier run left in {earlier}")
+                    print(f"moved     the files of an earlier run to {earlier}")
                 write_json(asdict(config), out / "config.json")
                 save_reals(data, config.seed, out / "reals.png")
                 announce(state, data, out / "reals.png", checkpoint)
@@ -295,7 +296,7 @@ def begin(
     ranks: Ranks,
     resume: str | None,
 ) -> TrainingState:
-    """The state of a run that begins with this data, or of the one in the checkpoint."""
+    """The state of a new run on this data, or of the run in the checkpoint."""
     classes = data.labels.counts() if data.labels else {}
     channels = data[[(0, False)]].images.shape[1]
     if checkpoint is None:
@@ -306,7 +307,7 @@ def begin(
     state = restore(config, checkpoint, device, ranks, resume)
     if channels != (built := image_channels(checkpoint["generator"])):
         fail(f"--resume {resume}: its networks have image_channels={built}, but the images of --data have {channels}")
-    state.classes = classes  # of today's images
+    state.classes = classes  # of the images as they are now
     return state
 
 
@@ -328,7 +329,7 @@ def restore(
 
 
 def train_or_say_why_not(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate | None) -> int:
-    """`train`, with one line for what a machine can run out of."""
+    """`train`, with one line as the error if memory or disk space runs out."""
     try:
         return train(state, data, out, evaluate)
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -342,7 +343,7 @@ def train_or_say_why_not(state: TrainingState, data: DataSource, out: Path, eval
 
 
 def announce(state: TrainingState, data: DataSource, reals: Path, checkpoint: dict[str, Any] | None) -> None:
-    """Say what is going to happen."""
+    """Print what the run will do."""
     config = state.config
     if isinstance(data, ImageFolder):
         for path, reason in data.others.items():
@@ -369,7 +370,7 @@ def announce(state: TrainingState, data: DataSource, reals: Path, checkpoint: di
 
 
 def finish(state: TrainingState, out: Path, *, stopped: int, dry_run: bool) -> None:
-    """Draw the last images, and name what there is now."""
+    """Draw the last images, and print where the results are."""
     made = draw(state, out)
     made |= {"checkpoint": out / f"checkpoint-{state.step:06d}.pt", "log": out / "log.jsonl"}
     if (out / "best.pt").exists():

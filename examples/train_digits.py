@@ -1,5 +1,5 @@
-"""Train a SAGAN on handwritten digits, the MNIST system of the TensorFlow tutorial, and ask whether it draws what is
-asked.
+"""Train a SAGAN on handwritten digits, as the TensorFlow tutorial does with MNIST, and test whether it draws the
+requested digits.
 
     python examples/train_digits.py                              # scikit-learn's digits, nothing to download
     python examples/train_digits.py --data ~/mnist --steps 20000 # a folder with MNIST's own files, packed or not
@@ -7,7 +7,7 @@ asked.
 
 It is train_celeba.py with the settings of recipes/digits.txt, and takes all of its flags: images of 28 pixels and one
 channel, one attention layer on 128 channels at 7×7 in each network, whose projections are 4×4 convolutions. The
-question comes afterwards: a classifier that has learnt from real digits alone looks at 1000 generated ones.
+test follows: a classifier that has learnt from real digits alone classifies 1000 generated ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from training.mnist import is_mnist
 from training.model_card import open_generator
 
 RECIPE = Path(__file__).parent / "recipes" / "digits.txt"
-SAMPLES = 1000  # that the classifier looks at
+SAMPLES = 1000  # that the classifier sees
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def ask(run: Path) -> None:
     pixels = (images * 127.5 + 127.5).round().byte().numpy()  # (1000, 1, 28, 28)
     if generator.num_classes is None:
         seen = Counter(classifier.classify(pixels).tolist())
-        print(f"what it sees in {SAMPLES} samples: " + ", ".join(f"{i}: {seen[i]}" for i in range(classes)))
+        print(f"predictions for {SAMPLES} samples: " + ", ".join(f"{i}: {seen[i]}" for i in range(classes)))
     else:
         agreement = 100 * classifier(pixels, requested.numpy())
         print(f"agreement with the requested class: {agreement:.1f} % of {SAMPLES} samples")

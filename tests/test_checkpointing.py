@@ -161,7 +161,7 @@ def test_a_new_run_keeps_what_an_earlier_one_left(tmp_path, capsys):
     train(tmp_path, "--steps", "2", "--tensorboard")
     for steps in ("1", "3"):
         train(tmp_path, "--steps", steps)
-    assert f"kept      what an earlier run left in {tmp_path / 'earlier-2'}" in capsys.readouterr().out
+    assert f"moved     the files of an earlier run to {tmp_path / 'earlier-2'}" in capsys.readouterr().out
     assert checkpoint(tmp_path)["step"] == 3
     assert [checkpoint(tmp_path / f"earlier-{i}", f"checkpoint-00000{3 - i}.pt")["step"] for i in (1, 2)] == [2, 1]
     assert names(tmp_path, "earlier-1/*") == [

@@ -334,7 +334,7 @@ def test_runs_take_processes_of_their_own(tmp_path):
         (["--steps", "-1"], r"--steps must be above 0, got -1"),
         (["--image-size", "50"], r"image_size .* got 50"),
         (["--out", "{tmp}/file/results"], r"file"),
-        (["--report"], r"there are no results of both arms"),
+        (["--report"], r"expected results of both arms"),
     ],
 )
 def test_errors_are_one_line(arguments, message, tmp_path):

@@ -436,7 +436,7 @@ def test_a_run_is_evaluated_without_a_download(tmp_path, capsys):
 
 def test_what_cannot_be_evaluated_is_said(tmp_path, capsys):
     train(tmp_path / "small", "--steps", "1", "--eval-every", "1", "--image-size", "8", "--data", "faces")
-    assert "evaluate  no: that takes images of 16 pixels or more" in capsys.readouterr().out
+    assert "evaluate  no: it needs images of 16 pixels or more" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"train_celeba\.py: .*(torch-fidelity|Inception)"):
         train(tmp_path, "--steps", "1", "--eval-every", "1", "--inception", "/nowhere")
 
@@ -550,7 +550,7 @@ def test_no_file_is_read_where_reading_is_not_safe(tmp_path, monkeypatch):
     train(tmp_path, "--steps", "1")
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.5.1+cpu"))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("read"))
-    message = r"^torch 2\.5\.1\+cpu can be made to execute .*CVE-2025-32434\): the examples need 2\.6 or newer$"
+    message = r"^torch 2\.5\.1\+cpu can execute code .*CVE-2025-32434\): the examples need 2\.6 or newer$"
     for refused in (
         lambda: train(tmp_path / "new", "--steps", "1"),  # it could not be resumed
         lambda: checkpointing.load(tmp_path / "checkpoint.pt"),

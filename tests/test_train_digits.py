@@ -42,7 +42,7 @@ def test_a_run_writes_what_it_names_and_asks(classes, tmp_path, capsys):
 
     assert re.search(r"^classifier  9[5-9]\.\d % right on real digits", printed, re.MULTILINE)
     agreement = re.search(r"^agreement with the requested class: (\d+\.\d) % of 1000 samples$", printed, re.MULTILINE)
-    counts = re.search(r"^what it sees in 1000 samples: (.+)$", printed, re.MULTILINE)
+    counts = re.search(r"^predictions for 1000 samples: (.+)$", printed, re.MULTILINE)
     assert (agreement is not None) is (classes == "own")
     assert (counts is not None) is (classes == "none")
     if agreement:

@@ -1,8 +1,8 @@
 """How often a conditional generator draws the class that was requested, according to a classifier of real images.
 
-The classifier learns from four fifths of the real images and is tested on the last fifth: its accuracy there is the
-best that the agreement can say. It sees pixels alone, which is enough for digits and for procedural faces, and large
-images reduced: for 12288 numbers each, linear discriminant analysis would take minutes and gigabytes.
+The classifier learns from four fifths of the real images and is tested on the last fifth: its accuracy there limits
+what the agreement can show. It uses plain pixels, which is enough for digits and for procedural faces. Large images are
+reduced first: with 12288 numbers each, linear discriminant analysis would take minutes and gigabytes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sklearn.svm import SVC
 
 from training.data import ArrayDataset, DataSource
 
-READ = 10_000  # real images at most: more would take minutes
-LARGE = 32  # pixels: images of this size or more are halved, until they are smaller
+READ = 10_000  # at most so many real images: more would take minutes
+LARGE = 32  # pixels; images of this size or more are halved until they are smaller
 
 
 class Classifier(Protocol):
@@ -50,11 +50,11 @@ class ClassAgreement:
         self.accuracy = self(images[held_out], classes[held_out])
 
     def __call__(self, images: NDArray[np.uint8], requested: NDArray[np.int64]) -> float:
-        """The share of images, uint8 (N, C, H, W), that the classifier gives the class (N,) that was requested."""
+        """The fraction of images, uint8 (N, C, H, W), that the classifier assigns to the requested class (N,)."""
         return float((self.classify(images) == requested).mean())
 
     def classify(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """The classes (N,) that it sees in images, uint8 (N, C, H, W)."""
+        """The predicted classes (N,) of images, uint8 (N, C, H, W)."""
         return self.classifier.predict(_pixels(images))
 
 
@@ -68,8 +68,8 @@ def _pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def class_agreement(name: str, data: DataSource) -> ClassAgreement | None:
-    """A classifier for the built-in data set of this name, on which pixels alone tell the class; None for others."""
-    kind = name.partition(":")[0]  # faces:200 are faces
+    """A classifier for the built-in data set of this name, or None for other data, where pixels are not enough."""
+    kind = name.partition(":")[0]  # faces:200 is faces, too
     if kind not in CLASSIFIERS or data.labels is None or not isinstance(data, ArrayDataset):
         return None
     return ClassAgreement(CLASSIFIERS[kind](), data.images, data.labels.numbers)

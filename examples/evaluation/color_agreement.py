@@ -1,16 +1,16 @@
-"""Whether places far apart agree: in a drawn face (faces.py), and in what a generator has learnt from such faces.
+"""Whether distant parts of generated faces have the same colour, as they have in the procedural faces (faces.py).
 
-Each drawn face has two eyes of one colour, two earrings, two cheeks, and a shirt of the head-band's colour, and nothing
-near one of the two places tells which colour it is. So a reader for each place is fitted to real faces, whose colours
-are known: linear discriminant analysis of a small window. Of the two places of a generated face, the readers say the
-same colour or not:
+A procedural face has two eyes of one colour, two earrings, two cheeks, and a shirt of the head-band's colour, and
+nothing near one part shows the colour of the other. A classifier of a small window around each part (linear
+discriminant analysis) is fitted to real faces, whose colours are known. For each pair of parts, on a set of generated
+faces:
 
-    disagreement = share of faces whose two places are read as different colours
-    chance       = the same for the two places of different faces of that set: Σ over colours of p_here (1 − p_there)
-    relative     = disagreement / chance: 0 where all agree, 1 where the two places know nothing of one another
+    disagreement = fraction of faces whose two parts are classified as different colours
+    chance       = the same for parts of two different faces of the set: Σ over colours of p_one (1 − p_other)
+    relative     = disagreement / chance: 0 if all pairs agree, 1 if the two parts are independent
 
-The last one is the fair number, for a generator that paints all eyes in one colour never disagrees, by chance either.
-(Hair and brows share a colour too, but the fringe comes down to the brows, so they are not far apart.)
+The last number is the fair one: a generator that draws all eyes in one colour never disagrees, but not by chance
+either. (Hair and brows share a colour too, but the fringe comes down to the brows, so they are not far apart.)
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from training import faces
 
 Images = NDArray[np.uint8]  # (n, 3, size, size)
-FIRST_REAL = 1_000_000  # the first of the faces that readers are fitted to, far from any that a generator is shown
+FIRST_REAL = 1_000_000  # number of the first face for the classifiers, far from those that generators are trained on
 
 
 class Pair(NamedTuple):
-    """Two windows, centres and half the side in the faces' coordinates, that share a trait's colour."""
+    """Two windows that show one trait's colour: their centres and half their side, in the faces' coordinates."""
 
     name: str
     trait: str
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
     here: tuple[float, float]
     there: tuple[float, float]
     reach: float
-    mirrored: bool  # the other place is the mirror image of this one, and one reader serves both
+    mirrored: bool  # the other part is the mirror image of this one, so one classifier serves both
 
 
 PAIRS = (
@@ -48,19 +48,19 @@ PAIRS = (
 
 
 class Reading(NamedTuple):
-    """How often the two places of a pair differ in a set of faces, and how often they would by chance."""
+    """How often the two parts of a pair differ in a set of faces, and how often they would by chance."""
 
     disagreement: float
     chance: float
 
     @property
     def relative(self) -> float:
-        """1 where there is nothing to disagree about: a set with one colour shows no agreement."""
+        """Disagreement / chance, or 1 in a set with a single colour, which shows no agreement."""
         return self.disagreement / self.chance if self.chance > 0 else 1.0
 
 
 class ColorClassifiers:
-    """Read the colours of faces of `size` x `size` pixels, fitted to `count` real ones."""
+    """Classify the colours of faces of `size` × `size` pixels; fitted to `count` real faces."""
 
     def __init__(self, size: int, *, count: int = 2000, seed: int = 0) -> None:
         people = faces.traits(count, seed=seed, first=FIRST_REAL)
@@ -77,13 +77,13 @@ class ColorClassifiers:
                 self.readers[pair.name] = _fit(here, truth), _fit(there, truth)
 
     def colors(self, images: Images, pair: Pair) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The numbers (n,) of the colours in the palette that are read at the one place and at the other."""
+        """The indices (n,) in the palette of the colours of the one part and of the other."""
         reader, other_reader = self.readers[pair.name]
         here, there = windows(images, pair)
         return reader.predict(here), other_reader.predict(there)
 
     def __call__(self, images: Images) -> dict[str, Reading]:
-        """The reading of each pair in a set of faces."""
+        """The disagreement of each pair in a set of faces."""
         readings = {}
         for pair in PAIRS:
             one, other = self.colors(images, pair)

@@ -1,13 +1,13 @@
 """Scores of a generator against real images, all from one set of generated ones.
 
-    evaluator = Evaluator(real_images(source, 2000), samples=2000, device=device)   # the real images' part is done once
+    evaluator = Evaluator(real_images(source, 2000), samples=2000, device=device)   # reads the real images once
     evaluator(generator, z_dim)                                                     # {"fid": 48.1, …, "swd": 31.2}
 
-With Inception (inception.py): FID, KID, Inception score, precision, recall, and FID of each class. Without it, the
-sliced Wasserstein distance alone, and `Evaluator.note` says why. All depend on the number of images: compare like with
-like.
+With Inception (inception.py): FID, KID, Inception score, precision, recall, and FID of each class. Without it
+only the sliced Wasserstein distance, and `Evaluator.note` gives the reason. All depend on the number of images: compare
+only scores of equal numbers.
 
-Evaluation changes nothing: the generator keeps its mode, its buffers and the random state that training continues from.
+Evaluation does not affect training: the generator keeps its mode and buffers, and the random state is restored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from evaluation.precision_recall import NEIGHBOR, precision_recall
 from evaluation.sliced_wasserstein import distances, slices
 from training.data import DataSource
 
-SLICED = 2048  # images for the sliced Wasserstein distance at most, since their patches are kept
+SLICED = 2048  # at most so many images for the sliced Wasserstein distance, since their patches are kept
 
 Sampler = Callable[[int, torch.Generator], Sequence[Tensor]]  # how many, random numbers -> z, or z and labels
 
@@ -43,7 +43,7 @@ class Images(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What is kept of a set of images."""
+    """The data that are kept of a set of images."""
 
     images: Tensor  # uint8 (at most SLICED, C, H, W)
     features: Features | None
@@ -56,7 +56,7 @@ class Evaluator:
 
     Args:
         real: batches of real images; the first `samples` images are taken.
-        samples: images of each kind. Where `real` has fewer, as many generated ones as that.
+        samples: images of each kind; fewer if `real` has fewer.
         batch_size: images that the generator and Inception see at a time.
         device: where both run.
         inception: path of torch-fidelity's Inception weights, None to look in torch.hub's folder, or an extractor of
@@ -65,11 +65,11 @@ class Evaluator:
         per_class: also give the FID of each class that has images, as `fid_class_3`.
 
     Attributes:
-        note: why there is no FID, one line; empty when there is.
+        note: why there is no FID, in one line; empty if there is one.
 
     Raises:
-        ValueError: for images of another shape or type or fewer than two, and for weights whose path is given and
-            which cannot be used.
+        ValueError: for images of another shape or type, for fewer than two, and for a path of weights that cannot be
+            used.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class Evaluator:
         self.slices = slices(self.real.images, device=self.device)
 
     def __call__(self, generator: nn.Module, inputs: int | Sampler, *, seed: int = 0) -> dict[str, float]:
-        """The scores of what `generator` makes; the first is the one to select by, and smaller is better there.
+        """The scores of the generator's images. Select by the first one; smaller is better.
 
         Args:
             generator: makes images (B, C, H, W) in [-1, 1]; it is evaluated in evaluation mode.
             inputs: the length of its latent vector; or, for a generator with classes, a function that draws latent
                 vectors and labels for so many images from a `torch.Generator` on the CPU.
-            seed: fixes what is drawn, so that one generator always gets the same scores.
+            seed: fixes the inputs, so that one generator always gets the same scores.
         """
         draw = inputs if callable(inputs) else lambda count, rng: (torch.randn(count, inputs, generator=rng),)
         rng = torch.Generator().manual_seed(seed)
@@ -183,7 +183,7 @@ def _first(batches: Iterable[Images], count: int) -> Iterator[Images]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards each of its modules in the mode that it had."""
+    """Put the model into evaluation mode, and each of its modules back into its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -195,7 +195,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Random numbers that depend on the seed alone (KID draws subsets), and afterwards the state that was there."""
+    """Seed the random numbers inside (KID draws subsets), and restore their state afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the generators of all devices
         yield

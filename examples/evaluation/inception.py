@@ -3,7 +3,7 @@
 It is torch-fidelity's port of the network that the FID paper's authors released. Images are resized to 299×299 as in
 that TensorFlow code (bilinear, without antialiasing), not as Pillow or torchvision resize; a tool that resizes
 otherwise, or takes torchvision's own weights, gives other FIDs for the same images (Parmar et al., arXiv:2104.11222).
-The weights, 90 MB, are not downloaded here: their path is given, or they lie where torch.hub keeps what it downloads.
+The weights, 90 MB, are not downloaded here: their path is given, or they are in torch.hub's folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LAYERS = ["2048", "logits_unbiased"]  # what FID and KID use, and what the Incep
 
 
 class Features(NamedTuple):
-    """What the scores know of a set of images."""
+    """Inception's outputs for a set of images."""
 
     pooled: Tensor  # (N, F)
     logits: Tensor  # (N, K), of K classes
@@ -37,18 +37,18 @@ def load_inception(path: Path | None, device: torch.device) -> Extractor:
     """Inception with the weights at `path`, or in torch.hub's folder.
 
     Raises:
-        InceptionUnavailable: where a package or the weights are missing, or the file holds other weights.
+        InceptionUnavailable: if a package or the weights are missing, or the file contains other weights.
     """
     import_torchmetrics()
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except Exception as error:  # it loads torchvision, whose failures have many types
+    except Exception as error:  # it imports torchvision, which can fail with many types of errors
         raise _cannot_import("torch-fidelity", error) from None
     file = path or Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS).name)
     if not file.is_file():
         raise InceptionUnavailable(f"there are no Inception weights at {file}; they are at {WEIGHTS}")
     try:
-        torch.load(file, weights_only=True)  # torch-fidelity itself would execute what a foreign file says
+        torch.load(file, weights_only=True)  # torch-fidelity itself would execute code in a foreign file
         network = FeatureExtractorInceptionV3("inception-v3-compat", LAYERS, feature_extractor_weights_path=str(file))
     except Exception:  # whatever a damaged or foreign file makes the reader raise
         raise InceptionUnavailable(
@@ -74,7 +74,7 @@ def import_torchmetrics() -> Any:
 
 
 class Precomputed(nn.Module):
-    """Takes the place of torchmetrics' network: its "images" are the features themselves."""
+    """Replaces torchmetrics' network: the "images" that it receives are already the features."""
 
     def __init__(self, length: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Inception score: exp of the mean over images of KL(p(y | x) ‖ p(y)), with Inception's classes y.
 
-Larger is better, from 1 to the number of classes. It compares with no real image, and means little for images that are
-not of ImageNet's classes. The mean over 10 parts of the images, as published. Source: Salimans et al.,
+Larger is better, from 1 to the number of classes. It uses no real images, and means little for images that do not
+show ImageNet's classes. The mean over 10 parts of the images, as published. Source: Salimans et al.,
 arXiv:1606.03498.
 """
 
@@ -19,7 +19,7 @@ PARTS = 10
 def inception_score(logits: Tensor) -> float:
     """The score of logits (N, K), drawing the order of the images from torch's global random state."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says each time that it keeps the logits
+        warnings.simplefilter("ignore")  # it warns each time that it keeps the logits
         metric = import_torchmetrics().inception.InceptionScore(
             Precomputed(logits.shape[1]), splits=min(PARTS, len(logits)), sync_on_compute=False
         )

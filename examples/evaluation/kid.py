@@ -17,7 +17,7 @@ from evaluation.inception import Precomputed, import_torchmetrics
 def kid(real: Tensor, fake: Tensor) -> float:
     """The distance between features (N, F) and (M, F), drawing from torch's global random state."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says each time that it keeps the features
+        warnings.simplefilter("ignore")  # it warns each time that it keeps the features
         metric = import_torchmetrics().kid.KernelInceptionDistance(
             Precomputed(real.shape[1]), subset_size=min(1000, len(real), len(fake)), sync_on_compute=False
         )

@@ -5,8 +5,8 @@ The real images' manifold is the union of balls around their features, each reac
     precision = share of generated images inside the real images' manifold
     recall    = share of real images inside the generated images' manifold
 
-Both from 0 to 1, larger is better. Both depend on the number of images, published with 50 000. Source: Kynkäänniemi et
-al., arXiv:1904.06991, with K = 3.
+Both are from 0 to 1, larger is better, and depend on the number of images; published values use 50 000. Source:
+Kynkäänniemi et al., arXiv:1904.06991, with K = 3.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """Precision and recall of features (N, F) and (M, F).
 
     Raises:
-        ValueError: for so few images that there is no third neighbour.
+        ValueError: if there are too few images for a third neighbour.
     """
     if min(len(real), len(fake)) <= NEIGHBOR:
         raise ValueError(f"expected more than {NEIGHBOR} images of each kind, got {len(real)} and {len(fake)}")

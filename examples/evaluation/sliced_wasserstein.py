@@ -9,14 +9,16 @@ the two sets of numbers, which in one dimension is the mean difference of the so
 
     SWD = 1000 · mean_w mean_i |sort(wᵀ p_real)_i − sort(wᵀ p_fake)_i|
 
-It needs no network and no download. It sees textures (fine bands), shapes and colours (the last band), but not how
-places far apart relate. Two sets of one distribution are not at 0: compare with what two sets of real images give.
+It needs no network and no download. It is sensitive to textures (fine bands), shapes and colours (the last band), but
+not to relations between distant positions. For two sets of one distribution it is not 0: compare with two sets of real
+images.
 
 Source: Karras et al., arXiv:1710.10196, section 5 (7×7 patches, bands down to 16 pixels, 4 × 128 directions, ×1000).
 Departures from their code: 32 patches of an image in each of 4 rounds, not 128 in all rounds, and 4 × 64 directions. A
-round's positions are the same for every image, so the order of the images has no effect; another round has others. Both
-sets are normalised by the mean and deviation of the real one; theirs takes each set's own, and so cannot see a wrong
-brightness or contrast. Numbers of different implementations are not comparable, nor are those of different set sizes.
+round's positions are the same for every image, so the order of the images has no effect; another round has other
+positions. Both sets are normalised by the mean and deviation of the real one; theirs takes each set's own, and so
+cannot see a wrong brightness or contrast. Numbers of different implementations are not comparable, nor are those of
+different set sizes.
 """
 
 from __future__ import annotations
@@ -37,13 +39,13 @@ PATCHES = 32  # positions in a round
 DIRECTIONS = 64  # in a round
 ROUNDS = 4
 CHUNK = 128  # images at a time
-NOTHING = 1e-5  # a smaller deviation is rounding: a channel without content is not normalised
+NOTHING = 1e-5  # smaller deviations are rounding errors of a constant channel, which is not normalised
 
 Scale = tuple[Tensor, Tensor]  # mean and standard deviation of each channel, (1, C, 1, 1) both
 
 
 class Slices(NamedTuple):
-    """What the distance keeps of a set of images, a list entry for each band, finest first."""
+    """Projections of the patches of a set of images: a list entry for each band, finest first."""
 
     sizes: list[int]
     scales: list[Scale]
@@ -65,7 +67,7 @@ def sliced_wasserstein(real: Tensor, fake: Tensor, *, seed: int = 0) -> dict[str
 
 
 def distances(real: Slices, fake: Slices) -> dict[str, float]:
-    """The distances of two sets that were sliced with the same seed, the second one like the first."""
+    """The distances of two sets that were sliced with the same seed, the second one with `like` the first."""
     pairs = list(zip(real.projections, fake.projections, strict=True))
     if any(ours.shape != theirs.shape for ours, theirs in pairs):
         counts = [kept.projections[0].shape[1] // PATCHES for kept in (real, fake)]

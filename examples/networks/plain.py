@@ -1,4 +1,4 @@
-"""The plain way of writing a SAGAN, as the public implementations do: what the benchmark compares with."""
+"""A SAGAN written plainly, as in the public implementations: the baseline of the benchmark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch_sagan import SAGANDiscriminator, SAGANGenerator, hinge_discriminator_
 
 
 class PlainAttention(nn.Module):
-    """The layer's equation, written down: the N×N map is held, and kept for the backward."""
+    """The plain equation of the layer: the N×N attention matrix is materialised and saved for the backward."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class PaddedSDPAttention(PlainAttention):
 
 
 class PlainSpectralNorm(nn.Module):
-    """A layer whose weight is divided by its spectral norm before each use, with u and v as parameters."""
+    """A layer that divides its weight by the spectral norm before each use, with u and v as parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PlainSpectralNorm(nn.Module):
 
 
 def plain_step(batch: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """The step of the public implementations: three passes of D, everything tracked, Adam as it comes."""
+    """The step of the public implementations: three passes of D, a graph of everything, Adam with default settings."""
     generator = SAGANGenerator(64, attention=PlainAttention, spectral_norm=PlainSpectralNorm).to(device)
     discriminator = SAGANDiscriminator(64, attention=PlainAttention, spectral_norm=PlainSpectralNorm).to(device)
     g_adam, d_adam = (

@@ -1,4 +1,4 @@
-"""A generator on its own: weights as safetensors, and beside them a JSON that says what they are and how to build it.
+"""Save and load a generator on its own: weights as safetensors, and beside them a JSON card that describes them.
 
     save(weights, card, Path("faces.safetensors"))              # writes faces.safetensors and faces.json
     generator, card = load(Path("faces.safetensors"))           # a SAGANGenerator in evaluation mode
@@ -6,8 +6,8 @@
 
 The card's entry `generator` holds the arguments of `build_generator` in architectures.py (apart from `mnist` they are
 those of `SAGANGenerator`), `classes` the names of the classes with their numbers of images; `weights` the name and
-SHA-256 of the file that it describes; the rest is for people. Neither file can execute anything, and neither is ever
-left half written.
+SHA-256 of the file that it describes; the rest is information. Neither file can execute code, and both
+are written completely or not at all.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def load(path: Path) -> tuple[SAGANGenerator, Card]:
     """The generator of `path`, in evaluation mode, and its card.
 
     Raises:
-        ValueError: where one of the two files is missing or damaged, or does not belong to the other.
+        ValueError: if one of the two files is missing or damaged, or does not belong to the other.
     """
     beside = path.with_suffix(".json")
     for file in (path, beside):
@@ -99,7 +99,7 @@ def from_checkpoint(path: Path, *, average: bool = True) -> tuple[Weights, Card]
     """The averaged or the current generator of a checkpoint of the trainer, or of the newest one in its run's folder.
 
     Raises:
-        ValueError: for what is not such a checkpoint.
+        ValueError: if it is not a checkpoint of the trainer.
     """
     return _trained(*_read(path), average=average)
 
@@ -122,7 +122,7 @@ def _trained(file: Path, state: Any, *, average: bool) -> tuple[Weights, Card]:
         card = {
             "generator": _arguments(config, weights, state["classes"]),
             "averaged": average,
-            "data": Path(config["data"]).name,  # not the folders above it, which are nobody's business
+            "data": Path(config["data"]).name,  # without the folders above it, which may be private
             "crop": config["crop"],
             "classes": dict(state["classes"]),
             "steps": state["step"],
@@ -162,7 +162,7 @@ def _newest(folder: Path) -> Path:
 
 
 def image_channels(weights: Weights) -> int:
-    """The channels of a generator's images: its last bias has a number for each."""
+    """The channels of a generator's images: the length of its last bias."""
     *_, bias = (tensor for name, tensor in weights.items() if name.startswith("to_image.") and name.endswith(".bias"))
     return len(bias)
 
@@ -176,6 +176,6 @@ def _arguments(config: Mapping[str, Any], weights: Weights, classes: Mapping[str
         "base_channels": config["base_channels"],
         "image_channels": image_channels(weights),
         "num_classes": len(classes) or None,
-        # The setting may say auto; the weights say which.
+        # The setting may be auto, so read them from the weights.
         "attention_resolutions": sorted({int(name.split(".")[1]) for name in weights if name.startswith("attention.")}),
     }

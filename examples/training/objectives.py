@@ -1,6 +1,6 @@
 """The objectives of the trainer's `--loss`, each with its source.
 
-Every one is a pair of losses; the penalty that belongs to some of them is chosen with it.
+Each is a pair of losses, for some of them with a penalty.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch_sagan import (
 from training.step import Objective
 
 LOSSES = ("hinge", "wgan-gp", "relativistic")
-DEFAULT_WEIGHT = {"wgan-gp": 10.0, "relativistic": 1.0}  # of the penalty; a loss that is not here has none
+DEFAULT_WEIGHT = {"wgan-gp": 10.0, "relativistic": 1.0}  # of the penalty; other losses have none
 
 
 def objective(loss: str, penalty_weight: float, augment: Callable[[Tensor], Tensor]) -> Objective:
-    """What `--loss` names, with a penalty of that weight if it has one."""
+    """The objective that `--loss` names; its penalty, if it has one, has this weight."""
     build = {"hinge": hinge, "wgan-gp": wasserstein, "relativistic": relativistic}[loss]
     return build(penalty_weight, augment)
 

@@ -1,4 +1,4 @@
-"""One training at a time in the folder of a run. Whoever only reads there needs no lock."""
+"""A lock, so that one run at a time trains in a folder. Reading there needs no lock."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ TIMEOUT = 30  # seconds: as long as torchrun gives its processes to end, before 
 
 
 class RunLock:
-    """The lock on a run's folder: the kernel's, which ends with the process that holds it, however that ends."""
+    """The lock on a run's folder. It is the kernel's, so it ends with its process, even if that is killed."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.path = out, out / "run.lock"
         self._lock = FileLock(self.path)
 
     def acquire(self) -> None:
-        """Take the lock, unless it is held already; wait for a process that is about to end."""
+        """Take the lock, unless this process has it; wait for a process that is about to end."""
         if self._lock.is_locked:
             return
         try:
@@ -40,9 +40,9 @@ class RunLock:
     def _holder(self) -> str:
         try:
             return self.path.read_text().strip() or "another process"
-        except OSError:  # where a file that is locked cannot be read
+        except OSError:  # on systems where a locked file cannot be read
             return "another process"
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Release the lock."""
         self._lock.release()

@@ -1,4 +1,4 @@
-"""What a run shows of its generator: sample grids and attention maps, always from the same latent vectors."""
+"""The images that a run writes: sample grids and attention maps, always from the same latent vectors."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from training.image_io import save_attention, save_explorer, save_grid
 from training.state import TrainingState
 
 COLUMNS = 8
-CLASSES_SHOWN = 16  # rows of a grid with classes, at most
+CLASSES_SHOWN = 16  # at most so many rows in a grid with classes
 
 # The overlay's query positions, (row, column) as fractions: an eye, the mouth, the hair, the background.
 QUERIES = ((0.52, 0.37), (0.73, 0.5), (0.15, 0.5), (0.06, 0.06))
 
 
 def sample_inputs(state: TrainingState) -> tuple[Tensor, Tensor | None]:
-    """The latent vectors of a grid, 8 rows of 8, and with classes a row for each, which has the same 8 vectors."""
-    fixed = torch.Generator().manual_seed(state.config.seed + 2)  # its own, so that drawing changes nothing
+    """The latent vectors of a grid of 8 × 8; with classes a row for each class, all with the same 8 vectors."""
+    fixed = torch.Generator().manual_seed(state.config.seed + 2)  # drawing does not change the training
     z = torch.randn(COLUMNS**2, state.config.z_dim, generator=fixed).to(state.device)  # (64, z_dim)
     if not state.classes:
         return z, None
@@ -33,11 +33,11 @@ def sample_inputs(state: TrainingState) -> tuple[Tensor, Tensor | None]:
 
 
 def image_paths(state: TrainingState, out: Path) -> dict[str, Path]:
-    """What `draw` writes at this step."""
+    """The files that `draw` writes at this step."""
     names = {"samples": "samples-{:06d}.png"}
     if state.average.attention:
         names["attention"] = "attention-{:06d}.png"
-        if state.step >= state.config.steps:  # a page takes megabytes: one for a run
+        if state.step >= state.config.steps:  # only at the end, since a page takes megabytes
             names["explorer"] = "attention-{:06d}.html"
     return {kind: out / name.format(state.step) for kind, name in names.items()}
 
@@ -51,7 +51,7 @@ def usable_average(state: TrainingState) -> SAGANGenerator:
 
 @torch.no_grad()
 def draw(state: TrainingState, out: Path) -> dict[str, Path]:
-    """Write samples of the averaged generator, what its last attention layer attends to and, at the end, all layers."""
+    """Write samples of the averaged generator and its last layer's attention; at the end, a page with all layers."""
     generator, paths = usable_average(state), image_paths(state, out)
     z, labels = sample_inputs(state)
     parts = zip(z.split(16), [None] * len(z) if labels is None else labels.split(16), strict=False)
@@ -68,14 +68,14 @@ def draw(state: TrainingState, out: Path) -> dict[str, Path]:
 
 
 def redraw(state: TrainingState, out: Path) -> None:
-    """Write the images of the step at which a run is resumed, where it was killed before it had drawn them."""
+    """Write the images of the step at which a run is resumed, if it was killed before it had drawn them."""
     due = state.step % state.config.sample_every == 0 or state.step >= state.config.steps
     if due and not all(path.exists() for path in image_paths(state, out).values()):
         draw(state, out)
 
 
 def save_reals(data: DataSource, seed: int, path: Path) -> None:
-    """A grid of the run's first images as the discriminator is shown them: cropped, resized, mirrored."""
+    """Write a grid of the run's first images as the discriminator sees them: cropped, resized, mirrored."""
     order = InfiniteBatchSampler(len(data), min(64, len(data)), seed=seed, flip=data.flip)
-    images = data[next(iter(order))].images  # (64, C, S, S); what cannot be read is named when the training draws it
+    images = data[next(iter(order))].images  # (64, C, S, S); unreadable files are reported when the training reads them
     save_grid(path, images / 127.5 - 1, columns=COLUMNS)

@@ -1,4 +1,4 @@
-"""Signals that wait until the step under way has ended."""
+"""Signals that wait for the end of the current step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from types import FrameType
 
 @contextmanager
 def deferred_signals(*, second_stops: bool = True) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM only enter the list, to be looked at between two steps.
+    """Ctrl-C and SIGTERM are only added to the list, which the training reads between two steps.
 
-    A second Ctrl-C stops at once, with `second_stops`; `torchrun` passes on what its processes may have had already.
+    With `second_stops` a second Ctrl-C stops at once. (Not under `torchrun`, which repeats signals to its processes.)
     """
     received: list[int] = []
 

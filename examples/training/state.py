@@ -1,4 +1,4 @@
-"""All that changes while training, which is what a checkpoint holds: networks, optimisers, random states, counts."""
+"""The state of a training run, which a checkpoint stores: networks, optimisers, random states, counts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TrainingState:
         self.discriminator_optimizer = adam(self.discriminator, config.lr_d, config)
         self.generator_scheduler = LambdaLR(self.generator_optimizer, self.lr_factor)
         self.discriminator_scheduler = LambdaLR(self.discriminator_optimizer, self.lr_factor)
-        # What the step calls: the same networks, with gradients averaged over processes.
+        # The networks that the step calls: the same ones, with gradients averaged over processes.
         self.gan = GAN(
             ranks.parallel(self.generator),
             ranks.parallel(self.discriminator),
@@ -67,13 +67,13 @@ class TrainingState:
         self.latents = torch.Generator(device).manual_seed(config.seed + 1)  # the same numbers on every process
         torch.manual_seed(config.seed + 3 + ranks.rank)  # others on each, for penalties, augmentation and noise
         self.step = 0
-        self.images = 0  # drawn from the data so far, by all processes
+        self.images = 0  # read from the data so far, by all processes together
         self.best: dict[str, float] = {}  # the lowest score of an evaluation so far, by the score's name
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.means = Means({"G": self.generator, "D": self.discriminator}, ranks)
 
     def advance(self, batches: Iterator[list[Piece]]) -> Tensor:
-        """One step of G and those of D that go with it. Returns their losses (2,), on the device."""
+        """One step of G and its steps of D. Returns the losses of D and G (2,), on the device."""
         losses = training_step(self.gan, batches, d_steps=self.config.d_steps)
         self.ranks.average_statistics(self.generator)
         steps = self.step - self.config.ema_start
@@ -84,7 +84,7 @@ class TrainingState:
         return losses
 
     def batches(self, data: Iterator[Batch]) -> Iterator[list[Piece]]:
-        """This process's batches on the device, in pieces. Data holds the images of one piece at a time."""
+        """This process's batches on the device, in pieces. Each item of `data` has the images of one piece."""
         while True:
             pieces = []
             for z in self.sample_latents():
@@ -95,21 +95,21 @@ class TrainingState:
             yield pieces
 
     def lr_factor(self, step: int) -> float:
-        """What the learning rates are multiplied with."""
+        """The factor of the learning rates at this step."""
         config = self.config
         if config.lr_decay == "none" or step < config.decay_from:
             return 1.0
         return max(0.0, (config.steps - step) / max(1, config.steps - config.decay_from))
 
     def sample_latents(self) -> tuple[Tensor, ...]:
-        """This process's latent vectors, in pieces. Each process draws those of all, so their number does not
-        matter."""
+        """This process's latent vectors, in pieces. Each process draws those of all, so that the number of processes
+        does not change them."""
         shape = (self.config.batch_size, self.config.z_dim)
         z = torch.randn(shape, generator=self.latents, device=self.device)  # (B, z_dim)
         return self.ranks.shard(z).chunk(self.config.grad_accum_steps)
 
     def to_device(self, images: Tensor) -> Tensor:
-        """Uint8 (B, C, S, S), pinned where the device is a GPU, to numbers in [-1, 1] there."""
+        """Move uint8 images (B, C, S, S), pinned if the device is a GPU, to the device, as numbers in [-1, 1]."""
         images = images.to(self.device, non_blocking=True)
         return images.to(torch.float32, memory_format=self.memory_format) / 127.5 - 1
 
@@ -130,7 +130,7 @@ class TrainingState:
         return {"lr_g": lr_g, "lr_d": lr_d, "gamma": gammas}
 
     def parts(self) -> dict[str, Any]:
-        """What has a state dict, by its name in a checkpoint."""
+        """The objects with a state dict, by their names in a checkpoint."""
         networks = ("generator", "discriminator")
         names = [f"{network}{part}" for part in ("", "_optimizer", "_scheduler") for network in networks]
         return {name: getattr(self, name) for name in [*names, "average"]}
@@ -161,7 +161,7 @@ class TrainingState:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
         for network, lr in (("generator", self.config.lr_g), ("discriminator", self.config.lr_d)):
-            # The command line has precedence over the checkpoint: its rates, its betas, its length of the run.
+            # Rates, betas and length of the run are those of the command line, not of the checkpoint.
             getattr(self, f"{network}_scheduler").base_lrs = [lr]
             (group,) = getattr(self, f"{network}_optimizer").param_groups
             group["lr"] = lr * self.lr_factor(state["step"])
@@ -172,10 +172,10 @@ class TrainingState:
         random = state["random"]
         if self.ranks.rank < len(random["ranks"]):
             torch.set_rng_state(random["ranks"][self.ranks.rank]["cpu"])
-        else:  # the checkpoint was made by fewer processes: this one's numbers start here
+        else:  # the checkpoint is of fewer processes, so this process starts its own random numbers
             torch.manual_seed(self.config.seed + 3 + self.ranks.rank + self.step)
         if self.device.type != random["device"]:
-            self.latents.manual_seed(self.config.seed + 1 + self.step)  # another kind of device, another kind of state
+            self.latents.manual_seed(self.config.seed + 1 + self.step)  # states fit one kind of device
             return
         self.latents.set_state(random["latents"])
         if self.device.type == "cuda" and self.ranks.rank < len(random["ranks"]):
@@ -203,7 +203,7 @@ def build_networks(
         config.architecture,
         config.image_size,
         attention_resolutions=resolutions("d_attention", config.d_attention),
-        # WGAN-GP's penalty wants slopes of 1, the norm keeps them far below: one or the other.
+        # WGAN-GP's penalty pulls gradients to norm 1, spectral norm keeps them far below: use only one of the two.
         normalize=config.loss != "wgan-gp",
         **shared,
     )

@@ -21,11 +21,11 @@ from training.distributed import no_sync_unless, unwrap
 
 
 class Piece(NamedTuple):
-    """What passes through the networks at once."""
+    """The part of a batch that passes through the networks at once."""
 
     real: Tensor  # (B, C, S, S) in [-1, 1]
     z: Tensor  # (B, z_dim)
-    labels: Tensor | None = None  # (B,) the classes of the real images, which are those requested of G as well
+    labels: Tensor | None = None  # (B,) the classes of the real images, also requested of G
 
 
 def no_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
@@ -40,7 +40,7 @@ def no_augmentation(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """What the two networks minimise."""
+    """The losses that the two networks minimise."""
 
     discriminator_loss: Callable[[Tensor, Tensor], Tensor]  # logits (B,) of real and of generated images -> scalar
     generator_loss: Callable[[Tensor, Callable[[], Tensor]], Tensor]  # logits of generated, and of real ones on demand
@@ -52,7 +52,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class GAN:
-    """Two networks as they are called (they may be wrapped for several processes), and how they learn."""
+    """Two networks as they are called (perhaps wrapped for several processes), and how they learn."""
 
     generator: nn.Module
     discriminator: nn.Module
@@ -63,14 +63,14 @@ class GAN:
 
 
 def training_step(gan: GAN, batches: Iterator[Sequence[Piece]], *, d_steps: int = 1) -> Tensor:
-    """`d_steps` steps of D and one of G, each of D on a batch of its own. Returns the last losses of D and G (2,).
+    """`d_steps` steps of D, each on another batch, and one of G. Returns the last losses of D and G (2,).
 
-    They stay on the device: nothing here waits for it.
+    The losses stay on the device, so that nothing here waits for it.
     """
     for turn in range(d_steps):
         batch = next(batches)
-        # G has not changed when its own step comes, so it can learn from the images that D has just learnt from. In
-        # several pieces it makes them again, or the graphs of all of them would be held at once.
+        # G does not change during D's steps, so it can learn from the images that D has just learnt from. With several
+        # pieces they are generated again; otherwise the graphs of all pieces would be in memory at once.
         reuse = len(batch) == 1 and turn == d_steps - 1
         fakes = list(generate(gan, batch, learn=True)) if reuse else generate(gan, batch, learn=False)
         discriminator_loss = discriminator_step(gan, batch, fakes)
@@ -97,7 +97,7 @@ def discriminator_step(gan: GAN, batch: Sequence[Piece], fakes: Iterable[Tensor]
             # One pass for both kinds, so that the weights are normalised once.
             logits = score(gan, gan.discriminator, images, labels)  # (2B,)
             loss = gan.objective.discriminator_loss(*logits.chunk(2))
-            # Outside of autocast: the gradient of a gradient has no digits to lose.
+            # Outside autocast: a gradient of a gradient needs full precision.
             real, generated = images.chunk(2)
             loss = loss + gan.objective.penalty(unwrap(gan.discriminator), real, generated, piece.labels)
             loss = loss / len(batch)
