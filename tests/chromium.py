@@ -16,7 +16,7 @@ from typing import Any
 
 FOUND = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-PATIENCE = 60  # seconds for an answer: a busy machine takes its time, a hanging browser forever
+TIMEOUT = 60  # seconds for an answer: a busy machine takes its time, a hanging browser forever
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
@@ -54,11 +54,11 @@ class Page:
 
     def _receive(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while b"\0" not in self.unread:
             ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
             received = self.process.stdout.read1(1 << 20) if ready else b""
-            assert received, "Chromium " + ("has ended" if ready else f"did not answer within {PATIENCE} s")
+            assert received, "Chromium " + ("has ended" if ready else f"did not answer within {TIMEOUT} s")
             self.unread += received
         message, self.unread = self.unread.split(b"\0", 1)
         answer: dict[str, Any] = json.loads(message)
@@ -108,8 +108,8 @@ class Page:
         self.next_frame()
 
     def screenshot(self, path: Path) -> None:
-        picture = self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        path.write_bytes(base64.b64decode(picture))
+        image = self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        path.write_bytes(base64.b64decode(image))
 
     def complaints(self) -> list[Any]:
         """What the page has written to the console, exceptions and violations of its policy among it."""

@@ -57,7 +57,7 @@ def one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def self_attention_by_loops(x: Tensor, weights: Mapping[str, Tensor], pool: int = 1) -> tuple[Tensor, Tensor]:
-    """y (B, C, H, W) and the map (B, N, M) of the whole layer; ``weights`` has the layer's state-dict names."""
+    """y (B, C, H, W) and the attention map (B, N, M) of the layer; ``weights`` has the layer's state-dict names."""
 
     def project(name: str, features: Tensor) -> Tensor:
         return one_by_one(features, weights[f"{name}.weight"], weights.get(f"{name}.bias"))

@@ -212,7 +212,7 @@ def test_rows_sum_to_one_and_columns_do_not(variant: str) -> None:
 
 
 @variants
-def test_every_place_sees_every_other(variant: str) -> None:
+def test_every_position_attends_to_every_other(variant: str) -> None:
     """Changing one corner changes the output in the corner opposite to it."""
     layer = build(variant, 16)
     x = torch.randn(1, 16, 8, 6, dtype=torch.float64)
@@ -233,7 +233,7 @@ def test_against_the_pytorch_reference(arrays: Mapping[str, Tensor]) -> None:
     assert_all_close(
         [
             ("y", y, arrays["attention/y"]),
-            ("y without the map", layer(x), arrays["attention/y"]),
+            ("y without the attention map", layer(x), arrays["attention/y"]),
             ("map", attention, arrays["attention/map"]),
             ("grad_x", x.grad, arrays["attention/grad_x"]),
             *((n, grads[n.replace("_conv", "")].grad, arrays[f"attention/grad/{n}"]) for n in weights),

@@ -26,7 +26,7 @@ from training.signals import deferred_signals
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pictures")
     photograph = load_sample_images().images[0]
     for i in range(10):
@@ -322,8 +322,18 @@ def test_a_second_ctrl_c_stops_at_once_and_sigterm_never_does():
 # A run in a process of its own imports torch, which takes seconds.
 
 
-def start(out: Path, pictures: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, *SCRIPT, "--data", str(pictures), "--out", str(out), "--num-workers", "1", *arguments]
+def start(out: Path, image_folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        *SCRIPT,
+        "--data",
+        str(image_folder),
+        "--out",
+        str(out),
+        "--num-workers",
+        "1",
+        *arguments,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -347,9 +357,9 @@ SETUPS = {
 @pytest.mark.slow  # starts a process
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and prlimit")
 @pytest.mark.parametrize("fault", ["full disk", "worker killed", "images gone"])
-def test_whatever_fails_beside_workers_the_process_ends_with_one_line(fault, pictures, tmp_path):
+def test_whatever_fails_beside_workers_the_process_ends_with_one_line(fault, image_folder, tmp_path):
     images, out = tmp_path / "images", tmp_path / "run"
-    shutil.copytree(pictures, images)
+    shutil.copytree(image_folder, images)
     with start(out, images, "--no-cache", "--log-every", "1", "--save-every", "3") as process:
         wait_for_a_line(out, process)
         if fault == "full disk":  # or as good as full: a checkpoint has more than 100 kB
@@ -372,7 +382,7 @@ def test_whatever_fails_beside_workers_the_process_ends_with_one_line(fault, pic
 
 @pytest.mark.slow  # starts a process for each interruption
 @pytest.mark.parametrize("setup", SETUPS)
-def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(setup, pictures, tmp_path):
+def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(setup, image_folder, tmp_path):
     """Two kills of one setup, Ctrl-C and SIGTERM; with SAGAN_KILLS in the environment that many kills of each setup."""
     if setup != "cache" and "SAGAN_KILLS" not in os.environ:
         pytest.skip("only with SAGAN_KILLS")
@@ -385,7 +395,7 @@ def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(setup, pict
     out, log = tmp_path / "interrupted", tmp_path / "interrupted" / "log.jsonl"
     stopped = []
     for number in interruptions:
-        with start(out, pictures, "--resume", "auto", *settings) as process:
+        with start(out, image_folder, "--resume", "auto", *settings) as process:
             if number != signal.SIGKILL or rng.random() < 0.8:  # while it trains
                 for _ in range(4):  # RunLog writes the log anew; then come three lines, and with them a checkpoint
                     wait_for_a_line(out, process, more_than=log.stat().st_size if log.exists() else 0)
@@ -403,8 +413,8 @@ def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(setup, pict
             stopped.append(int(step))
             assert checkpoint(out)["step"] == int(step)
         print(f"{number.name}, {len(names(out))} checkpoints, {names(out)[-1:]}")
-    assert train(out, "--data", str(pictures), "--resume", "auto", *settings) == 0
-    assert train(tmp_path / "whole", "--data", str(pictures), *settings) == 0
+    assert train(out, "--data", str(image_folder), "--resume", "auto", *settings) == 0
+    assert train(tmp_path / "whole", "--data", str(image_folder), *settings) == 0
     for name in ["checkpoint.pt", "best.pt"] if setup == "cache" else ["checkpoint.pt"]:
         assert_same(checkpoint(out, name), checkpoint(tmp_path / "whole", name), apart_from=("/config/out",))
     logs = [[{**line, "images_per_second": 0} for line in lines(folder)] for folder in (out, tmp_path / "whole")]

@@ -58,8 +58,8 @@ def celeba(tmp_path: Path) -> Path:
 
 
 def size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size
+    with Image.open(path) as image:
+        return image.size
 
 
 # ------------------------------------------------------------------------------------------------- classes of folders
@@ -196,7 +196,7 @@ def test_a_table_of_other_images_is_one_line(celeba, tmp_path):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_label_is_that_of_the_image_in_the_place_of_an_unreadable_one(cached, animals, tmp_path):
+def test_the_label_is_that_of_the_image_that_replaces_an_unreadable_one(cached, animals, tmp_path):
     whole = (animals / "red" / "0.png").read_bytes()
     for name in ("blue/4.png", "green/2.png"):  # the last ones: images of the next class take their places
         (animals / name).write_bytes(whole[:-30])

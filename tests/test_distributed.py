@@ -111,7 +111,7 @@ def test_two_processes(settings, tmp_path):
         batch = state.to_device(source[next(order)].images)
         assert ours + theirs == [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch]
 
-    # And one process goes on.
+    # And one process continues.
     assert len(checkpoint(tmp_path / "run")["random"]["ranks"]) == 2
     assert resume(tmp_path / "run", "--steps", str(steps + 2)) == 0
     d_steps = 2 if "--d-steps" in settings else 1

@@ -59,7 +59,7 @@ class Subject(NamedTuple):
 
 SUBJECTS = {
     "attention": Subject(lambda: SelfAttention2d(16), (16, 6, 5)),
-    # So many positions that the map is not held.
+    # So many positions that the attention matrix is not materialised.
     "attention in tiles": Subject(lambda: SelfAttention2d(8), (8, 33, 33)),
     "official attention": Subject(lambda: SelfAttention2d.official(16), (16, 6, 5)),
     "l2 attention": Subject(lambda: SelfAttention2d(16, similarity="l2"), (16, 6, 5)),
@@ -411,7 +411,7 @@ def iteration_stopped(module: nn.Module) -> Iterator[None]:
 
 @pytest.mark.parametrize("subject", [name for name in SUBJECTS if "torch" not in name])
 def test_activation_checkpointing_with_the_iteration_stopped(subject: str) -> None:
-    """The way round of the page: the repetition takes u and v as the pass left them."""
+    """The workaround of the page: the repeated pass uses u and v as the first one left them."""
     module = build(subject)
     twin = copy.deepcopy(module)
     x = inputs(subject, 3)

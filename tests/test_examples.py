@@ -1,4 +1,4 @@
-"""The short examples, with tiny settings: they run, the insertion changes nothing, and the pictures are there."""
+"""The short examples, with tiny settings: they run, the insertion changes nothing, and they write their figures."""
 
 from __future__ import annotations
 
@@ -81,15 +81,15 @@ def test_attention_of_a_checkpoint(kind, generators, tmp_path, capsys):
     arguments = ["--samples", "3", "--query", "2,3", "--query", "0.5,0.9", "--out", str(out)]
     show_attention.main([str(path), *arguments])
     assert str(out) in capsys.readouterr().out
-    picture = opened(out)
-    assert (picture.shape[1], picture.shape[0]) == sheet(3, 3, TILE)
-    assert picture.std() > 5
+    figure = opened(out)
+    assert (figure.shape[1], figure.shape[0]) == sheet(3, 3, TILE)
+    assert figure.std() > 5
     page = out.with_suffix(".html").read_bytes()
     show_attention.main([str(tmp_path), *arguments])  # the run's folder is as good, and nothing is left to chance
-    assert np.array_equal(opened(out), picture)
+    assert np.array_equal(opened(out), figure)
     assert out.with_suffix(".html").read_bytes() == page
     show_attention.main([str(path), *arguments, "--seed", "1"])
-    assert not np.array_equal(opened(out), picture)
+    assert not np.array_equal(opened(out), figure)
     assert out.with_suffix(".html").read_bytes() != page
 
 
@@ -177,7 +177,7 @@ def test_mistakes_are_one_line(kind, arguments, message, generators, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "x.figure", "file/x.png"])
-def test_a_picture_that_cannot_be_written_is_one_line(name, generators, tmp_path):
+def test_an_image_that_cannot_be_written_is_one_line(name, generators, tmp_path):
     (tmp_path / "file").touch()
     out = tmp_path / name
     with pytest.raises(SystemExit, match=rf"^show_attention\.py: --out {re.escape(str(out))}: ") as stopped:
@@ -199,14 +199,14 @@ def test_foreign_files_are_no_checkpoints(tmp_path):
 
 
 def test_the_figure_shows_the_map_of_each_point(tmp_path):
-    """Two points of a grey picture, upper right and lower left, and each looks at the other one's quarter."""
+    """Two positions of a grey image, upper right and lower left, each of which attends to the other's quarter."""
     attention = torch.zeros(1, 4, 4)
     attention[0, 1, 2] = attention[0, 2, 1] = 1
     record = AttentionRecord(attention, (2, 2), (2, 2))
     save_attention(tmp_path / "x.png", torch.zeros(1, 1, 32, 32), record, [(0.1, 0.9), (0.9, 0.1)])
-    picture = opened(tmp_path / "x.png").astype(float)
-    image, first, second = (picture[GAP:-GAP, at : at + TILE] for at in range(GAP, 3 * (GAP + TILE), GAP + TILE))
-    assert picture.shape[:2] == sheet(3, 1, TILE)[::-1]
+    figure = opened(tmp_path / "x.png").astype(float)
+    image, first, second = (figure[GAP:-GAP, at : at + TILE] for at in range(GAP, 3 * (GAP + TILE), GAP + TILE))
+    assert figure.shape[:2] == sheet(3, 1, TILE)[::-1]
     assert first[135:147, 45:57].mean() > first[45:57, 135:147].mean() + 50
     assert second[45:57, 135:147].mean() > second[135:147, 45:57].mean() + 50
     # On two rings of radius 8 (2.6 · 192 / 64) in two colours, which come back around their maps.

@@ -290,12 +290,12 @@ def test_maps_of_entropy_and_distance(page: Page, case: tuple[Tensor, AttentionR
     extent = [query * cover for query, cover in zip(record.query_size, covered(record), strict=True)]
     values = []
     for n, row in enumerate(weights.tolist()):
-        place = (n // record.query_size[1] + 0.5, n % record.query_size[1] + 0.5)
+        position = (n // record.query_size[1] + 0.5, n % record.query_size[1] + 0.5)
         keys = itertools.product(*(range(size) for size in record.key_size))
         spots = [
             [(k + 0.5) * e / size for k, e, size in zip(key, extent, record.key_size, strict=True)] for key in keys
         ]
-        distance = sum(w * math.dist(place, spot) for w, spot in zip(row, spots, strict=True))
+        distance = sum(w * math.dist(position, spot) for w, spot in zip(row, spots, strict=True))
         values.append(distance if mode == "distance" else -sum(w * math.log2(w) for w in row))
     page.open(f"{address}query=0,0&mode={mode}")
     lowest, highest = min(values), max(values)
@@ -316,7 +316,7 @@ def test_opacity_mixes_the_map_with_the_image(page: Page, tmp_path: Path) -> Non
 # --- what it does ----------------------------------------------------------------------------------------------------
 
 
-def place(page: Page, canvas: str, row: float, column: float) -> tuple[float, float]:
+def position(page: Page, canvas: str, row: float, column: float) -> tuple[float, float]:
     """Where on the screen a fraction of a canvas is."""
     x, y, width, height = page.run(
         f"(() => {{ const b = document.getElementById('{canvas}').getBoundingClientRect();"
@@ -346,7 +346,7 @@ def test_the_map_follows_the_pointer(page: Page, example: tuple[Tensor, str], ca
     attention, address = example
     page.open(address)
     for row, column in ((0, 7), (5, 2), (7, 7)):
-        page.mouse("mouseMoved", *place(page, canvas, (row + 0.5) / 8, (column + 0.5) / 8))
+        page.mouse("mouseMoved", *position(page, canvas, (row + 0.5) / 8, (column + 0.5) / 8))
         page.next_frame()
         wanted = expected(attention[0, row * 8 + column].view(8, 8), 64)
         torch.testing.assert_close(shown(page, 8, 8), wanted, **CLOSE)
@@ -398,7 +398,7 @@ def test_keys_move_pin_and_release(page: Page, example: tuple[Tensor, str]) -> N
 def test_clicks_pin_and_release(page: Page, example: tuple[Tensor, str]) -> None:
     page.open(example[1])
     for row, column in ((1, 1), (4, 6), (1, 1), (6, 3)):
-        page.click(*place(page, "map", (row + 0.5) / 8, (column + 0.5) / 8))
+        page.click(*position(page, "map", (row + 0.5) / 8, (column + 0.5) / 8))
     assert query_in_address(page)["pins"] == "4,6;6,3"
     borders = page.run("[...document.querySelectorAll('#pins canvas')].map((tile) => tile.style.borderColor)")
     assert len(borders) == 2
@@ -411,15 +411,15 @@ def test_touch_moves_and_a_tap_pins(page: Page, example: tuple[Tensor, str]) -> 
     attention, address = example
     page.size(390, 844, touch=True)
     page.open(address)
-    page.touch("touchStart", place(page, "map", 0.3, 0.3))
+    page.touch("touchStart", position(page, "map", 0.3, 0.3))
     for row, column in ((3, 4), (6, 5)):
-        page.touch("touchMove", place(page, "map", (row + 0.5) / 8, (column + 0.5) / 8))
+        page.touch("touchMove", position(page, "map", (row + 0.5) / 8, (column + 0.5) / 8))
         page.next_frame()
         wanted = expected(attention[0, row * 8 + column].view(8, 8), 64)
         torch.testing.assert_close(shown(page, 8, 8), wanted, **CLOSE)
     page.touch("touchEnd")
     assert "pins" not in query_in_address(page)
-    page.touch("touchStart", place(page, "map", 0.8, 0.2))
+    page.touch("touchStart", position(page, "map", 0.8, 0.2))
     page.touch("touchEnd")
     assert query_in_address(page)["pins"] == "6,1"
     assert page.run("document.documentElement.scrollWidth") == 390  # nothing is wider than the phone
@@ -438,14 +438,14 @@ def test_controls_choose_image_layer_mode_and_opacity(page: Page, example: tuple
     assert page.run("document.querySelectorAll('#images button')[1].getAttribute('aria-pressed')") == "true"
 
 
-def test_a_position_keeps_its_place_when_the_layer_changes(page: Page, example: tuple[Tensor, str]) -> None:
+def test_a_position_stays_when_the_layer_changes(page: Page, example: tuple[Tensor, str]) -> None:
     page.open(example[1].replace("query=0,0", "query=7,5"))
-    places = []
+    positions = []
     for layer in ("1", "0"):
         page.run(f"document.getElementById('layer').value = '{layer}'")
         page.run("document.getElementById('layer').onchange({ target: document.getElementById('layer') })")
-        places.append(query_in_address(page)["query"])
-    assert places == ["3,2", "7,5"]
+        positions.append(query_in_address(page)["query"])
+    assert positions == ["3,2", "7,5"]
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ def test_nothing_is_asked_from_outside_and_nothing_complains(page: Page, example
     for canvas, mode in itertools.product(("image", "map"), ("from", "to", "entropy", "distance")):
         page.run(f"document.getElementById('mode').value = '{mode}'")
         page.run("document.getElementById('mode').onchange({ target: document.getElementById('mode') })")
-        page.click(*place(page, canvas, 0.4, 0.6))
+        page.click(*position(page, canvas, 0.4, 0.6))
     query_in_address(page)
     assert page.requests() == [example[1].split("#")[0]]
     assert page.complaints() == []

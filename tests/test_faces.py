@@ -16,11 +16,11 @@ from training.data import open_data
 PALETTES = [faces.EYES, faces.EARRINGS, faces.BANDS]
 
 
-def color_in(pictures: np.ndarray, palette: tuple, center: tuple[float, float], reach: float) -> np.ndarray:
-    """Which of the palette's colours fills most of the window around (x, y), for each picture; -1 for none."""
-    size = pictures.shape[-1]
+def color_in(images: np.ndarray, palette: tuple, center: tuple[float, float], reach: float) -> np.ndarray:
+    """Which of the palette's colours fills most of the window around (x, y), for each image; -1 for none."""
+    size = images.shape[-1]
     (left, right), (top, bottom) = [(int((c - reach + 1) / 2 * size), int((c + reach + 1) / 2 * size)) for c in center]
-    window = pictures[:, :, top:bottom, left:right].astype(float)  # (n, 3, h, w)
+    window = images[:, :, top:bottom, left:right].astype(float)  # (n, 3, h, w)
     distance = np.linalg.norm(window[:, None] - np.array(palette)[None, :, :, None, None], axis=2)  # (n, p, h, w)
     votes = (distance < 30).sum((2, 3))  # (n, p)
     return np.where(votes.max(1) > 0, votes.argmax(1), -1)
@@ -34,10 +34,10 @@ def color_in(pictures: np.ndarray, palette: tuple, center: tuple[float, float], 
         pytest.param(faces.BANDS, (0.0, -0.6), (0.0, 0.93), 0.05, id="head-band and shirt"),
     ],
 )
-def test_places_far_apart_share_a_color(palette, one, other, reach):
-    pictures = faces.render(faces.traits(300), 128)
-    here, there = color_in(pictures, palette, one, reach), color_in(pictures, palette, other, reach)
-    assert (here >= 0).mean() > 0.95  # the place is seen, whatever the pose
+def test_distant_parts_share_a_color(palette, one, other, reach):
+    images = faces.render(faces.traits(300), 128)
+    here, there = color_in(images, palette, one, reach), color_in(images, palette, other, reach)
+    assert (here >= 0).mean() > 0.95  # the part is visible in every pose
     assert (here == there).mean() > 0.95
     assert set(here) >= set(range(len(palette)))  # and every colour occurs
 
@@ -59,10 +59,10 @@ def test_a_face_depends_on_its_seed_and_index_alone():
 
 @pytest.mark.parametrize("size", [16, 28, 33, 64])
 def test_shape_and_type(size):
-    pictures = faces.render(faces.traits(5), size)
-    assert pictures.shape == (5, 3, size, size)
-    assert pictures.dtype == np.uint8
-    assert pictures.std() > 30
+    images = faces.render(faces.traits(5), size)
+    assert images.shape == (5, 3, size, size)
+    assert images.dtype == np.uint8
+    assert images.std() > 30
 
 
 def test_small_faces_are_large_faces_seen_from_afar():

@@ -1,4 +1,4 @@
-"""Attention without the map, against the equation written plainly: every path, every border, every derivative."""
+"""Attention without the attention matrix, against the plain equation: every path, border and derivative."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_extreme_logits_do_not_overflow(attention: Callable[..., Tensor], scale:
     value = torch.randn(1, 4, 2 * TILE + 3, dtype=dtype)
     tensors = [t.requires_grad_() for t in (query, key, value)]
     y = attention(*tensors)
-    # The map is one-hot at the largest key, at the smallest, and even.
+    # The weights are one-hot at the largest key, one-hot at the smallest, and uniform.
     largest, smallest = (value[..., -1], value[..., 0]) if scale > 0 else (value[..., 0], value[..., -1])
     expected = torch.stack([largest, smallest, value.mean(-1)] * TILE, dim=-1)
     torch.testing.assert_close(y, expected)

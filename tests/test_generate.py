@@ -87,14 +87,14 @@ def run(model: Path, out: Path, *arguments: str) -> dict[str, bytes]:
 
 
 def size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size
+    with Image.open(path) as image:
+        return image.size
 
 
 def pixels(path: Path) -> torch.Tensor:
     """An image as the generator makes it, (3, H, W) in [-1, 1], but for the rounding to bytes."""
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
 def assert_shows(folder: Path, images: torch.Tensor) -> None:
@@ -170,7 +170,7 @@ def test_a_strip_has_a_row_for_each_way_and_shares_its_ends(model, tmp_path):
     with Image.open(tmp_path / "interpolation.png") as strip:
         end, begin = strip.crop((4 * 130 + 2, 2, 5 * 130, 130)), strip.crop((2, 132, 130, 260))
         first = strip.crop((2, 2, 130, 130))
-    # Equal but for the rounding of different places in a batch.
+    # Rounding differs between positions in a batch.
     assert max(abs(a - b) for a, b in zip(end.tobytes(), begin.tobytes(), strict=True)) <= 1
     assert max(abs(a - b) for a, b in zip(end.tobytes(), first.tobytes(), strict=True)) > 20
 
@@ -197,7 +197,7 @@ def test_the_slowest_and_the_fastest_video(fps, milliseconds, kind, model, tmp_p
         assert video.info["duration"] == milliseconds
 
 
-def test_a_picture_that_cannot_be_finished_leaves_the_old_one(model, tmp_path, monkeypatch):
+def test_an_image_that_cannot_be_finished_leaves_the_old_one(model, tmp_path, monkeypatch):
     before = run(model, tmp_path, "--video", "webp", "--grid", "--images", "--count", "2", "--frames", "1")
 
     def half(image: Image.Image, file: object, **_: object) -> None:
@@ -214,8 +214,8 @@ def test_a_picture_that_cannot_be_finished_leaves_the_old_one(model, tmp_path, m
 def test_gray_images(trained, tmp_path):
     files = run(trained, tmp_path, *EVERYTHING)
     assert len(files) == 3 + 5
-    with Image.open(tmp_path / "000000.png") as picture:
-        red, green, blue = picture.split()
+    with Image.open(tmp_path / "000000.png") as image:
+        red, green, blue = image.split()
         assert red.tobytes() == green.tobytes() == blue.tobytes()
 
 

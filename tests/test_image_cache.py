@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
     for path in root.rglob("*.jpg"):
         if path.name in BROKEN:
             path.write_bytes(path.read_bytes()[:3000])
-    (root / "notes.txt").write_text("not a picture")
+    (root / "notes.txt").write_text("not an image")
     (root / "._00.jpg").write_text("what macOS leaves")
     return root
 
@@ -410,7 +410,7 @@ def test_an_archive_can_go_to_a_process_that_shares_no_memory(archive):
 
 def write_archive(path: Path, name: str) -> None:
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr(name, "not a picture, and longer than the end of an archive")
+        file.writestr(name, "not an image, and longer than the end of an archive")
 
 
 @pytest.mark.parametrize(

@@ -411,7 +411,7 @@ def test_encrypted_members_are_named_as_such(folder, tmp_path):
 
 
 def test_the_first_image_is_named_when_it_cannot_be_read(folder, tmp_path, capsys):
-    (folder / "0.png").write_text("not a picture")
+    (folder / "0.png").write_text("not an image")
     for arguments in ([], ["--no-cache", "--num-workers", "1"]):
         train(tmp_path / "run", "--data", str(folder), "--steps", "3", *arguments)
         assert capsys.readouterr().err.count("not in a format that can be read, left out: ") == 1
@@ -419,6 +419,6 @@ def test_the_first_image_is_named_when_it_cannot_be_read(folder, tmp_path, capsy
 
 def test_a_folder_without_one_readable_image_says_why(tmp_path):
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_text("not a picture")
+        (tmp_path / name).write_text("not an image")
     with pytest.raises(ValueError, match=r"none of the 2 images can be read, .*a\.png: not in a format"):
         open_data(str(tmp_path), size=SIZE)

@@ -123,7 +123,7 @@ def test_a_module_that_runs_at_two_sizes() -> None:
 
 
 def test_attention_that_is_there_already() -> None:
-    """A layer of the model's own is a place like others, but not its projections; an inserted one is not repeated."""
+    """The model's own layers are insertion points, but not their projections; an inserted layer is not one."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), SelfAttention2d.official(8), nn.ReLU(True), nn.Conv2d(8, 8, 3))
     x = IMAGES[..., :8, :8]
     assert [point.path for point in insertion_points(model, x)] == ["0", "1", "2", "3"]

@@ -48,7 +48,7 @@ def test_the_log_is_never_half_written(tmp_path, monkeypatch):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
-def test_tensorboard_shows_what_the_log_and_the_pictures_do(tmp_path):
+def test_tensorboard_shows_what_the_log_and_the_images_do(tmp_path):
     settings = ["--tensorboard", "--log-every", "1", "--sample-every", "2", "--save-every", "2"]
     train(tmp_path, *settings, "--steps", "3")
     (tmp_path / "checkpoint-000003.pt").unlink()  # as if it had been killed before it saved at step 3

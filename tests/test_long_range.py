@@ -39,7 +39,7 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def readers() -> ColorClassifiers:
+def classifiers() -> ColorClassifiers:
     return ColorClassifiers(SIZE, count=800)
 
 
@@ -64,7 +64,7 @@ def test_arms_begin_with_the_same_weights_and_outputs():
         assert sum(isinstance(module, SelfAttention2d) for module in one.modules()) == 1
 
 
-def test_the_local_layer_looks_at_its_own_place_and_attention_at_all():
+def test_the_local_layer_attends_to_its_own_position_and_attention_to_all():
     for layer, own in ((LocalAttention(8), True), (SelfAttention2d(8), False)):
         nn.init.constant_(layer.gamma, 0.5)
         x = torch.randn(1, 8, 4, 4, requires_grad=True)
@@ -122,49 +122,49 @@ def test_arms_see_the_same_images_and_latent_vectors(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- agreement
 
 
-def test_colors_are_read_as_they_were_drawn(readers):
+def test_colors_are_read_as_they_were_drawn(classifiers):
     people = faces.traits(300, first=77)
-    pictures = faces.render(people, SIZE)
+    images = faces.render(people, SIZE)
     for pair in PAIRS:
         truth = [pair.palette.index(tuple(int(c) for c in color)) for color in getattr(people, pair.trait)]
-        for read in readers.colors(pictures, pair):
+        for read in classifiers.colors(images, pair):
             assert (read == truth).mean() > 0.99
 
 
-def test_real_faces_agree_and_halves_of_different_faces_do_not(readers):
+def test_real_faces_agree_and_halves_of_different_faces_do_not(classifiers):
     one, other = portraits(400), portraits(400, first=400)
     left_right, top_bottom = one.copy(), one.copy()
     left_right[..., SIZE // 2 :] = other[..., SIZE // 2 :]
     top_bottom[:, :, SIZE // 2 :] = other[:, :, SIZE // 2 :]
     for pair in PAIRS:
-        real = readers(one)[pair.name]
+        real = classifiers(one)[pair.name]
         colors = len(pair.palette)
         assert real.disagreement < 0.01
         assert real.chance == pytest.approx(1 - 1 / colors, abs=0.02)
-        mixed = readers(left_right if pair.mirrored else top_bottom)[pair.name]
+        mixed = classifiers(left_right if pair.mirrored else top_bottom)[pair.name]
         assert mixed.relative == pytest.approx(1, abs=0.1)  # √(0.83 · 0.17 / 400) / 0.83 = 0.023, four deviations
 
 
-def test_odd_eyes_are_counted(readers):
+def test_odd_eyes_are_counted(classifiers):
     people = faces.traits(100)
     other = people._replace(eyes=np.roll(people.eyes, 1, axis=0))
-    pictures = faces.render(people, SIZE)
-    pictures[:30, :, :, SIZE // 2 :] = faces.render(other, SIZE)[:30, :, :, SIZE // 2 :]
+    images = faces.render(people, SIZE)
+    images[:30, :, :, SIZE // 2 :] = faces.render(other, SIZE)[:30, :, :, SIZE // 2 :]
     differ = (np.roll(people.eyes, 1, axis=0) != people.eyes).any(1)[:30].sum()
-    assert readers(pictures)["eyes"].disagreement == pytest.approx(differ / 100, abs=0.011)
-    assert readers(pictures)["earrings"].disagreement < 0.02
+    assert classifiers(images)["eyes"].disagreement == pytest.approx(differ / 100, abs=0.011)
+    assert classifiers(images)["earrings"].disagreement < 0.02
 
 
-def test_a_set_with_one_color_shows_no_agreement(readers):
+def test_a_set_with_one_color_shows_no_agreement(classifiers):
     people = faces.traits(50)
-    pictures = faces.render(people._replace(eyes=np.repeat(people.eyes[:1], 50, axis=0)), SIZE)
-    assert readers(pictures)["eyes"] == Reading(0.0, 0.0)
-    assert readers(pictures)["eyes"].relative == 1.0
+    images = faces.render(people._replace(eyes=np.repeat(people.eyes[:1], 50, axis=0)), SIZE)
+    assert classifiers(images)["eyes"] == Reading(0.0, 0.0)
+    assert classifiers(images)["eyes"].relative == 1.0
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 @pytest.mark.parametrize("size", [16, 32, 64])
-def test_windows_lie_on_their_places_and_do_not_meet(pair, size):
+def test_windows_are_on_their_parts_and_do_not_overlap(pair, size):
     marked = np.zeros((1, 3, size, size), np.uint8)
     for value, (x, y) in ((100, pair.here), (200, pair.there)):
         marked[0, :, int((y + 1) / 2 * size), int((x + 1) / 2 * size)] = value
@@ -314,8 +314,8 @@ def test_a_run_leaves_results_and_the_next_one_goes_on_with_them(small, tmp_path
     assert (tmp_path / "table.md").read_text() == text
     assert "runs of" not in capsys.readouterr().out
     assert "2 pairs" in text
-    with Image.open(tmp_path / "local-0.png") as picture:
-        assert picture.width > 8 * 16
+    with Image.open(tmp_path / "local-0.png") as image:
+        assert image.width > 8 * 16
     with pytest.raises(SystemExit, match=r"attention-\d\.json was made with steps 3: give another --out") as error:
         long_range.main([*TINY, "--steps", "4", "--out", str(tmp_path)])
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The page of a run: every number and picture that the run left, in one file, from partial runs too."""
+"""The page of a run: all its numbers and images in one file, also for unfinished runs."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def read(html: str) -> Outline:
     return outline
 
 
-def test_the_page_holds_curves_and_pictures_and_needs_nothing_else(folder, capsys):
+def test_the_page_contains_curves_and_images_and_needs_nothing_else(folder, capsys):
     assert report.main([str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "summary.html")
     html = (folder / "summary.html").read_text()
     outline = read(html)
-    pictures = [folder / f"{kind}-{step:06d}.png" for kind in ("samples", "attention") for step in (30, 20)]
+    images = [folder / f"{kind}-{step:06d}.png" for kind in ("samples", "attention") for step in (30, 20)]
     embedded = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in outline.images]
-    assert embedded == [path.read_bytes() for path in pictures]
+    assert embedded == [path.read_bytes() for path in images]
     assert not re.search(r"src=\"(?!data:)|<script|url\(", html)
     assert outline.links == ["attention-000030.html"]
     for text in ("first <run>", "step 30, 120 images", "D 31", "G 2", "step 20"):
@@ -256,7 +256,7 @@ def test_ticks_are_round(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
 
 
-def test_first_and_last_of_many_pictures():
+def test_first_and_last_of_many_images():
     assert spread(range(5), 12) == [0, 1, 2, 3, 4]
     chosen = spread(range(100), 12)
     assert (len(chosen), chosen[0], chosen[-1]) == (12, 0, 99)

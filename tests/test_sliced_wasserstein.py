@@ -57,8 +57,8 @@ def test_against_scipy(channels, size):
         mean, deviation = ours.mean((0, 2, 3), keepdims=True), ours.std((0, 2, 3), keepdims=True)
         corners, directions = sw.draw(5, level, ours.shape)
         apart = []
-        for places, vectors in zip(corners, directions.numpy(), strict=True):
-            one, other = (patches((band - mean) / deviation, places) @ vectors for band in (ours, theirs))
+        for positions, vectors in zip(corners, directions.numpy(), strict=True):
+            one, other = (patches((band - mean) / deviation, positions) @ vectors for band in (ours, theirs))
             apart += [wasserstein_distance(a, b) for a, b in zip(one.T, other.T, strict=True)]
         expected.append(1000 * np.mean(apart))
     measured = sliced_wasserstein(real, fake, seed=5)
@@ -71,7 +71,7 @@ def test_directions_are_unit_vectors_and_patches_cover_the_image():
     corners, vectors = sw.draw(0, 0, (1, 3, 16, 20))
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones_like(vectors[:, 0]))
     assert corners.min() == 0
-    assert (corners.max(axis=(0, 2)) == (9, 13)).all()  # the last places where 7 pixels fit
+    assert (corners.max(axis=(0, 2)) == (9, 13)).all()  # the last positions where 7 pixels fit
 
 
 def test_a_shift_has_a_closed_form():

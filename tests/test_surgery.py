@@ -1,4 +1,4 @@
-"""Attention in models that exist: unchanged outputs and keys, every kind of place, clear errors, no trace."""
+"""Attention in existing models: unchanged outputs and keys, every kind of host, clear errors, complete removal."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ MODELS = {
 
 
 @pytest.fixture(params=MODELS, ids=str)
-def place(request: pytest.FixtureRequest) -> tuple[nn.Module, list[str], Tensor]:
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, list[str], Tensor]:
     make, after, shape = MODELS[request.param]
     return make(), after, torch.randn(2, *shape)
 
@@ -100,8 +100,8 @@ def train(model: nn.Module, x: Tensor) -> list[Tensor]:
 # --- the identity, until it is trained -----------------------------------------------------------------------------
 
 
-def test_outputs_gradients_and_keys_are_unchanged(place: tuple[nn.Module, list[str], Tensor]) -> None:
-    model, after, x = place
+def test_outputs_gradients_and_keys_are_unchanged(case: tuple[nn.Module, list[str], Tensor]) -> None:
+    model, after, x = case
     twin, keys = copy.deepcopy(model), list(model.state_dict())
     classes = [type(module) for module in model.modules()]
     assert insert_self_attention(model, after, example_input=x) is model
@@ -116,8 +116,8 @@ def test_outputs_gradients_and_keys_are_unchanged(place: tuple[nn.Module, list[s
         assert torch.equal(ours, theirs)
 
 
-def test_every_place_acts_once_it_is_trained(place: tuple[nn.Module, list[str], Tensor]) -> None:
-    model, after, x = place
+def test_every_layer_acts_once_it_is_trained(case: tuple[nn.Module, list[str], Tensor]) -> None:
+    model, after, x = case
     model.eval()
     before = model(x.clone())
     insert_self_attention(model, after, example_input=x)
@@ -128,7 +128,7 @@ def test_every_place_acts_once_it_is_trained(place: tuple[nn.Module, list[str], 
     assert torch.equal(model(x.clone()), before)
 
 
-def test_the_place_receives_what_the_module_returned() -> None:
+def test_the_layer_receives_what_the_module_returned() -> None:
     model = insert_self_attention(residual_generator().eval(), "model.12", example_input=torch.randn(1, 3, 16, 16))
     wake(model)
     x = torch.randn(2, 3, 16, 16)
@@ -152,8 +152,8 @@ def test_a_new_parameter_is_trained() -> None:
     }  # fmt: skip
 
 
-def test_removal_restores_the_model(place: tuple[nn.Module, list[str], Tensor]) -> None:
-    model, after, x = place
+def test_removal_restores_the_model(case: tuple[nn.Module, list[str], Tensor]) -> None:
+    model, after, x = case
     model.eval()
     names, text, before = [*model.state_dict()], repr(model), model(x.clone())
     insert_self_attention(model, after, example_input=x)
@@ -163,7 +163,7 @@ def test_removal_restores_the_model(place: tuple[nn.Module, list[str], Tensor]) 
     assert repr(model) == text
     assert not any(module._forward_hooks for module in model.modules())
     assert torch.equal(model(x.clone()), before)
-    insert_self_attention(model, after, example_input=x)  # the place is free again
+    insert_self_attention(model, after, example_input=x)  # it can be inserted again
     assert len(inserted(model)) == len(after)
 
 
@@ -182,7 +182,7 @@ def test_removal_leaves_layers_and_hooks_that_the_model_came_with() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_layer_takes_the_mode_and_dtype_of_its_place(training: bool, dtype: torch.dtype) -> None:
+def test_a_layer_takes_the_mode_and_dtype_of_its_host(training: bool, dtype: torch.dtype) -> None:
     model = dcgan_generator().to(dtype).train(training)
     x = torch.randn(2, 3, 4, 4, dtype=dtype)
     (layer,) = inserted(insert_self_attention(model, "model.2", example_input=x))
@@ -191,7 +191,7 @@ def test_a_layer_takes_the_mode_and_dtype_of_its_place(training: bool, dtype: to
     assert model(x).dtype == dtype
 
 
-def test_a_layer_takes_the_device_of_its_place() -> None:
+def test_a_layer_takes_the_device_of_its_host() -> None:
     model = insert_self_attention(dcgan_generator().to("meta"), "model.1", example_input=X.to("meta"))
     assert {p.device.type for p in inserted(model)[0].parameters()} == {"meta"}
 
@@ -414,8 +414,8 @@ def test_a_module_that_is_used_twice_attends_twice() -> None:
 # --- checkpoints and copies ----------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_from_before_the_insertion_loads(place: tuple[nn.Module, list[str], Tensor]) -> None:
-    model, after, x = place
+def test_a_checkpoint_from_before_the_insertion_loads(case: tuple[nn.Module, list[str], Tensor]) -> None:
+    model, after, x = case
     trained = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in trained.parameters():
@@ -738,8 +738,8 @@ def test_a_sequential_grows_by_one() -> None:
 # --- recording -----------------------------------------------------------------------------------------------------
 
 
-def test_maps_are_those_that_the_layer_returns(place: tuple[nn.Module, list[str], Tensor]) -> None:
-    model, after, x = place
+def test_maps_are_those_that_the_layer_returns(case: tuple[nn.Module, list[str], Tensor]) -> None:
+    model, after, x = case
     model.eval()
     wake(insert_self_attention(model, after, example_input=x))
     inputs: dict[str, Tensor] = {}
@@ -842,13 +842,13 @@ def test_the_unet_of_diffusers() -> None:
     ).eval()
     example = {"sample": torch.randn(2, 3, 16, 16), "timestep": torch.tensor(7)}
     before, keys = model(**example).sample, list(model.state_dict())
-    places = ["conv_in", "down_blocks.0.resnets.0", "mid_block", "up_blocks.0.resnets.1", "up_blocks.1"]
-    insert_self_attention(model, places, example_input=example)
+    paths = ["conv_in", "down_blocks.0.resnets.0", "mid_block", "up_blocks.0.resnets.1", "up_blocks.1"]
+    insert_self_attention(model, paths, example_input=example)
     assert torch.equal(model(**example).sample, before)
     assert [key for key in model.state_dict() if "inserted_attention" not in key] == keys
     with record_attention(wake(model)) as records:
         assert not torch.allclose(model(**example).sample, before)
-    assert {path: len(calls) for path, calls in records.items()} == {f"{at}.inserted_attention": 1 for at in places}
+    assert {path: len(calls) for path, calls in records.items()} == {f"{at}.inserted_attention": 1 for at in paths}
     with pytest.raises(ValueError, match=r"'down_blocks.0' returns a tuple of 2"):
         insert_self_attention(model, "down_blocks.0", example_input=example)
     assert torch.equal(remove_self_attention(model)(**example).sample, before)

@@ -35,7 +35,7 @@ GOOD = 10
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real JPEGs of CelebA's size at several depths, two smaller pictures, a cut-off JPEG and a text file."""
+    """Real JPEGs of CelebA's size at several depths, two smaller images, a cut-off JPEG and a text file."""
     root = tmp_path_factory.mktemp("images")
     (root / "a" / "b").mkdir(parents=True)
     photographs = load_sample_images().images
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(photographs[1][:200, :100]).save(root / "a" / "narrow.JPEG")
     whole = (root / "000.jpg").read_bytes()
     (root / "a" / "cut-off.jpg").write_bytes(whole[: len(whole) // 2])
-    (root / "notes.txt").write_text("not a picture")
+    (root / "notes.txt").write_text("not an image")
     return root
 
 
@@ -67,8 +67,8 @@ def test_a_folder_with_broken_files_names_them_and_goes_on(folder, tmp_path, cap
         assert (tmp_path / name).stat().st_size > 0
     assert [(line["step"], line["images"]) for line in lines(tmp_path)] == [(2, 8), (4, 16), (6, 24)]
     assert set(lines(tmp_path)[0]["gamma"]) >= {"G.attention.8", "D.attention.8"}
-    with Image.open(tmp_path / "samples-000006.png") as picture:
-        assert picture.width > 8 * 16
+    with Image.open(tmp_path / "samples-000006.png") as image:
+        assert image.width > 8 * 16
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -86,9 +86,9 @@ def test_no_image_is_lost_to_a_broken_neighbor(folder, workers):
 
 
 def test_the_center_is_cropped(tmp_path):
-    picture = np.zeros((218, 178, 3), np.uint8)
-    picture[29:189, 9:169] = (200, 100, 50)
-    Image.fromarray(picture).save(tmp_path / "face.png")
+    image = np.zeros((218, 178, 3), np.uint8)
+    image[29:189, 9:169] = (200, 100, 50)
+    Image.fromarray(image).save(tmp_path / "face.png")
     image, *_ = ImageFolder(tmp_path, size=32, crop=160).read(0)
     assert image.flatten(1).T.unique(dim=0).tolist() == [[200, 100, 50]]
     image, *_ = ImageFolder(tmp_path, size=32, crop=0).read(0)  # the largest centred square: all of the width
@@ -200,11 +200,11 @@ def test_drawing_and_scoring_recalibrate_a_copy_of_the_average(tmp_path, monkeyp
     assert worst[0] < 1e-5  # rounding in float32
     assert max(abs(norm - 1) for norm in spectral_norms(state.average).values()) > 1e-3
     state.best, state.scores = before["best"], before["scores"]
-    pictures = [draw(state, tmp_path)["samples"].read_bytes() for _ in range(2)]
-    assert pictures[0] == pictures[1]
+    drawn = [draw(state, tmp_path)["samples"].read_bytes() for _ in range(2)]
+    assert drawn[0] == drawn[1]
     assert_same(state.state_dict(), before)
     monkeypatch.setattr(sampling, "recalibrated", lambda average: average)
-    assert draw(state, tmp_path)["samples"].read_bytes() != pictures[0]
+    assert draw(state, tmp_path)["samples"].read_bytes() != drawn[0]
 
 
 def test_a_diverged_run_ends_in_one_line(tmp_path):
@@ -776,7 +776,7 @@ def test_help_tells_every_default(capsys):
 
 
 class Readings(TorchDispatchMode):
-    """Counts the operations that hand a number of a tensor to Python, for which a GPU would have to be waited for."""
+    """Counts the operations that copy a number from a tensor to Python, which would wait for the GPU."""
 
     count = 0
 

@@ -75,7 +75,7 @@ def test_light_falls_where_the_query_looks(queries: tuple[int, int], pool: int, 
 
 
 def test_rows_are_queries() -> None:
-    """Query 5 looks at key 10, and query 10 at nothing in particular; read the other way round this would swap."""
+    """Query 5 attends to key 10, and query 10 to all keys alike; with rows and columns exchanged the result differs."""
     attention = looks_at(1, 16, 16, 5, 10)
     image = torch.zeros(1, 3, 32, 32)
     looking = attention_overlay(image, attention, (12, 12), mark=False)  # the cell of query 5
@@ -419,7 +419,7 @@ def test_a_record_knows_its_sizes() -> None:
     with record_attention(network) as records, torch.no_grad():
         network(torch.randn(2, 8, 5, 14))
     record = records[""][0]
-    images = torch.rand(2, 3, 30, 30)  # nothing here tells that the map was 5×14
+    images = torch.rand(2, 3, 30, 30)  # the size of the feature map, 5×14, does not follow from the image
     overlay = attention_overlay(images, record, [(3, 4), (29, 29)])
     told = attention_overlay(images, record.attention, [(3, 4), (29, 29)], query_size=(5, 14), key_size=(2, 7))
     assert torch.equal(overlay, told)
@@ -458,7 +458,7 @@ def test_a_list_of_maps_is_no_map() -> None:
         mark_queries(torch.zeros(1, 2, 8, 8), (0, 0))
 
 
-def test_pictures_of_bytes_are_refused() -> None:
+def test_images_of_bytes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"floating point in \[-1, 1\], got torch.uint8"):
         mark_queries(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), (0, 0))
 

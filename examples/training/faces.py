@@ -132,16 +132,16 @@ def hair_colors(people: Traits) -> NDArray[np.int64]:
 def render(people: Traits, size: int) -> NDArray[np.uint8]:
     """The faces at size × size pixels: uint8, (n, 3, size, size)."""
     count = len(people.eyes)
-    pictures = np.empty((count, 3, size, size), np.uint8)
+    images = np.empty((count, 3, size, size), np.uint8)
     step = max(1, 2**17 // size**2)  # faces at a time: few enough that every intermediate stays in the cache
 
     def draw(start: int) -> None:
         part = slice(start, start + step)
-        pictures[part] = _draw(Traits(*(trait[part] for trait in people)), size)
+        images[part] = _draw(Traits(*(trait[part] for trait in people)), size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy releases the interpreter's lock
         list(pool.map(draw, range(0, count, step)))
-    return pictures
+    return images
 
 
 def _draw(people: Traits, size: int) -> NDArray[np.uint8]:

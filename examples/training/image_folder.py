@@ -176,13 +176,13 @@ class ImageFolder(Dataset[Batch]):
 
     def _decode(self, path: str) -> Tensor:
         with self._open(path) as file:
-            picture = upright_rgb(file)
-        width, height = picture.size
+            image = upright_rgb(file)
+        width, height = image.size
         side = self._side(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         box = (left, top, left + side, top + side)
-        picture = picture.crop(box).resize((self.size, self.size), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (3, size, size)
+        image = image.crop(box).resize((self.size, self.size), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, size, size)
 
     def _side(self, width: int, height: int) -> int:
         """Width and height of the square that is cropped from an image."""
@@ -258,11 +258,11 @@ def upright_rgb(file: ImageFile.ImageFile) -> Image.Image:
     if file.format == "PNG" and "transparency" in file.info and file.tile[0][3] in ("L;2", "L;4", "RGB;16B"):
         # Pillow converts the pixels to bytes, but compares them with the unconverted colour of the file.
         raise ValueError("a transparent colour of 2, 4 or 16 bits, which Pillow does not find in the image")
-    picture = ImageOps.exif_transpose(file)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    image = ImageOps.exif_transpose(file)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _gray_bytes(file: ImageFile.ImageFile) -> Image.Image:

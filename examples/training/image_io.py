@@ -52,8 +52,8 @@ def save_explorer(path: Path, images: Tensor, records: Mapping[str, Sequence[Att
 
 def save_images(paths: Sequence[Path], images: Tensor) -> None:
     """Write each of the images (B, 1 or 3, H, W) in [-1, 1] as a PNG of its own, pixel for pixel."""
-    for path, picture in zip(paths, _pil_images((images.float().cpu() + 1) / 2), strict=True):
-        _write(path, picture)
+    for path, image in zip(paths, _pil_images((images.float().cpu() + 1) / 2), strict=True):
+        _write(path, image)
 
 
 def save_animation(path: Path, images: Tensor, frames_per_second: float) -> None:
