@@ -616,7 +616,8 @@ def test_features_of_a_traced_model(tracer: type[torch.fx.Tracer]) -> None:
     handle.remove()
     graph = tracer().trace(model)
     traced = torch.fx.GraphModule(model, graph)
-    assert torch.equal(traced(IMAGES), expected)
+    # Traced into, the layer calls its three projections; by itself it makes one convolution of them: rounding differs.
+    torch.testing.assert_close(traced(IMAGES), expected)
     leaves = [node.target for node in graph.nodes if node.op == "call_module"]
     assert ("block.inserted_attention" in leaves) == (tracer is AttentionLeaves)
     assert ("block.inserted_attention.query" in leaves) == (tracer is not AttentionLeaves)
@@ -624,7 +625,7 @@ def test_features_of_a_traced_model(tracer: type[torch.fx.Tracer]) -> None:
     output.args = ({"attended": last},)
     graph.eliminate_dead_code()
     extractor = torch.fx.GraphModule(model, graph)
-    assert torch.equal(extractor(IMAGES)["attended"], features[0])
+    torch.testing.assert_close(extractor(IMAGES)["attended"], features[0])
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own modules
