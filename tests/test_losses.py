@@ -93,10 +93,10 @@ def test_hinge_stops_at_the_margin() -> None:
 
 
 # Without subnormal numbers: code that torch compiled earlier in this process may have had those flushed to zero.
-LOGITS = st.floats(-5, 5, allow_subnormal=False)
+LOGIT = st.floats(-5, 5, allow_subnormal=False)
 
 
-@given(pairs=st.lists(st.tuples(LOGITS, LOGITS), min_size=1, max_size=6))
+@given(pairs=st.lists(st.tuples(LOGIT, LOGIT), min_size=1, max_size=6))
 def test_relativistic_formulas(pairs: list[tuple[float, float]]) -> None:
     """-log σ(D(x) - D(G(z))) for D, the same with the roles exchanged for G, averaged over the pairs."""
     real, fake = torch.tensor(pairs, dtype=torch.float64).T
