@@ -25,7 +25,7 @@ FLAGS = (
 
 
 class Page:
-    """One tab, and everything that it said and asked for since it was opened."""
+    """One tab, with all its messages and requests since it was opened."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
@@ -65,7 +65,7 @@ class Page:
         return answer
 
     def open(self, address: str) -> None:
-        """Load an address, until its scripts have run and a frame has been drawn."""
+        """Load an address and wait until its scripts have run and a frame has been drawn."""
         self.send("Page.navigate", url="about:blank")  # else another fragment of the same page would not load it again
         self.events.clear()
         self.send("Page.navigate", url=address)

@@ -1,4 +1,4 @@
-"""What every test shares: a seed, a limit of memory, Hypothesis' settings, the arrays of other implementations."""
+"""Shared by all tests: a seed, a memory limit, Hypothesis' settings, the arrays of other implementations."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _at_most_two_gibibytes() -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has had in memory; 0 on Windows, where Python cannot ask."""
+    """The most bytes that this process has had in memory; 0 on Windows, where Python has no function for it."""
     if sys.platform == "win32":
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

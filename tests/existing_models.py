@@ -1,4 +1,4 @@
-"""Models with the nesting of those that people have, and one with everything that is unusual."""
+"""Models nested like common public ones, and one with everything that is unusual."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def unet() -> nn.Module:
 
 
 class Pyramid(nn.Module):
-    """A block that is used twice, one that returns a tuple, one that returns no map, and one that is not used."""
+    """A block that is used twice, one that returns a tuple, one that returns no feature map, and an unused one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Oracles: what the library has to compute, written a second time and as plainly as possible.
+"""Oracles: the computations of the library, written again as plainly as possible.
 
 Nothing here imports ``torch_sagan``. Numbers are float64, attention is three nested loops, sigma is an SVD.
 """
@@ -98,7 +98,7 @@ def l2_self_attention_by_loops(x: Tensor, weights: Mapping[str, Tensor]) -> tupl
 
 
 def as_matrix(weight: Tensor, dim: int = 0) -> Tensor:
-    """The weight with dimension ``dim`` as rows, all others as columns."""
+    """The weight as a matrix: dimension ``dim`` gives the rows, all others the columns."""
     return weight.detach().movedim(dim, 0).reshape(weight.shape[dim], -1)
 
 
@@ -235,7 +235,7 @@ def with_after(weights: Mapping[str, Tensor], arrays: Mapping[str, Tensor], netw
 
 
 def assert_all_close(pairs: Iterable[tuple[str, Tensor, Tensor]], atol: float) -> None:
-    """Every named pair equal to ``atol``; what fails is named."""
+    """Every named pair is equal to ``atol``; the error names the pair."""
     for name, actual, expected in pairs:
         torch.testing.assert_close(
             actual, expected, rtol=0, atol=atol, check_dtype=False, msg=lambda text, n=name: f"{n}: {text}"

@@ -229,7 +229,7 @@ def calls_backward(path: Path) -> bool:
 
 
 def test_gans_learn_in_one_place() -> None:
-    """In the step, and in the four files that are to be read without it."""
+    """In the step, and in the four files that stand alone."""
     learning = {name for name, path in EXAMPLE_MODULES.items() if calls_backward(path)}
     assert learning == {
         "training.step", "minimal", "attention_in_dcgan", "attention_in_cyclegan", "networks.plain",
@@ -311,7 +311,7 @@ def test_version() -> None:
 
 
 def test_importing_loads_torch_and_nothing_else() -> None:
-    """In a fresh interpreter: whatever torch brings along is there before, only our own modules come after."""
+    """In a fresh interpreter: after torch and its dependencies, only our own modules are loaded."""
     code = (
         # From torch 2.15 on, its FLOP counter, with which our operators register, loads triton where that is installed.
         "import sys, torch, torch.utils.flop_counter; before = set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""``SelfAttention2d`` against nested loops and two other implementations; gamma ≠ 0, since at 0 everything hides."""
+"""``SelfAttention2d`` against nested loops and two other implementations; gamma ≠ 0, since 0 hides every error."""
 
 from __future__ import annotations
 
@@ -466,7 +466,7 @@ def test_derivatives_of_the_map() -> None:
 
 
 def test_key_bias_gets_no_gradient() -> None:
-    """A shift that all keys share moves every logit of a row alike, and softmax does not see it."""
+    """A shift that all keys share adds the same number to every logit of a row, which softmax ignores."""
     layer = build("default", 16)
     layer(torch.randn(2, 16, 4, 4, dtype=torch.float64)).square().sum().backward()
     assert layer.key.bias.grad.abs().max() < 1e-10
@@ -564,6 +564,6 @@ def test_input_that_is_not_a_tensor() -> None:
 
 
 def test_input_smaller_than_one_tile() -> None:
-    """No whole 2x2 tile means no keys: said, not left to a NaN."""
+    """Without a whole 2x2 tile there are no keys: an error, not NaN."""
     with pytest.raises(ValueError, match="pool"):
         SelfAttention2d(8, pool=2)(torch.randn(1, 8, 1, 5))

@@ -1,4 +1,4 @@
-"""Nothing is lost: not to a full disk, a damaged file, a signal, or the power."""
+"""No run is lost: not by a full disk, a damaged file, a signal, or a power failure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KINDS = (("checkpoint", "pt"), ("samples", "png"), ("attention", "png"))
 
 
 def images(out: Path) -> dict[str, bytes]:
-    """What a run draws: images, and the page to explore them."""
+    """The images of a run, and its attention explorer."""
     return {path.name: path.read_bytes() for path in out.glob("*.*") if path.suffix in (".png", ".html")}
 
 

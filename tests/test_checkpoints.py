@@ -1,4 +1,4 @@
-"""Other implementations' weights go in, their numbers come out."""
+"""Weights of other implementations give the outputs of those implementations."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_saved_from_data_parallel(
 
 
 def test_every_entry_arrives(generator_weights: dict[str, Tensor]) -> None:
-    """Nothing in the model is left as it was made: parameters, u, v and running statistics all change."""
+    """Nothing in the model keeps its initial value: parameters, u, v and running statistics all change."""
     network = generator().double()
     before = copy.deepcopy(network.state_dict())
     load_reference_state_dict(network, generator_weights)
@@ -425,7 +425,7 @@ def test_legacy_keys_of_any_name(prefix: str, name: str) -> None:
 
 
 def test_legacy_from_a_file(tmp_path: Path) -> None:
-    """As they lie on disks: saved from DataParallel, loaded as tensors alone."""
+    """As files usually are: saved from DataParallel, loaded with weights_only."""
     network = trained_legacy_critic()
     torch.save(nn.DataParallel(network).state_dict(), tmp_path / "critic.pt")
     state = convert_legacy_spectral_norm(torch.load(tmp_path / "critic.pt", weights_only=True))

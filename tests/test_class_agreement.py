@@ -13,7 +13,7 @@ from training.labels import Labels
 
 
 class Recorder:
-    """A classifier that says class 1 for bright images, and keeps what it has been given."""
+    """A classifier that predicts class 1 for bright images, and keeps its inputs."""
 
     def __init__(self) -> None:
         self.learned: NDArray[np.float32] = np.zeros((0, 0), np.float32)

@@ -170,7 +170,7 @@ def test_fake_labels_have_no_values(kind: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["dcgan", "resnet"])
 def test_a_traced_network_takes_other_labels(architecture: str) -> None:
-    """The trace holds no label's value, and the range is an assertion in it."""
+    """The trace contains no value of a label, and asserts the range."""
     generator = SAGANGenerator(
         8, base_channels=2, num_classes=5, architecture=architecture, attention_resolutions=()
     ).eval()

@@ -269,7 +269,7 @@ def advance(run: TrainingState, labels: Tensor | None = None) -> Tensor:
 
 
 def images_of_d(run: TrainingState) -> list[Tensor]:
-    """All images that D is shown from now on."""
+    """All images that D gets from now on."""
     seen: list[Tensor] = []
     run.discriminator.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach().clone()))
     return seen

@@ -40,7 +40,7 @@ def trace(network: SAGANDiscriminator, images: Tensor) -> list[tuple[Any, ...]]:
 
 
 def attention_sizes(network: SAGANDiscriminator, image_size: int) -> list[int]:
-    """Side of every feature map that attention looks at, input side first."""
+    """Width of every feature map with attention, input side first."""
     _, maps = network(torch.randn(2, 3, image_size, image_size), return_attention=True)
     sizes = [round(attention.shape[1] ** 0.5) for attention in maps]
     assert [size**2 for size in sizes] == [attention.shape[1] for attention in maps]

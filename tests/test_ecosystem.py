@@ -91,7 +91,7 @@ leaves_are_deprecated = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarn
 
 
 def build(subject: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The subject with gamma ≠ 0, and with u and v a little behind the weights, so that every iteration shows."""
+    """The subject with gamma ≠ 0, and with u and v that lag behind the weights, so that iterations have an effect."""
     module = SUBJECTS[subject].make().to(dtype)
     with torch.no_grad():
         for part in module.modules():
@@ -691,7 +691,7 @@ def test_averaged_model(subject: str) -> None:
 
 @pytest.mark.parametrize("subject", LAYERS)
 def test_averaged_buffers_are_wrong(subject: str) -> None:
-    """The average of unit vectors is no unit vector: ``use_buffers=True`` is not for u and v."""
+    """The average of unit vectors is not a unit vector: ``use_buffers=True`` is not for u and v."""
     _, average = averaged(subject, use_buffers=True)
     vector = average.module.parametrizations.weight[0]._u
     assert abs(vector.norm().item() - 1) > 1e-3  # float64, where a unit vector's is below 1e-15
@@ -801,7 +801,7 @@ def test_hooks(subject: str) -> None:
 
 
 def dcgan_init(module: nn.Module) -> None:
-    """What DCGANs are initialised with, as it is often written."""
+    """The usual initialisation of a DCGAN, as it is often written."""
     name = type(module).__name__
     if "Conv" in name:
         module.weight.data.normal_(0.0, 0.02)
@@ -829,7 +829,7 @@ def test_initialization_before_the_norm() -> None:
 
 @pytest.mark.parametrize("subject", ["spectral norm", "torch's spectral norm", "generator", "discriminator"])
 def test_initialization_after_the_norm_is_lost(subject: str) -> None:
-    """The weight is computed, and what is written into it falls away without a word, as with torch's own norm."""
+    """The weight is computed, so values written into it are lost without an error, as with torch's own norm."""
     module = build(subject)
     before = [original.clone() for original in originals(module)]
     module.apply(dcgan_init)

@@ -1,4 +1,4 @@
-"""The evaluator: its scores against closed forms, its fallback, and that training never notices it."""
+"""The evaluator: its scores against closed forms, its fallback, and that it does not affect training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``explore_attention``: what the page holds, and what it shows and does in Chromium."""
+"""``explore_attention``: what the page contains, and what it shows and does in Chromium."""
 
 from __future__ import annotations
 

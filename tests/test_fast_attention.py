@@ -177,7 +177,7 @@ def test_batched_gradients(attention: Callable[..., Tensor], create_graph: bool)
 
 
 def test_the_fused_path_releases_its_graph_after_the_backward() -> None:
-    """And builds it again for another one, also where autocast has ended meanwhile."""
+    """A second backward builds it again, also after autocast has ended."""
     tensors = inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y = fused(*tensors)
@@ -362,8 +362,8 @@ def test_not_a_number_is_not_hidden() -> None:
     assert y[..., [0, 2, 3]].isfinite().all()
 
 
-def test_the_large_map_of_the_layer_takes_this_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the small one does not, nor one that is asked for: the dispatch is held here, the arithmetic elsewhere."""
+def test_a_large_attention_matrix_is_not_materialized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one is materialised, and so is one that is returned. This tests the choice, not the arithmetic."""
     taken = []
     monkeypatch.setattr(
         functional,
@@ -461,7 +461,7 @@ def test_the_profiler_names_the_operators() -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 def test_gradient_penalty_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fifty WGAN-GP steps, and the penalty comes down from far above."""
+    """Fifty WGAN-GP steps reduce a large penalty to less than a tenth."""
     monkeypatch.setattr(functional, "SMALL_MATRIX", 0)
     torch.manual_seed(0)
     layer = SelfAttention2d(4)
@@ -490,7 +490,7 @@ def test_gradient_penalty_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("d", "e"), [(1, 8), (3, 5), (8, 64), (32, 256)])
-def test_cuda_never_holds_the_map(d: int, e: int, dtype: torch.dtype) -> None:
+def test_cuda_never_materializes_the_attention_matrix(d: int, e: int, dtype: torch.dtype) -> None:
     n = 4096
     tensors = [t.detach().cuda().to(dtype).requires_grad_() for t in inputs(1, d, e, n, n)]
     torch.cuda.reset_peak_memory_stats()

@@ -232,7 +232,7 @@ def test_power_iteration_keeps_u_and_v_where_there_is_no_direction(scale: float)
 
 
 def test_power_iteration_leaves_the_null_space() -> None:
-    """Wᵀu = 0 with W ≠ 0: the old v is kept, and finds the way back."""
+    """Wᵀu = 0 with W ≠ 0: the old v is kept, and recovers."""
     matrix = torch.tensor([[3.0, 0.0], [0.0, 0.0]]).double()
     u = torch.tensor([0.0, 1.0]).double()
     v = torch.tensor([0.6, 0.8]).double()

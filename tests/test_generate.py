@@ -27,7 +27,7 @@ TINY = {"image_size": 16, "z_dim": 8, "base_channels": 4, "attention_resolutions
 
 
 def shaken(**more: object) -> SAGANGenerator:
-    """A generator with gammas, statistics and norms that are not those it begins with."""
+    """A generator with gammas, statistics and norms that differ from the initial ones."""
     torch.manual_seed(1)
     generator = SAGANGenerator(**(TINY | more))
     for _ in range(3):

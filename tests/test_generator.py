@@ -42,7 +42,7 @@ def trace(network: SAGANGenerator, z: Tensor) -> list[Entry]:
 
 
 def attention_sizes(network: SAGANGenerator) -> list[int]:
-    """Side of every feature map that attention looks at."""
+    """Width of every feature map with attention."""
     _, maps = network(torch.randn(2, 128), return_attention=True)
     sizes = [round(attention.shape[1] ** 0.5) for attention in maps]
     assert [size**2 for size in sizes] == [attention.shape[1] for attention in maps]

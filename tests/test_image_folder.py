@@ -39,7 +39,7 @@ def gray(values: np.ndarray) -> np.ndarray:
 
 
 def why(path: Path) -> str:
-    """The reason for which an image is left out, of a folder in which another one is fine."""
+    """The reason for leaving out an image of a folder that also has a valid one."""
     Image.new("RGB", (SIZE, SIZE)).save(path.parent / "zzz.png")
     folder = ImageFolder(path.parent, SIZE)
     if str(path) in folder.others:

@@ -68,7 +68,7 @@ def test_tensorboard_shows_what_the_log_and_the_images_do(tmp_path):
 
 @pytest.mark.parametrize("at", [0, 20])  # while it opens the file, and in the second line of the log
 def test_a_disk_that_is_full_for_tensorboard_is_one_line(at, tmp_path, monkeypatch, capfd):
-    """The package writes in a thread, whose errors are printed with their traceback unless somebody catches them."""
+    """The package writes in a thread, whose errors are printed with their traceback unless they are caught."""
     written = []
 
     def write(writer: object, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Does attention help? That both arms differ in nothing else, that agreement is read rightly, and the statistics."""
+"""Does attention help? Both arms differ in nothing else, agreement is measured correctly, and so are the statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer in one file, run as its reader runs it: a folder of images in, a grid and a checkpoint out."""
+"""The trainer in one file, run as a user runs it: a folder of images in, a grid and a checkpoint out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TINY = ["--image-size", "16", "--base-channels", "2", "--batch-size", "4", "--sa
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Six images of several shapes and kinds, one of them in a folder below, and a file that is none."""
+    """Six images of several shapes and kinds, one of them in a folder below, and a file that is not an image."""
     folder, rng = tmp_path / "images", np.random.default_rng(0)
     (folder / "below").mkdir(parents=True)
     for number, name in enumerate(("a.png", "b.jpg", "c.PNG", "d.webp", "e.bmp", "below/f.png")):

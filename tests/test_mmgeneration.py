@@ -1,4 +1,4 @@
-"""mmgeneration's SAGAN: its weights go in, its images and logits come out."""
+"""mmgeneration's SAGAN: with its weights the networks return its images and logits."""
 
 from __future__ import annotations
 

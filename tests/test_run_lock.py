@@ -1,4 +1,4 @@
-"""Two runs in one folder: the second one is told who is there, and waits for one that is about to end."""
+"""Two runs in one folder: the second one names the first, and waits if that is about to end."""
 
 from __future__ import annotations
 

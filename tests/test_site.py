@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # the site is built once, which takes some ten se
 
 
 class Html(HTMLParser):
-    """What the tests ask of a page."""
+    """The parts of a page that the tests use."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(site: Path) -> dict[str, Html]:
-    """Every page by its path, but for the sources of modules, and the explorer, which has tests of its own."""
+    """Every page by its path, except the sources of modules and the explorer, which has tests of its own."""
     names = (path.relative_to(site).as_posix() for path in sorted(site.rglob("*.html")))
     return {name: Html(site / name) for name in names if not name.startswith(("_modules/", "_static/", "explorer"))}
 
@@ -82,7 +82,7 @@ def test_links_and_anchors_lead_somewhere(site: Path, pages: dict[str, Html]) ->
 
 
 def test_links_to_the_site_itself_lead_somewhere(site: Path) -> None:
-    """Those of the README and other files outside of it, by their whole addresses."""
+    """Absolute links to the site, from the README and other files outside it."""
     for path in (ROOT / "README.md", ROOT / "CITATION.cff", ROOT / "pyproject.toml", ROOT / "CHANGELOG.md"):
         for address in re.findall(rf"{re.escape(BASE)}[\w./#-]*", path.read_text(encoding="utf-8")):
             file, _, anchor = address.removeprefix(BASE).partition("#")
@@ -162,7 +162,7 @@ def test_no_code_is_cut_off_on_a_screen(site: Path, pages: dict[str, Html], brow
 
 
 def test_pages_fit_a_phone(site: Path, pages: dict[str, Html], browser: chromium.Page) -> None:
-    """Tables and code scroll by themselves; the page does not. Nothing is asked of a network, and nothing fails."""
+    """Tables and code scroll by themselves; the page does not. No page makes a network request or writes an error."""
     browser.size(390, 844, touch=True)
     for name in set(pages) - {"404.html"}:  # whose addresses start from the published site's root
         browser.open((site / name).as_uri())

@@ -106,7 +106,7 @@ def test_warmed_up_when_made(rows: int, columns: int, factor: float) -> None:
 
 @layers
 def test_follows_moving_weights(kind: str) -> None:
-    """One iteration a step keeps up with weights that an optimiser moves."""
+    """One iteration per step keeps up with weights that an optimiser moves."""
     layer = make(kind)
     dim = LAYERS[kind][1]
     before = largest_singular_value(original(layer), dim)
@@ -276,7 +276,7 @@ def test_u_and_v_are_buffers_outside_the_graph() -> None:
 
 
 def test_two_forwards_before_one_backward() -> None:
-    """Each forward is differentiated with the u and v of its own."""
+    """Each forward is differentiated with its own u and v."""
     layer = make("conv2d").train()
     with torch.no_grad():
         original(layer).add_(torch.randn_like(original(layer)))
@@ -325,7 +325,7 @@ def test_gradient_formula(shape: tuple[int, ...], dim: int) -> None:
 @pytest.mark.parametrize("start", ["warmed up", "cold"])
 @batched
 def test_derivatives(shape: tuple[int, ...], dim: int, start: str) -> None:
-    """Also far from the singular vectors, where u and v do not happen to make terms vanish."""
+    """Also far from the singular vectors, where no term of the gradient vanishes."""
     weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     norm = SpectralNorm(weight, dim=dim).eval()
     if start == "cold":
@@ -338,7 +338,7 @@ def test_derivatives(shape: tuple[int, ...], dim: int, start: str) -> None:
 
 @layers
 def test_batched_gradients(kind: str) -> None:
-    """Several gradients in one backward pass (``is_grads_batched``) are those of as many passes."""
+    """Several gradients in one backward pass (``is_grads_batched``) equal those of separate passes."""
     layer = make(kind).train()
     out = layer(inputs(kind))
     seeds = torch.randn(3, *out.shape, dtype=torch.float64)
@@ -365,7 +365,7 @@ def test_gradient_reaches_the_original(kind: str) -> None:
 
 
 def test_sparse_gradient_of_an_embedding() -> None:
-    """The rows that were not looked up get one too, through sigma; so it is dense."""
+    """Rows that were not looked up get a gradient, too, through sigma; so it is dense."""
     dense = spectral_norm(nn.Embedding(6, 3).double()).eval()
     sparse = spectral_norm(nn.Embedding(6, 3, sparse=True).double()).eval()
     sparse.load_state_dict(dense.state_dict())
@@ -536,7 +536,7 @@ def test_new_weight_is_a_copy_of_nothing_else() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 500.0])
 def test_iterates_in_float32_for_weights_of_few_bits(dtype: torch.dtype, scale: float) -> None:
-    """Sigma of the large weight is above what a float16 holds; in bfloat16 alone it would be off by half a per cent."""
+    """Sigma of the large weight is above the largest float16; in bfloat16 alone it would be off by half a per cent."""
     # Their mean puts sigma at √(64·512) = 181 times the scale, six times above the second singular value: u and v
     # converge whatever the seed. Noise alone leaves the two so close (ratios up to 0.998) that 100 steps may not do.
     weight = (scale * (1 + torch.randn(64, 512))).to(dtype)
@@ -840,14 +840,14 @@ def test_include_and_exclude(arguments: dict[str, object], expected: set[str]) -
 
 
 class OwnConvolution(nn.Conv2d):
-    """A foreign layer that uses its weight in its own way."""
+    """A layer of another library that uses its weight in its own way."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.conv2d(x, self.weight.flip(3), self.bias)
 
 
 def test_an_inserted_layer_is_not_below_the_module_it_follows() -> None:
-    """But beside it: the name of the container around both takes both."""
+    """It is beside the layer: the name of the container of both matches both."""
 
     def inserted() -> nn.Sequential:
         network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)))
@@ -878,7 +878,7 @@ def test_an_inserted_layer_is_not_below_the_module_it_follows() -> None:
 
 
 def test_a_child_that_only_has_the_name_of_an_inserted_layer() -> None:
-    """A model of one's own may call a child so; it is below its container like any other."""
+    """A model may have a child of this name; it is below its container like any other."""
     block = nn.Sequential(nn.Conv2d(3, 8, 3))
     block.add_module("inserted_attention", nn.Conv2d(8, 8, 1))
     network = apply_spectral_norm(nn.Sequential(block, nn.Linear(2, 2)), include="0")
@@ -928,7 +928,7 @@ normalizers = pytest.mark.parametrize("normalizer", NORMALIZERS)
 @normalizers
 @pytest.mark.parametrize("implementation", ["sagan", "torch"])
 def test_normalized_already(normalizer: str, implementation: str) -> None:
-    """A warning names them and they are not normalised twice; named in ``exclude``, they cause no warning."""
+    """A warning names them and they are not normalised twice; if they are excluded, there is no warning."""
     network = model()
     NORMALIZERS[normalizer](network[0])
     NORMALIZERS[normalizer](network[2][0])
@@ -997,7 +997,7 @@ def test_exact_norms_and_reset_of_every_kind(normalizer: str) -> None:
 
 
 def test_a_layer_with_two_names() -> None:
-    """One layer, normalised once; either of its names takes it."""
+    """One layer, normalised once; either of its names matches it."""
     shared = nn.Linear(3, 3)
     network = nn.ModuleDict({"first": shared, "between": nn.Linear(3, 3), "second": nn.Sequential(shared)})
     for name in ("first", "second.0"):
@@ -1039,7 +1039,7 @@ def test_tied_to_what_is_normalized_already() -> None:
 @pytest.mark.parametrize("other", [parametrizations.weight_norm, parametrizations.orthogonal])
 @pytest.mark.parametrize("implementation", ["sagan", "torch"])
 def test_on_top_of_another_parametrization(other: Callable[[nn.Module], nn.Module], implementation: str) -> None:
-    """What is normalised is what the other makes, and u and v are warmed up on that."""
+    """The output of the other parametrization is normalised, and u and v are warmed up on it."""
     layer = other(nn.Linear(5, 5).double())
     network = apply_spectral_norm(nn.Sequential(layer, nn.Linear(5, 4)), implementation=implementation)
     assert len(layer.parametrizations.weight) == 2
@@ -1177,7 +1177,7 @@ def test_remove_one_name_of_a_model() -> None:
 
 
 def test_two_weights_of_one_module_in_two_ways() -> None:
-    """PyTorch's hook on one weight says nothing about another of the same module."""
+    """PyTorch's hook on one weight does not affect another weight of the same module."""
     cell = legacy_spectral_norm(nn.LSTMCell(3, 4), "weight_hh")
     spectral_norm(cell, "weight_ih")
     with pytest.raises(ValueError, match="'weight_hh' of ParametrizedLSTMCell is spectrally normalised already"):
@@ -1223,7 +1223,7 @@ def test_spectral_norms_of_a_complex_weight() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @normalizers
 def test_spectral_norms_of_a_weight_that_is_not_finite(normalizer: str, value: float) -> None:
-    """It is named among the others, whose norms are as ever, so that a diverged layer can be found."""
+    """It is listed with the others, whose norms do not change, so that a diverged layer can be found."""
     network = nn.Sequential(*(NORMALIZERS[normalizer](nn.Linear(3, 3)) for _ in range(2)))
     with torch.no_grad():
         next(p for p in network[1].parameters() if p.ndim == 2)[0, 0] = value
@@ -1239,7 +1239,7 @@ def test_spectral_norms_of_a_model_without_any() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("initialize", [functools.partial(nn.init.normal_, std=2.0), nn.init.zeros_])
 def test_reset_after_new_weights(training: bool, initialize: Callable[[Tensor], Tensor]) -> None:
-    """Weights that were initialised behind the back of u and v: stale before, right after."""
+    """Weights that were initialised without updating u and v: sigma is wrong before the reset and right after it."""
     network = apply_spectral_norm(model()).train(training)
     for layer in (network[0], network[2][0], network[4]):
         initialize(original(layer))

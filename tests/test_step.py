@@ -1,4 +1,4 @@
-"""The training step against the same step written out, and each thing that may vary in it."""
+"""The training step against the same step written out, and with each of its options."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_real_images_are_scored_for_the_generator_only_where_its_loss_needs_them
 
 
 def test_every_image_is_augmented() -> None:
-    """In both steps, real and generated, penalty included: D never sees an image that was not."""
+    """In both steps, real and generated, penalty included: D never sees an image without augmentation."""
     ours = gan(objective("relativistic", 1.0, lambda images: images + 100))
     training_step(ours, batches(1))
     assert len(ours.discriminator.seen) == 5

@@ -483,7 +483,7 @@ def normalized_attention(channels: int) -> nn.Module:
 
 
 def apply_free(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's layers one after the other, without the inserted one."""
+    """The model's layers in order, without the inserted one."""
     for layer in model.model:
         x = type(layer).forward(layer, x)
     return x
@@ -507,7 +507,7 @@ def test_it_compiles_in_one_graph_and_exports() -> None:
 
 
 class Quantized(nn.Module):
-    """What a conversion sees: a convolution, its norm and an activation, beside a block that contains another."""
+    """A model to convert: a convolution, its norm and an activation, beside a block that contains another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -524,7 +524,7 @@ quantization_is_deprecated = pytest.mark.filterwarnings("ignore::DeprecationWarn
 
 
 def attentive(after: str | list[str]) -> nn.Module:
-    """With statistics and a gamma that make every layer count."""
+    """With statistics and a gamma for which every layer has an effect."""
     model = Quantized()
     model(2 * torch.randn(8, 3, 9, 9) + 1)
     return wake(insert_self_attention(model, after, example_input=IMAGES))
@@ -641,7 +641,7 @@ def test_a_converted_model_compiles_in_one_graph_and_exports() -> None:
 @quantization_is_deprecated
 @pytest.mark.parametrize("after", HOSTS)
 def test_quantization_keeps_the_layer_or_is_an_error(after: str) -> None:
-    """It makes a new convolution, and drops what the old one contained."""
+    """It creates a new convolution without the children of the old one."""
     model = attentive(after).train()
     model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
     prepared = torch.ao.quantization.prepare_qat(model)
@@ -684,7 +684,7 @@ def test_whatever_contains_a_layer_may_be_replaced() -> None:
 
 
 def test_fusing_a_norm_with_its_convolution() -> None:
-    """The fused convolution contains the norm, whose layer would get lost with it; one behind the activation stays."""
+    """The fused convolution contains the norm, whose layer would be lost with it; one after the activation stays."""
     model = attentive("bn").eval()
     fused = nn.utils.fusion.fuse_conv_bn_eval(model.conv, model.bn)
     with pytest.raises(RuntimeError, match="'bn' of Quantized has inserted attention"):

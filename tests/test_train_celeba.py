@@ -1,4 +1,4 @@
-"""The trainer, on tiny networks: what it reads, what it writes, and that nothing is lost on the way."""
+"""The trainer, on tiny networks: what it reads, what it writes, and that no data are lost."""
 
 from __future__ import annotations
 
@@ -575,7 +575,7 @@ def test_other_versions_are_told(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Empty and damaged folders, files that are no checkpoints, and a run of one step."""
+    """Empty and damaged folders, files that are not checkpoints, and a run of one step."""
     root = tmp_path_factory.mktemp("troubles")
     (root / "empty").mkdir()
     (root / "damaged").mkdir()
@@ -670,7 +670,7 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_errors_are_one_line(arguments, message, troubles, tmp_path, monkeypatch):
-    """And nothing is left in the folder that they are made in."""
+    """And no file is left in the folder."""
     monkeypatch.chdir(tmp_path)
     arguments = [argument.format(tmp=troubles) for argument in arguments]
     with pytest.raises(SystemExit, match=message) as error:

@@ -1,4 +1,4 @@
-"""The digits example, on tiny networks: what a run writes and prints, that the labels matter, whose attention it is."""
+"""The digits example, on tiny networks: what a run writes and prints, that labels matter, and its attention."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_every_weight_of_the_residual_network(network: str, rows: int) -> None:
 
 @pytest.mark.parametrize("network", ["Generator", "Discriminator"])
 def test_maps_of_the_residual_network(network: str) -> None:
-    """In the order and at the sizes of the table: what each block and the attention put out."""
+    """The outputs of each block and of the attention have the order and sizes of the table."""
     _, table = documented(network)
     model = build(network, base_channels=8).eval()
     seen = []

@@ -31,7 +31,7 @@ def colored(gray: Tensor, levels: Tensor, strength: float = 0.9) -> Tensor:
 
 
 def looks_at(batch: int, queries: int, keys: int, query: int, key: int) -> Tensor:
-    """A map in which one query looks at one key, and every other query at every key alike."""
+    """An attention map in which one query attends to one key, and every other query to all keys alike."""
     attention = torch.full((batch, queries, keys), 1 / keys)
     attention[:, query] = 0
     attention[:, query, key] = 1
@@ -286,7 +286,7 @@ def test_queries_may_be_lists_and_tensors() -> None:
 
 @pytest.mark.parametrize("size", [(128, 128), (64, 96), (32, 48)])
 def test_marks_have_colors_of_their_own(size: tuple[int, int]) -> None:
-    """Every ring is around its query, in another colour than the rest; what is not near a query stays the image."""
+    """Every ring is around its query, in another colour than the rest; the image is unchanged elsewhere."""
     height, width = size
     images = torch.rand(2, 3, height, width) * 2 - 1
     unit = max(1.0, min(size) / 64)

@@ -1,4 +1,4 @@
-"""Worker processes: they outlive signals to the whole group, and neither their parent's SIGTERM nor its patience."""
+"""Worker processes: they survive signals to the whole group, but not their parent's SIGTERM or death."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_that_one_sigterm_of_the_parent_ends_a_worker() -> None:
 
 
 def in_a_process_of_its_own(check: str) -> None:
-    """As the trainer runs: a worker inherits whatever the process has, and this one has what other tests have left."""
+    """As the trainer runs: a worker inherits the state of the process, which other tests have changed."""
     paths = [str(Path(__file__).parent), str(Path(training.workers.__file__).parents[1])]
     code = f"import sys; sys.path[:0] = {paths}; import test_workers; test_workers.{check}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
