@@ -439,9 +439,9 @@ def photographs(at: Path) -> tuple[Path, Path]:
     folder, archive = at / "photographs", at / "photographs.zip"
     folder.mkdir()
     originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    places = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0)).tolist()
+    corners = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0)).tolist()
     with zipfile.ZipFile(archive, "w") as zipped:
-        for number, (scale, x, y) in enumerate(places):
+        for number, (scale, x, y) in enumerate(corners):
             original, file = originals[number % 2], folder / f"{number:06d}.jpg"
             height = 218 + scale * (original.height - 218)
             width = height * 178 / 218

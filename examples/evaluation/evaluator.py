@@ -167,7 +167,7 @@ class Evaluator:
 def real_images(source: DataSource, count: int, *, batch_size: int = 64, flip: bool = False) -> Iterator[Images]:
     """`count` images of a source, always the same, or all if it has fewer; `flip` mirrors every other one."""
     chosen = np.random.default_rng(0).permutation(len(source))[:count].tolist()
-    pairs = [(index, flip and place % 2 == 1) for place, index in enumerate(chosen)]
+    pairs = [(index, flip and i % 2 == 1) for i, index in enumerate(chosen)]
     for start in range(0, len(pairs), batch_size):
         yield Images(*source[pairs[start : start + batch_size]][:2])
 

@@ -105,8 +105,8 @@ def slices(
             bands(chunk), scales, projections, draws, strict=True
         ):
             normalized = (band - mean) / deviation  # (n, C, h, w)
-            for turn, (places, vectors) in enumerate(zip(positions, directions, strict=True)):
-                projected = patches_at(normalized, places) @ vectors.to(band)  # (n, patches, directions)
+            for turn, (corners, vectors) in enumerate(zip(positions, directions, strict=True)):
+                projected = patches_at(normalized, corners) @ vectors.to(band)  # (n, patches, directions)
                 kept[turn, :, chunk] = projected.permute(2, 0, 1).cpu().numpy()
     rows = [kept.reshape(-1, len(images) * PATCHES) for kept in projections]
     for row in rows:
