@@ -9,7 +9,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
+from torch.nn.modules import module as module_hooks
 
 from torch_sagan import functional
 from torch_sagan.arguments import at_least_one, one_of
@@ -25,10 +25,10 @@ class SelfAttention2d(nn.Module):
         o_j = W_v \sum_i \beta_{ji}\, h(x_i), \qquad
         \beta_{ji} = \operatorname{softmax}_i\bigl(f(x_i)^\top g(x_j)\bigr)
 
-    where j is the query position and i runs over the positions that it attends to; f, g and h are the 1×1 convolutions
-    ``key``, ``query`` and ``value``, and :math:`W_v` is ``out`` (the identity when there is none). The learned number
-    ``gamma`` starts at zero: a new layer returns exactly its input, so it can be put into a trained model. The sign of
-    gamma has no meaning, since the value projection can take it up.
+    where j is the query position and i runs over the positions that it attends to. The letters are the paper's: f is
+    the 1×1 convolution ``key``, g is ``query``, h is ``value``, and :math:`W_v` is ``out`` (the identity when there is
+    none). The learned number ``gamma`` starts at zero: a new layer returns exactly its input, so it can be put into a
+    trained model. Only the size of gamma matters, not its sign, which the value projection can take up.
     There is no :math:`1/\sqrt{d}`, as in the paper.
 
     Args:
@@ -51,17 +51,18 @@ class SelfAttention2d(nn.Module):
                 h(x_i) = V g(x_i)
 
             The bound holds only if query and key share one projection g, and if the values are projected from its
-            result: there is no ``key``, and ``value`` has ``qk_channels`` inputs. The documentation's page on variants
-            gives it.
+            result: there is no ``key``, and ``value`` has ``qk_channels`` inputs. The page "Variants" of the
+            documentation states the bound.
 
     Attributes:
         query, key, value, out: the projections. (With ``similarity="l2"`` there is no ``key``.)
         gamma: a parameter of shape (1,).
 
     Raises:
-        ValueError: for sizes below 1, for an output projection that is needed and refused, for ``bias=False``
-            together with ``projection``, for another ``similarity``, and for ``"l2"`` with pooled keys, which have no
-            bound; in ``forward`` for an input that is not (B, C, H, W), and for one that is smaller than ``pool``.
+        ValueError: for sizes below 1, for ``out_projection=False`` where ``value_channels`` differs from C, for
+            ``bias=False`` together with ``projection``, for another ``similarity``, and for ``"l2"`` with pooled keys,
+            which have no bound; in ``forward`` for an input that is not (B, C, H, W), and for one that is smaller than
+            ``pool``.
         TypeError: in ``forward`` for an input that is not a tensor.
 
     The defaults are those of the PyTorch implementation that most tutorials copy. :meth:`paper` and
@@ -140,7 +141,7 @@ class SelfAttention2d(nn.Module):
     def forward(self, x: Tensor, *, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, *, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The feature map with what its positions attend to, and the attention map if it is asked for.
+        """Apply attention to a feature map.
 
         Args:
             x: (B, C, H, W).
@@ -150,7 +151,7 @@ class SelfAttention2d(nn.Module):
             y (B, C, H, W); with ``return_attention`` the pair of y and the attention map (B, N, M). N = H·W counts the
             query positions and M the keys left after pooling, both row by row; each row of the map sums to 1.
         """
-        x = _feature_map(x, self.channels)  # (B, C, H, W)
+        x = _check_feature_map(x, self.channels)  # (B, C, H, W)
         if self.similarity == "l2":
             features = self.query(x)  # (B, D, H, W)
             query = _query_positions(features, x)  # (B, D, N)
@@ -159,8 +160,8 @@ class SelfAttention2d(nn.Module):
         else:
             query, key, value = self._project(x)  # (B, D, H, W), (B, D, H, W), (B, E, H, W)
             query = _query_positions(query, x)  # (B, D, N)
-            key = _key_positions(key, self.pool)  # (B, D, M)
-            value = _key_positions(value, self.pool)  # (B, E, M)
+            key = _pool_and_flatten(key, self.pool)  # (B, D, M)
+            value = _pool_and_flatten(value, self.pool)  # (B, E, M)
         attended, attention = _attend(query, key, value, return_attention)  # (B, E, N), (B, N, M) or None
         o = self.out(attended.unflatten(2, x.shape[2:]))  # (B, C, H, W)
         # Under autocast o is in half precision while gamma is not; the residual keeps the input's own dtype.
@@ -168,7 +169,7 @@ class SelfAttention2d(nn.Module):
         return _output(y, attention)
 
     def _project(self, x: Tensor | torch.fx.Proxy) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, by one convolution where that does the same as the three modules: it is faster."""
+        """Query, key and value: one convolution if all three are plain 1×1 convolutions (faster), else three calls."""
         projections = (self.query, self.key, self.value)
         # torch.fx traces with a Proxy for x, and its graph should name the three modules.
         if not (isinstance(x, Tensor) and all(map(_is_plain_1x1_convolution, projections))):
@@ -203,11 +204,11 @@ class AttentionRecord(NamedTuple):
     gamma: torch.Tensor | None = None
 
 
-# Branches on shapes and on return_attention are in functions that torch.fx calls without tracing into them.
+# torch.fx cannot trace branches on shapes or on return_attention: they are in wrapped functions, which it only calls.
 
 
 @torch.fx.wrap
-def _feature_map(x: Tensor, channels: int) -> Tensor:
+def _check_feature_map(x: Tensor, channels: int) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a tensor (B, {channels}, H, W), got {type(x).__name__}")
     if x.ndim != 4 or x.shape[1] != channels:
@@ -225,7 +226,7 @@ def _query_positions(query: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def _key_positions(projected: Tensor, pool: int) -> Tensor:
+def _pool_and_flatten(projected: Tensor, pool: int) -> Tensor:
     if pool > 1:
         if min(projected.shape[2:]) < pool:
             raise ValueError(
@@ -254,11 +255,11 @@ def _is_plain_1x1_convolution(module: nn.Module) -> bool:
         isinstance(module, nn.Conv2d)
         and getattr(module.forward, "__func__", None) is nn.Conv2d.forward
         and (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
-        # Up to torch 2.13 there is no public way to ask for hooks: of this module, then of every module.
+        # No hooks on this module, and no global ones. Up to torch 2.13 only private attributes tell.
         and not (module._forward_pre_hooks or module._forward_hooks)
         and not (module._backward_pre_hooks or module._backward_hooks)
-        and not (modules._global_forward_pre_hooks or modules._global_forward_hooks)
-        and not (modules._global_backward_pre_hooks or modules._global_backward_hooks)
+        and not (module_hooks._global_forward_pre_hooks or module_hooks._global_forward_hooks)
+        and not (module_hooks._global_backward_pre_hooks or module_hooks._global_backward_hooks)
     )
 
 

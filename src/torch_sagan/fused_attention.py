@@ -12,7 +12,7 @@ from torch_sagan.double_backward import differentiable_gradients
 
 __all__ = ["fused_attention"]
 
-# The kernels want channels in multiples of 16 bytes; half precision is the strictest.
+# The kernels need channels in multiples of 16 bytes. These are 8 numbers in half precision; in float32 4 would do.
 ALIGNMENT = 8
 
 
@@ -27,7 +27,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (B, E, N).
     """
-    # A compiled graph has no double backward anyway, and takes PyTorch's operator as it is.
+    # A graph of torch.compile cannot be differentiated twice anyway, so it calls PyTorch's operator directly.
     if torch.compiler.is_compiling():
         return _call_kernel(query, key, value)  # (B, E, N)
     attended: Tensor = FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
@@ -35,7 +35,8 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class FusedAttention(torch.autograd.Function):
-    """The fused kernel in an autograd graph of its own, which the first backward consumes and a second one rebuilds."""
+    """The fused kernel in a private autograd graph: the forward builds it, the first backward uses and frees it, and a
+    second backward computes it again."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         (d_attended,) = gradients
         *inputs, attended = ctx.graph or _graph(*ctx.saved_tensors)
-        ctx.graph = None  # else its padded copies would live as long as the outer graph: into the next step
+        ctx.graph = None  # otherwise its padded copies would stay in memory until the outer graph is freed
         d_query, d_key, d_value = torch.autograd.grad(attended, inputs, d_attended.to(attended.dtype))
         if torch.is_grad_enabled():
             return differentiable_gradients((d_query, d_key, d_value), d_attended, *ctx.saved_tensors)
@@ -63,9 +64,9 @@ def _graph(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _call_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    query, key, padded_value = (
+    q, k, v = (
         F.pad(tensor.mT, (0, -tensor.shape[1] % ALIGNMENT)).unsqueeze(1).contiguous()  # (B, 1, positions, ≥ channels)
         for tensor in (query, key, value)
     )
-    attended: Tensor = F.scaled_dot_product_attention(query, key, padded_value, scale=1.0)  # (B, 1, N, ≥ E)
+    attended: Tensor = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # (B, 1, N, ≥ E)
     return attended.squeeze(1)[..., : value.shape[1]].transpose(1, 2)  # (B, E, N)

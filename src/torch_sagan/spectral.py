@@ -18,7 +18,7 @@ __all__ = ["Norm", "SpectralNorm", "find_norm", "make_norm", "spectral_norm", "u
 
 M = TypeVar("M", bound=nn.Module)
 
-# PyTorch's own makes as many for a new layer.
+# PyTorch's spectral_norm also starts with 15.
 WARM_UP_ITERATIONS = 15
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -36,15 +36,15 @@ class SpectralNorm(nn.Module):
 
     Each use in training mode makes ``n_power_iterations`` steps; in evaluation u and v stay as they are. They are
     warmed up by 15 steps at first and whenever the weight is assigned (``module.weight = w``). The iteration runs in
-    float32 for weights in half precision, and outside of autocast. u and v are constants to the gradient, which may be
-    taken twice.
+    float32 for weights in half precision, and outside of autocast. No gradient flows through u and v. The result can
+    be differentiated twice.
 
     Args:
         weight: the weight to be normalised. It is unfolded to a matrix (h, w) with h = ``weight.shape[dim]``.
             A vector is divided by its norm.
         n_power_iterations: steps per use in training.
         dim: the dimension of the outputs: 0, or 1 for transposed convolutions.
-        eps: norms up to this one count as zero. A weight with no larger norm is returned as it is.
+        eps: norms up to this one count as zero. A weight whose spectral norm is at most ``eps`` is returned unchanged.
 
     Raises:
         ValueError: for a scalar weight, a ``dim`` that the weight does not have, or less than one iteration.
@@ -76,11 +76,11 @@ class SpectralNorm(nn.Module):
         """The weight divided by its spectral norm, in the weight's own shape and dtype."""
         dtype = weight.dtype
         if weight.ndim == 1:
-            norm = torch.linalg.vector_norm(weight)
-            return weight / torch.where(norm > self.eps, norm, 1.0)
-        # In half precision, or under autocast, a norm would overflow or lose the direction.
+            sigma = torch.linalg.vector_norm(weight)
+            return weight / torch.where(sigma > self.eps, sigma, 1.0)
+        # In half precision, which autocast would choose, rounding spoils u and v, and norms overflow in float16.
         with no_autocast(weight.device.type):
-            weight = _at_least_single(weight)
+            weight = _half_to_float32(weight)
             u, v, sigma = self._iterate(weight, self.n_power_iterations if self.training else 0)
             normalized = functional.spectral_normalize(weight, u, v, sigma, dim=self.dim, eps=self.eps)
         return normalized.to(dtype)
@@ -103,14 +103,14 @@ class SpectralNorm(nn.Module):
 
     def _warm_up(self, weight: Tensor) -> None:
         with no_autocast(weight.device.type):
-            self._iterate(_at_least_single(weight), WARM_UP_ITERATIONS)
+            self._iterate(_half_to_float32(weight), WARM_UP_ITERATIONS)
 
     @torch.no_grad()
     def _iterate(self, weight: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
         """Make the iterations, keep u and v, and return them with sigma."""
         # The autograd graph must not hold the buffers: the next forward, DistributedDataParallel's broadcast and
-        # load_state_dict write to them, perhaps before the backward. Iterations return new tensors, else they are
-        # copied.
+        # load_state_dict write to them, perhaps before the backward. power_iteration returns new tensors if it makes an
+        # iteration; if it makes none, u and v are copied here.
         u, v = (vector.to(weight.dtype, copy=n_iterations == 0) for vector in (self._u, self._v))
         if self._u.dtype != weight.dtype:  # rounding to half precision lost their unit norm
             u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
@@ -184,8 +184,8 @@ def make_norm(
         raise ValueError(f"{kind} has no parameter named {name!r}{whole}")
     if is_lazy(weight):
         raise ValueError(f"{name!r} of {kind} has no shape yet: run one forward pass first")
-    own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    if not (parametrize.is_parametrized(module, name) or name in own):
+    own_tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    if not (parametrize.is_parametrized(module, name) or name in own_tensors):
         raise ValueError(f"{name!r} of {kind} is not a parameter: a hook or another module computes it")
     if dim is None:
         dim = 1 if isinstance(module, TRANSPOSED) else 0
@@ -207,5 +207,5 @@ def unfold(weight: Tensor, dim: int) -> Tensor:
     return weight.movedim(dim, 0).flatten(1)
 
 
-def _at_least_single(weight: Tensor) -> Tensor:
+def _half_to_float32(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight

@@ -2,16 +2,18 @@
 
 PyTorch's fused CPU kernel needs query, key and value to have one number of channels. Here the attention matrix is
 computed in tiles of queries × keys that stay in the processor's cache, and computed again in the backward (the idea of
-FlashAttention, in tensor operations). A tile costs one exponential and some matrix products; the rest avoids more:
+FlashAttention, in tensor operations). A tile cannot do without its matrix products and one exponential for each weight.
+Four techniques make the rest cheap:
 
-* Weights are powers of two, since powers of e take twice as long; the query is multiplied by ``log2(e)`` before.
+* The weight exp(x) is computed as exp2(x · log2(e)), since exp takes twice as long as exp2. The factor log2(e) is
+  multiplied into the query, which has fewer numbers than the logits.
 * The forward saves the sum of each row. The backward appends ``-log2`` of that sum to the query as one more channel,
   and a one to the key. The exponential of their product is then a normalised weight, without a division.
-* The maximum of a row is subtracted only if a power of two could overflow, which a bound on the norms of queries and
-  keys decides. It is subtracted before anything else and saved apart from the sum, because what is added to a large
-  maximum would be rounded away.
-* As many samples as there are threads are multiplied at once, so that each core works on one sample, with its tile in
-  its own cache.
+* The maximum of a row is subtracted only if exp2 could overflow, which a bound on the norms of queries and keys
+  decides. Then the maximum and the sum are saved separately: added to a large maximum, log2 of the sum would be
+  rounded away. The maximum is subtracted before the factor log2(e), which would round large logits once more.
+* Each batched matrix product takes as many samples as there are threads, so that each core works on one sample, with
+  its tile in its own cache.
 
 Sources: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, arXiv:2112.05682; Dao et al.,
 *FlashAttention*, arXiv:2205.14135.
@@ -35,7 +37,8 @@ LOG2_E = math.log2(math.e)
 TILE_QUERIES = 512
 TILE_KEYS = 512
 
-# In float32 a sum of 2**27 weights of 2**100 is finite, and a weight of 2**-100 is not denormal.
+# The normal numbers of float32 go from 2**-126 to 2**128. So a weight of 2**-100 is not denormal, and a sum of 2**27
+# weights of 2**100 is finite.
 SAFE_EXPONENT = 100.0
 
 
@@ -77,70 +80,74 @@ def _tiled_backward(
 def _forward_in_tiles(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _working_precision(query, key, value)
     splits = _row_splits(q)
-    may_overflow = _may_overflow(q, k)
-    queries = _split(q if may_overflow else q * LOG2_E, splits)  # (B, D, N)
+    subtract_max = _may_overflow(q, k)
+    queries = _split(q if subtract_max else q * LOG2_E, splits)  # (B, D, N)
     keys, values = _repeat(k, splits), _repeat(v, splits)  # (B, D, M), (B, E, M)
     attended = values.new_empty(len(values), values.shape[1], queries.shape[2])  # (B, E, N)
     subtracted, total = (queries.new_zeros(len(queries), 1, queries.shape[2]) for _ in range(2))  # (B, 1, N)
-    for b, n, m, (weights,) in _tiles(queries, keys, buffers=1):
-        torch.bmm(queries[b, :, n].mT, keys[b, :, m], out=weights)  # (b, n, m)
+    for b, n, m, (logits,) in _tiles(queries, keys, buffers=1):
+        torch.bmm(queries[b, :, n].mT, keys[b, :, m], out=logits)  # (b, n, m)
         if m.start == 0:
-            row_sum = weights.new_zeros(*weights.shape[:2], 1)  # (b, n, 1)
-            weighted = weights.new_zeros(*weights.shape[:2], values.shape[1])  # (b, n, E)
+            row_sum = logits.new_zeros(*logits.shape[:2], 1)  # (b, n, 1)
+            weighted_values = logits.new_zeros(*logits.shape[:2], values.shape[1])  # (b, n, E)
             row_max = torch.full_like(row_sum, -math.inf)  # (b, n, 1)
-        if may_overflow:
-            before, row_max = row_max, torch.maximum(row_max, weights.amax(dim=2, keepdim=True))
-            weights.sub_(row_max).mul_(LOG2_E).exp2_()
-            for sums in (row_sum, weighted):
-                sums *= (before - row_max).mul_(LOG2_E).exp2_()
-        else:
-            weights.exp2_()
+        if subtract_max:
+            old_max, row_max = row_max, torch.maximum(row_max, logits.amax(dim=2, keepdim=True))
+            logits.sub_(row_max).mul_(LOG2_E)
+            # The sums over earlier tiles had the old maximum subtracted: rescale them to the new one (online softmax).
+            rescale = (old_max - row_max).mul_(LOG2_E).exp2_()  # (b, n, 1)
+            row_sum *= rescale
+            weighted_values *= rescale
+        weights = logits.exp2_()  # in place
         row_sum += weights.sum(dim=2, keepdim=True)
-        weighted.baddbmm_(weights, values[b, :, m].mT)
+        weighted_values.baddbmm_(weights, values[b, :, m].mT)
         if m.stop == keys.shape[2]:
-            attended[b, :, n] = (weighted / row_sum).mT
+            attended[b, :, n] = (weighted_values / row_sum).mT
             total[b, :, n] = row_sum.mT
-            if may_overflow:
+            if subtract_max:
                 subtracted[b, :, n] = row_max.mT
     batch = len(query)
     return _join(attended, batch).to(value.dtype), _join(subtracted, batch), _join(total, batch)
 
 
-# For one query q with the gradient d of its result o, and the weights p of its keys:
+# For one query q (D) with the keys K (D, M), their weights p (M) and the values V (E, M), the result o (E) and its
+# gradient d (E), where ⊙ multiplies element by element:
 #
-#     dlogits = p · (dᵀV − dᵀo),   dq = K dlogits,   dK = q dlogitsᵀ,   dV = d pᵀ
+#     dlogits = p ⊙ (Vᵀd − oᵀd),   dq = K dlogits,   dK = q dlogitsᵀ,   dV = d pᵀ
 
 
 def _backward_in_tiles(
     d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, subtracted: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_output, q, k, v, output = _working_precision(d_attended, query, key, value, attended)
+    d_o, q, k, v, o = _working_precision(d_attended, query, key, value, attended)
     splits = _row_splits(q)
-    shifted = bool(subtracted.any())
-    if shifted:
-        d_output = d_output / total  # and not the weights: each of them is at most 1
+    subtract_max = bool(subtracted.any())  # as the forward did
+    if subtract_max:
+        # Divide the gradient by the sum instead of every weight. The weights themselves are then at most 1, so that
+        # nothing overflows.
+        d_o = d_o / total
         logit_query, logit_key = q, k  # (B, D, N), (B, D, M)
     else:
         logit_query = _append_channel(q * LOG2_E, -total.log2())  # (B, D + 1, N)
         logit_key = _append_channel(k)  # (B, D + 1, M)
-    delta = (d_output * output).sum(dim=1, keepdim=True)  # (B, 1, N)
-    queries, logit_query, row_max, delta, d_output = (
-        _split(tensor, splits) for tensor in (q, logit_query, subtracted, delta, d_output)
+    delta = (d_o * o).sum(dim=1, keepdim=True)  # (B, 1, N)
+    queries, logit_query, row_max, delta, d_o = (
+        _split(tensor, splits) for tensor in (q, logit_query, subtracted, delta, d_o)
     )
     keys, logit_key, values = (_repeat(tensor, splits) for tensor in (k, logit_key, v))
     d_query = queries.new_empty(queries.shape)  # (B, D, N)
     d_key = keys.new_zeros(keys.shape)  # (B, D, M)
     d_value = values.new_zeros(values.shape)  # (B, E, M)
-    for b, n, m, (weights, d_logits) in _tiles(queries, keys, buffers=2):
-        torch.bmm(logit_query[b, :, n].mT, logit_key[b, :, m], out=weights)  # (b, n, m)
-        if shifted:
-            # At most 0, even if this product is rounded differently from the forward's.
-            weights.sub_(row_max[b, :, n].mT).mul_(LOG2_E).clamp_(max=0).exp2_()
-        else:
-            weights.exp2_()  # rows sum to 1
-        d = d_output[b, :, n]  # (b, E, n)
+    for b, n, m, (logits, d_logits) in _tiles(queries, keys, buffers=2):
+        torch.bmm(logit_query[b, :, n].mT, logit_key[b, :, m], out=logits)  # (b, n, m)
+        if subtract_max:
+            # Rounded differently from the forward's, a logit could exceed the forward's maximum, hence the clamp.
+            logits.sub_(row_max[b, :, n].mT).mul_(LOG2_E).clamp_(max=0)
+        weights = logits.exp2_()  # in place; rows sum to 1, or to the total by which d_o was divided
+        d = d_o[b, :, n]  # (b, E, n)
         torch.bmm(d.mT, values[b, :, m], out=d_logits).sub_(delta[b, :, n].mT).mul_(weights)  # (b, n, m)
-        # Sums go through small contiguous tensors: PyTorch multiplies into slices one sample at a time.
+        # baddbmm_ into a slice is slow, since it multiplies one sample at a time. So d_query is summed in a contiguous
+        # tensor, and products are added to the slices of d_key and d_value.
         if m.start == 0:
             d_queries = torch.zeros_like(queries[b, :, n], memory_format=torch.contiguous_format)  # (b, D, n)
         d_queries.baddbmm_(keys[b, :, m], d_logits.mT)
@@ -238,7 +245,8 @@ def _slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-# A batch smaller than the number of threads: the queries of a sample are spread over several, with the same keys.
+# If the batch is smaller than the number of threads, the queries of each sample are split over several threads, which
+# all take the same keys and values.
 
 
 def _row_splits(query: Tensor) -> int:
