@@ -29,6 +29,7 @@ from torch import Tensor
 from evaluation.class_agreement import class_agreement
 from evaluation.evaluator import Evaluator, real_images
 from torch_sagan import SAGANGenerator
+from training.checkpointing import FILES
 from training.command_line import Parser, script
 from training.data import crop_setting, open_data
 from training.image_folder import ImageFolder
@@ -72,7 +73,9 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
 
     files = parser.add_argument_group("what is written")
-    files.add_argument("--out", type=Path, default=Path("runs/generated"), help="folder (default: %(default)s)")
+    files.add_argument(
+        "--out", type=Path, help="folder (default: generated in the run's folder; runs/generated without a run)"
+    )
     files.add_argument("--grid", action="store_true", help="grid.png")
     files.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: 8)")
     files.add_argument("--images", action="store_true", help="000000.png …, each on its own, pixel for pixel")
@@ -97,6 +100,13 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     score.add_argument("--crop", help="centre crop, as the trainer's (default: that of the generator's run)")
     score.add_argument("--inception", type=Path, metavar="PATH", help="its weights (default: where torch.hub has them)")
     return parser.parse_args(arguments)
+
+
+def default_out(model: Path) -> Path:
+    """The folder `generated` in that of the run, or in `runs` for a generator that is not in the folder of a run."""
+    if model.is_dir():
+        return model / "generated"
+    return (model.parent if FILES.fullmatch(model.name) else Path("runs")) / "generated"
 
 
 def check(args: argparse.Namespace, generator: SAGANGenerator) -> None:
@@ -224,6 +234,7 @@ def score(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = read_arguments(arguments)
+    args.out = args.out or default_out(args.model)
     args.grid = args.grid or not any((args.images, args.interpolate, args.video, args.export, args.score))
     try:
         device = torch.device(args.device)

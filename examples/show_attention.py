@@ -48,11 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="fixes the latent vectors (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/attention.png"),
-        help="the figure; the page has its name with .html (default: %(default)s)",
+        help="the figure, or a folder for attention.png; the page has its name with .html (default: %(default)s)",
     )  # fmt: skip
     given = parser.parse_args(arguments)
     if given.samples < 1:
         parser.error(f"--samples must be at least 1, got {given.samples}")
+    figure: Path = given.out / "attention.png" if given.out.is_dir() else given.out
+    if not figure.suffix:
+        parser.error(f"--out {figure}: expected a folder that exists, or a file such as attention.png")
     try:
         generator, card = open_generator(given.model)
         z = torch.randn(given.samples, generator.z_dim, generator=torch.Generator().manual_seed(given.seed))
@@ -76,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError:
             parser.error(f"--query {query}: expected pixels from 0,0 to {size - 1},{size - 1}, or fractions below 1")
         positions.append((row, column))
-    page = given.out.with_suffix(".html")
+    page = figure.with_suffix(".html")
     try:
-        save_attention(given.out, images, records[layer][0], positions)
+        save_attention(figure, images, records[layer][0], positions)
         explored = save_explorer(page, images, records)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"show_attention.py: --out {given.out}: {error}") from None
-    print(f"figure    {given.out}: {layer} of {given.samples} samples")
+        raise SystemExit(f"show_attention.py: --out {figure}: {error}") from None
+    print(f"figure    {figure}: {layer} of {given.samples} samples")
     print(f"explorer  {page}: {', '.join(records)} of {explored} samples")
 
 

@@ -225,7 +225,7 @@ def start(args: dict[str, Any], ranks: Ranks, open_evaluator: OpenEvaluator) -> 
             with ranks.agreeing(ValueError):
                 if same and ranks.first and checkpoint:
                     redraw(restore(config, checkpoint, device, Ranks(), resume), out)
-            print(f"complete  {config.out} is at step {first}")
+            print(f"complete  {config.out} is at step {first} (--steps {config.steps}); a larger --steps trains on")
             return 0
         with ranks.agreeing(ValueError):
             data = open_data(
@@ -376,12 +376,16 @@ def finish(state: TrainingState, out: Path, *, stopped: int, dry_run: bool) -> N
     if (out / "best.pt").exists():
         made["best"] = out / "best.pt"
     if stopped:
-        print(f"stopped at step {state.step}; continue with --resume {out}")
+        print(f"stopped at step {state.step}")
     if dry_run:
         print(f"dry run    all that it wrote is in {out}")
     for what, file in made.items():
         print(f"{what:11}{file}")
-    if not (stopped or dry_run):
+    if dry_run:
+        return
+    if stopped:
+        print(f"next       the same command with --resume {out}")
+    else:
         print(f"next       python examples/generate.py {out} --grid    (--help: walks, videos, scores, export)")
         print(f"           python examples/show_attention.py {out}")
         print(f"           python examples/report.py {out}")

@@ -292,7 +292,9 @@ def test_interrupted_between_two_halves_of_a_step(number, tmp_path, monkeypatch,
     monkeypatch.setattr(step, "generator_step", interrupted)
     handler = signal.getsignal(number)
     assert train(tmp_path / "a", "--steps", "5") == 128 + number
-    assert f"stopped at step 3; continue with --resume {tmp_path / 'a'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert "stopped at step 3" in printed
+    assert printed[-1] == f"next       the same command with --resume {tmp_path / 'a'}"
     assert signal.getsignal(number) is handler
     monkeypatch.undo()
     assert checkpoint(tmp_path / "a")["step"] == 3
@@ -409,7 +411,7 @@ def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(setup, imag
         else:
             assert process.returncode == 128 + number, err
             assert "Traceback" not in err
-            (step,) = re.findall(r"stopped at step (\d+);", printed)
+            (step,) = re.findall(r"stopped at step (\d+)", printed)
             stopped.append(int(step))
             assert checkpoint(out)["step"] == int(step)
         print(f"{number.name}, {len(names(out))} checkpoints, {names(out)[-1:]}")

@@ -176,7 +176,14 @@ def test_mistakes_are_one_line(kind, arguments, message, generators, tmp_path):
     assert not list(tmp_path.glob("x.*"))
 
 
-@pytest.mark.parametrize("name", ["", "x.figure", "file/x.png"])
+def test_a_folder_gets_the_figure_and_the_page(generators, tmp_path, capsys):
+    show_attention.main([str(checkpoint(tmp_path, generators["plain"])), "--samples", "1", "--out", str(tmp_path)])
+    assert opened(tmp_path / "attention.png").shape == (*sheet(5, 1, TILE)[::-1], 3)
+    assert (tmp_path / "attention.html").exists()
+    assert str(tmp_path / "attention.png") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["x", "x.figure", "file/x.png"])
 def test_an_image_that_cannot_be_written_is_one_line(name, generators, tmp_path):
     (tmp_path / "file").touch()
     out = tmp_path / name

@@ -164,6 +164,38 @@ def test_a_grid_when_nothing_else_is_asked_for(model, tmp_path, capsys):
     assert width == height == 2 * 128 + 3 * 2
 
 
+@pytest.mark.parametrize("name", ["", "checkpoint.pt", "checkpoint-000012.pt", "best.pt"])
+def test_images_of_a_run_go_into_its_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint(Path("faces", name or "checkpoint.pt"), shaken())
+    assert generate.main([str(Path("faces", name)), "--count", "1"]) == 0
+    assert Path("faces/generated/grid.png").exists()
+    assert not Path("runs").exists()
+
+
+def test_images_of_a_generator_without_a_run_go_into_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert generate.main([str(checkpoint(Path("other.pt"), shaken())), "--count", "1"]) == 0
+    assert generate.main(["other.pt", "--export", "exported.safetensors"]) == 0
+    grid = Path("runs/generated/grid.png")
+    grid.unlink()
+    assert generate.main(["exported.safetensors", "--count", "1"]) == 0
+    assert grid.exists()
+    assert not Path("generated").exists()
+
+
+def test_a_run_leaves_the_images_generated_from_it(tmp_path):
+    grid = tmp_path / "generated" / "grid.png"
+    train(tmp_path, "--steps", "1")
+    assert generate.main([str(tmp_path), "--count", "1"]) == 0
+    before = grid.read_bytes()
+    train(tmp_path, "--resume", "auto", "--steps", "2")
+    train(tmp_path, "--steps", "1")  # moves the files of the earlier run
+    assert grid.read_bytes() == before
+    assert (tmp_path / "earlier-1" / "checkpoint.pt").is_symlink()
+    assert not (tmp_path / "earlier-1" / "generated").exists()
+
+
 def test_a_strip_has_a_row_for_each_way_and_shares_its_ends(model, tmp_path):
     run(model, tmp_path, "--interpolate", "--stops", "3", "--frames", "4")
     assert size(tmp_path / "interpolation.png") == (5 * 130 + 2, 2 * 130 + 2)

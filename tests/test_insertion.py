@@ -235,11 +235,11 @@ def test_table() -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 4, 2, 1), nn.Sequential(nn.ReLU(), nn.Conv2d(32, 64, 4, 2, 1)), nn.Flatten())
     points = insertion_points(model, torch.zeros(16, 3, 32, 32))
     assert str(points).splitlines() == [
-        "path  module      channels   size  calls  operations          memory    plain",
-        "0     Conv2d            32  16×16      1        86 M  +108%   18 MiB   18 MiB",
-        "1.0   ReLU              32  16×16      1        86 M  +108%   18 MiB   18 MiB",
-        "1.1   Conv2d            64    8×8      1        20 M   +25%  1.8 MiB  1.8 MiB",
-        "1     Sequential        64    8×8      1        20 M   +25%  1.8 MiB  1.8 MiB",
+        "path  module      channels   size  calls  operations         memory, here  memory, plain",
+        "0     Conv2d            32  16×16      1        86 M  +108%        18 MiB         18 MiB",
+        "1.0   ReLU              32  16×16      1        86 M  +108%        18 MiB         18 MiB",
+        "1.1   Conv2d            64    8×8      1        20 M   +25%       1.8 MiB        1.8 MiB",
+        "1     Sequential        64    8×8      1        20 M   +25%       1.8 MiB        1.8 MiB",
         "the model itself: 80 M operations, keeps 704 KiB for its backward pass",
     ]
 

@@ -541,7 +541,8 @@ def test_resuming_keeps_the_settings_except_those_given(tmp_path, capsys):
 def test_auto_begins_goes_on_and_ends(tmp_path, capsys):
     for steps in ("2", "4", "4"):
         assert train(tmp_path, "--resume", "auto", "--steps", steps) == 0
-    assert "is at step 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"complete  {tmp_path} is at step 4 (--steps 4); a larger --steps trains on"
     assert [line["step"] for line in lines(tmp_path)] == [2, 4]
     assert not list(tmp_path.glob("earlier-*"))
 

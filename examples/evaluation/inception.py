@@ -86,4 +86,4 @@ class Precomputed(nn.Module):
 
 def _cannot_import(package: str, error: Exception) -> InceptionUnavailable:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return InceptionUnavailable(f"{package} cannot be imported ({reason}); pip install 'torch-sagan[evaluation]'")
+    return InceptionUnavailable(f"{package} cannot be imported ({reason}); pip install -e '.[evaluation]' installs it")

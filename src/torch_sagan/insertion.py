@@ -61,7 +61,7 @@ class InsertionPoints(list[InsertionPoint]):
         self.memory = memory
 
     def __str__(self) -> str:
-        rows = [("path", "module", "channels", "size", "calls", "operations", "", "memory", "plain")]
+        rows = [("path", "module", "channels", "size", "calls", "operations", "", "memory, here", "memory, plain")]
         for point in self:
             share = f"+{point.operations / self.operations:.0%}" if self.operations else ""
             height, width = point.size
