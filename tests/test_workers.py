@@ -78,10 +78,11 @@ def test_a_source_that_fails_is_one_line():
 @pytest.mark.slow  # the loader looks every five seconds whether a worker that does not answer is alive
 def test_a_worker_that_is_killed_is_noticed_where_its_images_are_missed():
     handler = signal.getsignal(signal.SIGCHLD)
+    others = set(multiprocessing.active_children())  # of earlier tests, whose iterators have not been collected yet
     images = decoded(Numbers(), count(), workers=2)
     next(images)
     assert signal.getsignal(signal.SIGCHLD) is handler
-    worker = multiprocessing.active_children()[0]
+    worker = (set(multiprocessing.active_children()) - others).pop()
     worker.kill()
     worker.join()
     with pytest.raises(OSError, match=r"^no more images: \S") as error:
