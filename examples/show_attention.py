@@ -22,8 +22,7 @@ from training.command_line import Parser, script
 from training.image_io import save_attention, save_explorer
 from training.labels import parse_labels
 from training.model_card import open_generator
-
-QUERIES = ["0.52,0.37", "0.73,0.5", "0.15,0.5", "0.06,0.06"]  # an eye, the mouth, the hair and the background of a face
+from training.sampling import QUERIES
 
 
 def fraction(text: str, size: int) -> float:
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--query", metavar="ROW,COLUMN", action="append",
         help="a query position: pixels (33,24) or fractions of the image (0.52,0.37), from its upper left corner; "
-        f"repeat for more (default: {' '.join(QUERIES)})",
+        f"repeat for more (default: {' '.join(f'{row},{column}' for row, column in QUERIES)})",
     )  # fmt: skip
     parser.add_argument("--layer", help="the attention layer of the figure (default: the last one)")
     parser.add_argument("--samples", type=int, default=4, help="images, one row each (default: %(default)s)")
@@ -72,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layer = given.layer or list(records)[-1]
     if layer not in records:
         parser.error(f"--layer {layer}: this generator has {', '.join(records)}")
-    size, positions = images.shape[2], []
-    for query in given.query or QUERIES:
+    size, positions = images.shape[2], [] if given.query else list(QUERIES)
+    for query in given.query or ():
         try:
             row, column = (fraction(text, size) for text in query.split(","))
         except ValueError:

@@ -100,3 +100,17 @@ class Pyramid(nn.Module):
 class Split(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x.flip(3)
+
+
+class Restless(nn.Module):
+    """Changes buffers, replaces them, and draws numbers, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.last = torch.randn(4)
+        return x + torch.rand_like(x)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from existing_models import Pyramid, Wrapped, patch_discriminator, residual_generator, unet
+from existing_models import Pyramid, Restless, Wrapped, patch_discriminator, residual_generator, unet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -253,20 +253,6 @@ def test_a_model_without_any() -> None:
 
 
 # --- the model stays as it was -------------------------------------------------------------------------------------
-
-
-class Restless(nn.Module):
-    """Changes buffers, replaces them, and draws numbers, in evaluation mode too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(1))
-        self.register_buffer("last", torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
-        self.last = torch.randn(4)
-        return x + torch.rand_like(x)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from existing_models import (
     Pyramid,
     ResidualBlock,
+    Restless,
     Wrapped,
     dcgan_generator,
     patch_discriminator,
@@ -258,20 +259,6 @@ def test_an_example_may_be_keywords_or_arguments() -> None:
     insert_self_attention(model, "block.0", example_input=example)
     insert_self_attention(model, "narrow", example_input=(example["x"], example["scale"]))
     assert [layer.channels for layer in inserted(model)] == [8, 4]
-
-
-class Restless(nn.Module):
-    """Changes buffers, replaces them, and draws numbers, in evaluation mode too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(1))
-        self.register_buffer("last", torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
-        self.last = torch.randn(4)
-        return x + torch.rand_like(x)
 
 
 def test_the_pass_of_an_example_leaves_no_trace() -> None:
