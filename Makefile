@@ -68,7 +68,7 @@ coverage: $(VENV)/.stamp-dev
 	@$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
 
 clean: ## remove what the targets above made, except .venv and runs
-	rm -rf build dist docs/_build .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build docs/api/*.rst .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@echo "==> set up: $(VENV), with $$($(PYTHON) --version)"

@@ -137,7 +137,7 @@ def test_a_link_to_any_page_shows_a_card(site: Path, pages: dict[str, Html]) -> 
 
 
 def test_formulas_need_no_script(site: Path) -> None:
-    text = (site / "api" / "attention.html").read_text(encoding="utf-8")
+    text = (site / "api" / "torch_sagan.SelfAttention2d.html").read_text(encoding="utf-8")
     assert "<math" in text
     assert not re.search(r"<script[^>]*mathjax", text, re.IGNORECASE)
 

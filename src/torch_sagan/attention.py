@@ -60,9 +60,9 @@ class SelfAttention2d(nn.Module):
 
     Raises:
         ValueError: for sizes below 1, for ``out_projection=False`` where ``value_channels`` differs from C, for
-            ``bias=False`` together with ``projection``, for another ``similarity``, and for ``"l2"`` with pooled keys,
-            which have no bound; in ``forward`` for an input that is not (B, C, H, W), and for one that is smaller than
-            ``pool``.
+            ``bias=False`` together with ``projection``, for an unknown ``similarity``, and for ``"l2"`` with pooled
+            keys, which have no bound; in ``forward`` for an input that is not (B, C, H, W), and for one that is
+            smaller than ``pool``.
         TypeError: in ``forward`` for an input that is not a tensor.
 
     The defaults are those of the PyTorch implementation that most tutorials copy. :meth:`paper` and
@@ -189,7 +189,7 @@ class SelfAttention2d(nn.Module):
 
 
 class AttentionRecord(NamedTuple):
-    """One call of one attention layer.
+    """The attention map of one call of one layer, with its sizes and its gamma.
 
     Attributes:
         attention: the attention map (B, N, M), detached; each row sums to 1.

@@ -15,8 +15,10 @@ __all__ = ["ConditionalBatchNorm2d", "ProjectionHead"]
 
 
 class ConditionalBatchNorm2d(nn.Module):
-    r"""Batch norm whose scale and shift are those of each sample's class:
-    :math:`y = \gamma_c\, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta_c`.
+    r"""Batch norm with a scale and a shift for each class.
+
+    .. math::
+        y = \gamma_c\, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta_c
 
     The statistics are those of the whole batch, whatever its classes, as in the paper's released code. It starts with
     :math:`\gamma = 1` and :math:`\beta = 0`, and is not spectrally normalised.
@@ -62,7 +64,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    r"""The logit of features, and of how they agree with the class: :math:`w^\top h + b + \langle e_c, h \rangle`.
+    r"""A logit of features and of their agreement with the class: :math:`w^\top h + b + \langle e_c, h \rangle`.
 
     The linear layer and the embedding start Xavier-uniform, with a zero bias, and are spectrally normalised.
 

@@ -21,7 +21,7 @@ __all__ = [
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    r""":math:`\operatorname{mean}\max(0, 1 - D(x)) + \operatorname{mean}\max(0, 1 + D(G(z)))`.
+    r"""Hinge loss of D: :math:`\operatorname{mean}\max(0, 1 - D(x)) + \operatorname{mean}\max(0, 1 + D(G(z)))`.
 
     Args:
         real_logits: D's logits of real images, of any shape.
@@ -33,12 +33,17 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    r""":math:`-\operatorname{mean} D(G(z))`. Source: Zhang et al., arXiv:1805.08318, equation 4."""
+    r"""Hinge loss of G: :math:`-\operatorname{mean} D(G(z))`.
+
+    Source: Zhang et al., arXiv:1805.08318, equation 4.
+    """
     return -fake_logits.mean()
 
 
 def wasserstein_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    r""":math:`\operatorname{mean} D(G(z)) - \operatorname{mean} D(x)`; add ``weight * gradient_penalty(...)`` to it.
+    r"""Wasserstein loss of D: :math:`\operatorname{mean} D(G(z)) - \operatorname{mean} D(x)`.
+
+    WGAN-GP adds ``weight * gradient_penalty(...)``.
 
     Source: Gulrajani et al., *Improved Training of Wasserstein GANs*, arXiv:1704.00028, equation 3.
     """
@@ -46,12 +51,15 @@ def wasserstein_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> 
 
 
 def wasserstein_generator_loss(fake_logits: Tensor) -> Tensor:
-    r""":math:`-\operatorname{mean} D(G(z))`. Source: Gulrajani et al., arXiv:1704.00028."""
+    r"""Wasserstein loss of G: :math:`-\operatorname{mean} D(G(z))`.
+
+    Source: Gulrajani et al., arXiv:1704.00028.
+    """
     return -fake_logits.mean()
 
 
 def relativistic_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    r""":math:`\operatorname{mean} \operatorname{softplus}(D(G(z)) - D(x))`, over pairs of a real and a generated image.
+    r"""Relativistic loss of D: :math:`\operatorname{mean} \operatorname{softplus}(D(G(z)) - D(x))`.
 
     Every real image is compared with one generated image, so D cannot lower its loss by calling all of them real.
     Alone it need not converge: add :func:`zero_centered_gradient_penalty` on real (R1) and on generated images (R2).
@@ -71,7 +79,7 @@ def relativistic_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) ->
 
 
 def relativistic_generator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    r""":math:`\operatorname{mean} \operatorname{softplus}(D(x) - D(G(z)))`, with the roles of D's loss exchanged.
+    r"""Relativistic loss of G: :math:`\operatorname{mean} \operatorname{softplus}(D(x) - D(G(z)))`.
 
     Unlike the other generator losses it needs D's logits of real images. Arguments, errors and source are those of
     :func:`relativistic_discriminator_loss`.
@@ -88,15 +96,19 @@ def gradient_penalty(
     *,
     target: float = 1.0,
 ) -> Tensor:
-    r""":math:`\operatorname{mean}\,(\lVert \nabla_{\hat x} D(\hat x) \rVert_2 - t)^2` at random points
-    :math:`\hat x` between real and generated images.
+    r"""Gradient penalty of WGAN-GP: pull the norm of D's gradient towards 1.
+
+    .. math::
+        \operatorname{mean}\,(\lVert \nabla_{\hat x} D(\hat x) \rVert_2 - t)^2
+
+    at random points :math:`\hat x` between real and generated images.
 
     Args:
         discriminator: D; called as ``discriminator(images)`` or ``discriminator(images, labels)``.
         real: (B, ...) real images.
         fake: (B, ...) generated images, of the same shape. No gradient flows into either.
         labels: (B,) passed on to D when given.
-        target: t, the norm that is aimed at. 0 gives a zero-centred penalty.
+        target: the norm t. 0 gives a zero-centred penalty.
 
     Returns:
         A scalar without a weight (the source multiplies it by 10), differentiable with respect to D's parameters.
@@ -121,8 +133,10 @@ def gradient_penalty(
 def zero_centered_gradient_penalty(
     discriminator: Callable[..., Tensor], images: Tensor, labels: Tensor | None = None
 ) -> Tensor:
-    r""":math:`\operatorname{mean} \lVert \nabla_x D(x) \rVert_2^2` at the given images: R1 on real ones, R2 on
-    generated ones.
+    r"""Zero-centred gradient penalty, R1 at real and R2 at generated images.
+
+    .. math::
+        \operatorname{mean} \lVert \nabla_x D(x) \rVert_2^2
 
     Args:
         discriminator: D; called as ``discriminator(images)`` or ``discriminator(images, labels)``.
