@@ -29,14 +29,13 @@ from torch import Tensor
 from evaluation.class_agreement import class_agreement
 from evaluation.evaluator import Evaluator, real_images
 from torch_sagan import SAGANGenerator
-from training.checkpointing import FILES
 from training.command_line import Parser, script
 from training.data import crop_setting, open_data
 from training.image_folder import ImageFolder
 from training.image_io import save_animation, save_grid, save_images
 from training.labels import parse_labels
 from training.latents import draw_latents, walk
-from training.model_card import Card, open_generator, save
+from training.model_card import Card, open_generator, output_folder, save
 
 BATCH = 16  # fixed, because another batch size may round differently
 ROWS = 16  # at most so many classes in a grid if none are named
@@ -100,13 +99,6 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     score.add_argument("--crop", help="centre crop, as the trainer's (default: that of the generator's run)")
     score.add_argument("--inception", type=Path, metavar="PATH", help="its weights (default: where torch.hub has them)")
     return parser.parse_args(arguments)
-
-
-def default_out(model: Path) -> Path:
-    """The folder `generated` in that of the run, or in `runs` for a generator that is not in the folder of a run."""
-    if model.is_dir():
-        return model / "generated"
-    return (model.parent if FILES.fullmatch(model.name) else Path("runs")) / "generated"
 
 
 def check(args: argparse.Namespace, generator: SAGANGenerator) -> None:
@@ -234,7 +226,7 @@ def score(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = read_arguments(arguments)
-    args.out = args.out or default_out(args.model)
+    args.out = args.out or output_folder(args.model)
     args.grid = args.grid or not any((args.images, args.interpolate, args.video, args.export, args.score))
     try:
         device = torch.device(args.device)

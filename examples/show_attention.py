@@ -21,7 +21,7 @@ from torch_sagan import record_attention
 from training.command_line import Parser, script
 from training.image_io import save_attention, save_explorer
 from training.labels import parse_labels
-from training.model_card import open_generator
+from training.model_card import open_generator, output_folder
 from training.sampling import QUERIES
 
 
@@ -46,13 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--labels", metavar="A,B,…", help="classes in turn, by name or number (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="fixes the latent vectors (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/attention.png"),
-        help="the figure, or a folder for attention.png; the page has its name with .html (default: %(default)s)",
+        "--out", type=Path,
+        help="the figure, or a folder for attention.png; the page has its name with .html (default: "
+        "generated/attention.png in the run's folder, or in runs/ without a run)",
     )  # fmt: skip
     given = parser.parse_args(arguments)
     if given.samples < 1:
         parser.error(f"--samples must be at least 1, got {given.samples}")
-    figure: Path = given.out / "attention.png" if given.out.is_dir() else given.out
+    out: Path = given.out or output_folder(given.model) / "attention.png"
+    figure = out / "attention.png" if out.is_dir() else out
     if not figure.suffix:
         parser.error(f"--out {figure}: expected a folder that exists, or a file such as attention.png")
     try:

@@ -78,8 +78,13 @@ def checkpoint(folder: Path, generator: SAGANGenerator) -> Path:
 def test_attention_of_a_checkpoint(kind, generators, tmp_path, capsys):
     path = checkpoint(tmp_path, generators[kind])
     out = tmp_path / "a" / "where.png"
-    arguments = ["--samples", "3", "--query", "2,3", "--query", "0.5,0.9", "--out", str(out)]
+    arguments = ["--samples", "3", "--query", "2,3", "--query", "0.5,0.9"]
     show_attention.main([str(path), *arguments])
+    beside = tmp_path / "generated" / "attention.png"  # where generate.py writes too
+    assert capsys.readouterr().out.startswith(f"figure    {beside}: ")
+    arguments += ["--out", str(out)]
+    show_attention.main([str(path), *arguments])
+    assert out.read_bytes() == beside.read_bytes()
     assert str(out) in capsys.readouterr().out
     figure = opened(out)
     assert (figure.shape[1], figure.shape[0]) == sheet(3, 3, TILE)

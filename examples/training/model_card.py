@@ -135,6 +135,13 @@ def _trained(file: Path, state: Any, *, average: bool) -> tuple[Weights, Card]:
     return weights, card
 
 
+def output_folder(model: Path) -> Path:
+    """The folder `generated` in that of the run, or in `runs` for a generator that is not in the folder of a run."""
+    if model.is_dir():
+        return model / "generated"
+    return (model.parent if checkpointing.FILES.fullmatch(model.name) else Path("runs")) / "generated"
+
+
 def open_generator(path: Path, *, average: bool = True) -> tuple[SAGANGenerator, Card]:
     """The generator in a .safetensors file, in a checkpoint of the trainer, in the newest checkpoint of a folder, or in
     a file that mmgeneration has published.
