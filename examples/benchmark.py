@@ -2,7 +2,7 @@
 
     python examples/benchmark.py                          # everything, some ten minutes on two CPU cores
     python examples/benchmark.py attention                # one part; --help lists them
-    python examples/benchmark.py --device cuda --json benchmark.json --plot growth.png
+    python examples/benchmark.py --device cuda --json benchmark.json --plot growth.svg
 
 Each number is the median of repeats that take turns with the baseline's, so that a machine whose speed drifts does not
 favour either. A ratio above 1 means that the library is so many times as fast. The plain implementations are those
@@ -488,20 +488,34 @@ def show(rows: Sequence[dict[str, Any]], *, header: bool = True) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory of a training pass against N, on logarithmic axes."""
+    """Time and memory of a training pass against the size of the feature map, on logarithmic axes."""
     from matplotlib import pyplot as plt
 
     rows = [row for row in rows if row["B"] == 1 and row["C"] == 64]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, unit, title in zip(axes, ("ms", "MiB"), ("time, ms", "extra peak memory, MiB"), strict=True):
-        for name, label in (("plain", "written plainly"), ("sdpa", "torch's SDPA"), ("ours", "SelfAttention2d")):
-            axis.loglog(
-                [row["N"] for row in rows], [max(row[f"{name} {unit}"], 0.1) for row in rows], "o-", label=label
+    sizes = [math.isqrt(row["N"]) for row in rows]
+    gray = "#8a8a8a"  # readable on white and on black
+    style = {"svg.fonttype": "none", "legend.frameon": False, "text.color": gray, "axes.edgecolor": gray}
+    style |= {"axes.labelcolor": gray, "xtick.color": gray, "ytick.color": gray}
+    lines = {  # name: label, color
+        "plain": ("plain equation", "#c2703d"),
+        "padded": ("PyTorch's SDPA, padded", gray),
+        "ours": ("SelfAttention2d", "#5b8fd0"),
+    }
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        for axis, unit, title in zip(axes, ("ms", "MiB"), ("time in ms", "extra peak memory in MiB"), strict=True):
+            for name, (label, color) in lines.items():
+                # Less than a mebibyte is the noise of the process.
+                values = [max(row[f"{name} {unit}"], 1.0 if unit == "MiB" else 0.0) for row in rows]
+                axis.loglog(sizes, values, "o-", label=label, color=color)
+            axis.set_xticks(
+                sizes, [f"{size}×{size}" for size in sizes], rotation=45, ha="right", rotation_mode="anchor"
             )
-        axis.set(xlabel="positions N", title=f"forward + backward: {title}")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
+            axis.set_xticks([], minor=True)
+            axis.set(title=title)
+            axis.grid(alpha=0.3)
+        axes[0].legend()
+        figure.savefig(path, dpi=110, transparent=True)
 
 
 def main() -> None:
@@ -512,7 +526,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="time for each comparison (default: 5)")
     parser.add_argument("--batch-size", type=int, help="images in a step (default: 32, on CUDA 64)")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
-    parser.add_argument("--plot", type=Path, help="also draw the part growth to this PNG (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="also draw the part growth to this SVG or PNG (needs matplotlib)")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - set(parts)
     if unknown:
