@@ -421,7 +421,7 @@ def test_operators_keep_pytorchs_contract() -> None:
         tiled_attention._tiled_backward, (torch.randn_like(y), *(t.detach() for t in tensors), y, *sums)
     )
     gradients = [torch.randn_like(t) for t in tensors]
-    torch.library.opcheck(double_backward._gradients, (*gradients, torch.randn_like(y), *tensors))
+    torch.library.opcheck(double_backward._with_derivative, (*gradients, torch.randn_like(y), *tensors))
 
 
 def test_flops_of_tiled_attention() -> None:

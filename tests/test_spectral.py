@@ -733,7 +733,7 @@ def test_a_weight_without_a_shape() -> None:
 
 
 def test_a_weight_of_integers() -> None:
-    with pytest.raises(TypeError, match=r"floating-point numbers, got torch\.int8"):
+    with pytest.raises(TypeError, match=r"floating-point or complex weight, got torch\.int8"):
         SpectralNorm(torch.ones(3, 4, dtype=torch.int8))
 
 

@@ -27,9 +27,9 @@ class SelfAttention2d(nn.Module):
 
     where j is the query position and i runs over the positions that it attends to. The letters are the paper's: f is
     the 1×1 convolution ``key``, g is ``query``, h is ``value``, and :math:`W_v` is ``out`` (the identity when there is
-    none). The learned number ``gamma`` starts at zero: a new layer returns exactly its input, so it can be put into a
-    trained model. Only the size of gamma matters, not its sign, which the value projection can take up.
-    There is no :math:`1/\sqrt{d}`, as in the paper.
+    none). The learned scalar ``gamma`` starts at zero: a new layer returns exactly its input, so it can be put into a
+    trained model. Only the size of gamma matters, not its sign, which the value projection can absorb.
+    As in the paper, there is no :math:`1/\sqrt{d}`.
 
     Args:
         channels: C, the channels of the feature map.
@@ -39,8 +39,8 @@ class SelfAttention2d(nn.Module):
             dropped, as the paper's released code does), so a query attends to ``(H // pool) · (W // pool)`` positions.
         out_projection: whether a convolution projects the result to C channels. Default: only where
             ``value_channels`` differs from C.
-        bias: whether the 1×1 convolutions have biases. (The key's bias never gets a gradient: it adds the
-            same number to all logits of a query, which softmax ignores.)
+        bias: whether the 1×1 convolutions have biases. (The gradient of the key's bias is zero: it adds
+            the same number to all logits of a query, which softmax ignores.)
         projection: ``projection(in_channels, out_channels) -> Module``, called instead of each 1×1 convolution. What it
             returns must keep H×W.
         similarity: ``"dot"``, the product above, or ``"l2"``, the negative squared distance, which gives the layer a
@@ -149,7 +149,7 @@ class SelfAttention2d(nn.Module):
 
         Returns:
             y (B, C, H, W); with ``return_attention`` the pair of y and the attention map (B, N, M). N = H·W counts the
-            query positions and M the keys left after pooling, both row by row; each row of the map sums to 1.
+            query positions and M the keys left after pooling, both in row-major order; each row of the map sums to 1.
         """
         x = _check_feature_map(x, self.channels)  # (B, C, H, W)
         if self.similarity == "l2":
@@ -204,7 +204,7 @@ class AttentionRecord(NamedTuple):
     gamma: torch.Tensor | None = None
 
 
-# torch.fx cannot trace branches on shapes or on return_attention: they are in wrapped functions, which it only calls.
+# torch.fx cannot trace branches on shapes or on return_attention: these are in wrapped functions, which it skips.
 
 
 @torch.fx.wrap
@@ -255,7 +255,7 @@ def _is_plain_1x1_convolution(module: nn.Module) -> bool:
         isinstance(module, nn.Conv2d)
         and getattr(module.forward, "__func__", None) is nn.Conv2d.forward
         and (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
-        # No hooks on this module, and no global ones. Up to torch 2.13 only private attributes tell.
+        # No hooks on this module, and no global ones. Up to torch 2.13 this has no public API.
         and not (module._forward_pre_hooks or module._forward_hooks)
         and not (module._backward_pre_hooks or module._backward_hooks)
         and not (module_hooks._global_forward_pre_hooks or module_hooks._global_forward_hooks)

@@ -1,7 +1,7 @@
 r"""The derivative of attention's backward, in blocks of queries: the attention matrix is never materialised.
 
-A gradient penalty differentiates attention twice, which neither the tiles of the CPU nor the fused kernels of CUDA do
-alone. For one query q with all keys K and values V, and with the gradient d of its result, the backward computes
+A gradient penalty differentiates attention twice, which neither the CPU tiles nor the fused CUDA kernels do alone. For
+one query q with all keys K and values V, and with the gradient d of its result, the backward computes
 
 .. math::
     p = \operatorname{softmax}(q^\top K), \qquad u = d^\top V - \langle p, d^\top V \rangle, \qquad
@@ -26,7 +26,7 @@ from torch import Tensor
 
 __all__ = ["differentiable_gradients"]
 
-# Chosen by measuring: fewer lose time to the calls, more fall out of the cache.
+# Chosen by measuring: fewer cost call overhead, more fall out of the cache.
 BLOCK_QUERIES = 64
 
 
@@ -45,19 +45,19 @@ def differentiable_gradients(
     Returns:
         The same gradients, as functions of the other arguments.
     """
-    same: tuple[Tensor, Tensor, Tensor] = _gradients(*gradients, d_attended, query, key, value)
+    same: tuple[Tensor, Tensor, Tensor] = _with_derivative(*gradients, d_attended, query, key, value)
     return same
 
 
 # An operator instead of an autograd.Function, because its derivative also works for batched gradients.
 @torch.library.custom_op("torch_sagan::attention_gradients", mutates_args=())
-def _gradients(
+def _with_derivative(
     d_query: Tensor, d_key: Tensor, d_value: Tensor, d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return d_query.clone(), d_key.clone(), d_value.clone()
 
 
-@_gradients.register_fake
+@_with_derivative.register_fake
 def _(
     d_query: Tensor, d_key: Tensor, d_value: Tensor, d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +72,7 @@ def _backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     return None, None, None, *_double_backward(*cotangents, *ctx.saved_tensors)
 
 
-_gradients.register_autograd(_backward, setup_context=_setup_context)
+_with_derivative.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _double_backward(

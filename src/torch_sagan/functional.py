@@ -20,7 +20,7 @@ __all__ = ["attention", "attention_map", "l2_similarity", "power_iteration", "sp
 # On the CPU attention matrices of up to this many entries in the whole batch are faster than tiles (measured).
 SMALL_MATRIX = 2**20
 
-# Before PyTorch 2.7 exporting cannot be told from compiling: then both materialise the matrix.
+# Before PyTorch 2.7 exporting cannot be told from compiling: there, both materialise the matrix.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
@@ -44,9 +44,9 @@ def attention_map(query: Tensor, key: Tensor) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     r"""Exact softmax attention over positions: :math:`o_j = \sum_i \beta_{ji} h_i`.
 
-    On the CPU and on CUDA the attention matrix is not materialised, so memory grows with N + M. It is materialised if
-    it is small and on the CPU, where that is faster; on other devices; in exported programs; and where only plain
-    operations work (``torch.func``, forward-mode derivatives, ``torch.jit.trace``). Differentiable twice.
+    On the CPU and on CUDA the attention matrix is not materialised, so memory grows with N + M. The exceptions are
+    small matrices on the CPU, which are faster that way; float64 on CUDA; other devices; exported programs; and where
+    only plain operations work (``torch.func``, forward-mode derivatives, ``torch.jit.trace``). Differentiable twice.
 
     Args:
         query: (B, D, N).
@@ -58,7 +58,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Raises:
         ValueError: for shapes that do not match.
-        TypeError: for integers, and outside of autocast for dtypes that differ.
+        TypeError: for integers, or for different dtypes outside of autocast.
 
     Source: Zhang et al., arXiv:1805.08318, equation 2 without the output projection.
     """
@@ -131,12 +131,12 @@ def spectral_normalize(
 ) -> Tensor:
     r"""Divide a weight by its spectral norm, :math:`W / \sigma` with :math:`\sigma = u^\top W v`.
 
-    u and v are constants to the gradient, which is :math:`(G - \langle G, W/\sigma \rangle\, u v^\top) / \sigma` for a
-    gradient G of the result: one product and one sum over the weight. It can be differentiated again. Where
+    The gradient treats u and v as constants. It is :math:`(G - \langle G, W/\sigma \rangle\, u v^\top) / \sigma` for a
+    gradient G of the result: one product, one sum and one division. It can be differentiated again. Where
     :math:`|\sigma| \le` ``eps`` (an all-zero weight) there is nothing to divide by: the weight is returned as it is.
 
     Args:
-        weight: any shape, unfolded to a matrix (h, w) with h = ``weight.shape[dim]``.
+        weight: any shape, reshaped to a matrix (h, w) with h = ``weight.shape[dim]``.
         u: (h,), of unit norm.
         v: (w,), of unit norm.
         sigma: the value of :math:`u^\top W v`, as :func:`power_iteration` returns it.
@@ -148,7 +148,8 @@ def spectral_normalize(
 
     Source: Miyato et al., arXiv:1802.05957, equations 8 and 12.
     """
-    # u and v in the shape of the weight, so that nothing is unfolded: (h, 1, ...) and (1, rest...) about dim.
+    # u and v are given the dimensions of the weight, so that it need not be reshaped: u has size h along dim and 1
+    # elsewhere, v the other way round.
     u = u.view([-1 if i == dim else 1 for i in range(weight.ndim)])
     v = v.view([1 if i == dim else size for i, size in enumerate(weight.shape)])
     if _only_plain_operations(weight):
@@ -171,7 +172,7 @@ class _DivideBySigma(torch.autograd.Function):
         (gradient,) = gradients
         weight, u, v, sigma = ctx.saved_tensors
         # nn.Embedding(sparse=True) has a sparse gradient, but the one through sigma reaches every row. A dense gradient
-        # stays as it is; a branch on the layout would stop the compiler of torch 2.5.
+        # stays as it is; a branch on the layout would break compiling in torch 2.5.
         gradient = gradient.to_dense()
         if torch.is_grad_enabled():  # for a double backward, in which sigma depends on the weight
             sigma = (u.conj() * v * weight).sum()

@@ -1,4 +1,7 @@
-"""Exact softmax attention by PyTorch's fused CUDA kernels, which never materialise the attention matrix."""
+"""Exact softmax attention by PyTorch's fused CUDA kernels, which do not materialise the attention matrix.
+
+They take half precision and float32. In float64 PyTorch falls back to plain operations, which materialise it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch_sagan.double_backward import differentiable_gradients
 
 __all__ = ["fused_attention"]
 
-# The kernels need channels in multiples of 16 bytes. These are 8 numbers in half precision; in float32 4 would do.
+# The kernels need channels in multiples of 16 bytes. That is 8 channels in half precision; in float32, 4 would do.
 ALIGNMENT = 8
 
 
@@ -36,7 +39,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 class FusedAttention(torch.autograd.Function):
     """The fused kernel in a private autograd graph: the forward builds it, the first backward uses and frees it, and a
-    second backward computes it again."""
+    repeated backward builds it again."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the two networks minimise: logits in, a scalar out. Nothing here steps an optimiser or calls ``backward``."""
+"""What the two networks minimise, each a scalar. Nothing here steps an optimiser or calls ``backward``."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch_sagan.arguments import at_least_one, one_of
 from torch_sagan.dispatch import no_autocast
 from torch_sagan.legacy_spectral_norm import LegacySpectralNorm, legacy_hooks
 
-__all__ = ["Norm", "SpectralNorm", "find_norm", "make_norm", "spectral_norm", "unfold"]
+__all__ = ["Norm", "SpectralNorm", "as_matrix", "find_norm", "make_norm", "spectral_norm"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,21 +34,21 @@ class SpectralNorm(nn.Module):
     A parametrization for :func:`torch.nn.utils.parametrize.register_parametrization`; :func:`spectral_norm` registers
     it for you. Its state-dict keys are those of PyTorch's own spectral norm, so checkpoints move both ways.
 
-    Each use in training mode makes ``n_power_iterations`` steps; in evaluation u and v stay as they are. They are
-    warmed up by 15 steps at first and whenever the weight is assigned (``module.weight = w``). The iteration runs in
+    Each access in training mode runs ``n_power_iterations`` steps; in evaluation u and v stay as they are. They are
+    warmed up by 15 steps on creation and whenever the weight is assigned (``module.weight = w``). The iteration runs in
     float32 for weights in half precision, and outside of autocast. No gradient flows through u and v. The result can
     be differentiated twice.
 
     Args:
-        weight: the weight to be normalised. It is unfolded to a matrix (h, w) with h = ``weight.shape[dim]``.
+        weight: the weight to be normalised. It is reshaped to a matrix (h, w) with h = ``weight.shape[dim]``.
             A vector is divided by its norm.
-        n_power_iterations: steps per use in training.
-        dim: the dimension of the outputs: 0, or 1 for transposed convolutions.
+        n_power_iterations: steps per access in training.
+        dim: the dimension of the outputs. For a transposed convolution it is 1.
         eps: norms up to this one count as zero. A weight whose spectral norm is at most ``eps`` is returned unchanged.
 
     Raises:
-        ValueError: for a scalar weight, a ``dim`` that the weight does not have, or less than one iteration.
-        TypeError: for a weight of integers.
+        ValueError: for a scalar weight, a ``dim`` that the weight does not have, or fewer than one iteration.
+        TypeError: for an integer weight.
 
     Source: Miyato et al., *Spectral Normalization for Generative Adversarial Networks*, arXiv:1802.05957.
     """
@@ -60,14 +60,14 @@ class SpectralNorm(nn.Module):
         super().__init__()
         at_least_one(n_power_iterations=n_power_iterations)
         if not (weight.is_floating_point() or weight.is_complex()):
-            raise TypeError(f"expected a weight of floating-point numbers, got {weight.dtype}")
+            raise TypeError(f"expected a floating-point or complex weight, got {weight.dtype}")
         if not -weight.ndim <= dim < weight.ndim:
             raise ValueError(f"a weight of shape {tuple(weight.shape)} has no dimension {dim}")
         self.n_power_iterations = n_power_iterations
         self.dim: int = dim % weight.ndim
         self.eps = eps
         if weight.ndim > 1:
-            h, w = unfold(weight, self.dim).shape
+            h, w = as_matrix(weight, self.dim).shape
             self.register_buffer("_u", weight.new_empty(h))
             self.register_buffer("_v", weight.new_empty(w))
             self.reset(weight)
@@ -107,14 +107,14 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def _iterate(self, weight: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Make the iterations, keep u and v, and return them with sigma."""
+        """Run the iterations, store u and v, and return them with sigma."""
         # The autograd graph must not hold the buffers: the next forward, DistributedDataParallel's broadcast and
         # load_state_dict write to them, perhaps before the backward. power_iteration returns new tensors if it makes an
         # iteration; if it makes none, u and v are copied here.
         u, v = (vector.to(weight.dtype, copy=n_iterations == 0) for vector in (self._u, self._v))
         if self._u.dtype != weight.dtype:  # rounding to half precision lost their unit norm
             u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
-        matrix = unfold(weight, self.dim)  # (h, w)
+        matrix = as_matrix(weight, self.dim)  # (h, w)
         u, v, sigma = functional.power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
         if n_iterations:
             self._u.copy_(u)
@@ -146,7 +146,7 @@ def spectral_norm(
     Args:
         module: the layer.
         name: the parameter to normalise.
-        n_power_iterations: power-iteration steps per use in training.
+        n_power_iterations: power-iteration steps per access in training.
         eps: norms up to this one count as zero.
         dim: the dimension of the outputs. Default: 1 for transposed convolutions, else 0.
         implementation: ``"sagan"`` for :class:`SpectralNorm`, ``"torch"`` for PyTorch's own.
@@ -155,9 +155,10 @@ def spectral_norm(
         The module itself.
 
     Raises:
-        ValueError: when the module has no such parameter; when that has no shape yet, is computed by a hook, or is
-            normalised already (by any implementation); or when the implementation is unknown.
-        TypeError: for a weight of integers.
+        ValueError: when the module has no such parameter; when it has no shape yet, is computed by a hook, or is
+            normalised already (by any implementation); for an unknown implementation, a ``dim`` that the weight does
+            not have, or fewer than one iteration.
+        TypeError: for an integer weight.
 
     >>> from torch import nn
     >>> layer = spectral_norm(nn.Conv2d(3, 64, 3))
@@ -202,7 +203,7 @@ def find_norm(module: nn.Module, name: str) -> Norm | None:
     return legacy_hooks(module).get(name)
 
 
-def unfold(weight: Tensor, dim: int) -> Tensor:
+def as_matrix(weight: Tensor, dim: int) -> Tensor:
     """The weight as a matrix (h, w), h along ``dim``."""
     return weight.movedim(dim, 0).flatten(1)
 

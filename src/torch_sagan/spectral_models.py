@@ -16,7 +16,7 @@ from torch_sagan.arguments import at_least_one, one_of
 from torch_sagan.layer_selection import Layers, select_layers
 from torch_sagan.legacy_spectral_norm import LegacySpectralNorm, legacy_hooks, remove_legacy_hook
 from torch_sagan.modes import evaluation_mode
-from torch_sagan.spectral import Norm, SpectralNorm, find_norm, make_norm, unfold
+from torch_sagan.spectral import Norm, SpectralNorm, as_matrix, find_norm, make_norm
 
 __all__ = [
     "align_power_iteration",
@@ -40,7 +40,7 @@ def apply_spectral_norm(
 ) -> M:
     """Normalise the weight of every convolution (transposed too), linear layer and embedding of a model, in place.
 
-    Subclasses of these are included; other modules (recurrent ones, norms, the input projection of
+    Subclasses of these are included; other modules (recurrent ones, batch norm, the input projection of
     ``nn.MultiheadAttention``) are not. Weights that are normalised already, by this library, by PyTorch's
     parametrization or by its older hook, are left alone, and a warning names them unless ``exclude`` does.
 
@@ -49,8 +49,8 @@ def apply_spectral_norm(
         include: the layers to normalise. Default: all. Either dotted names, in which ``*``, ``?`` and ``[...]`` are
             wildcards (``*`` also matches dots) and the name of a container matches everything below it; or a function
             of the dotted name and the layer. A layer that has several names is matched by any of them.
-            Attention that was inserted after a module is beside it, not below it.
-        exclude: the layers to leave out of these, in the same way.
+            Inserted attention does not count as below the module that it follows.
+        exclude: the layers to leave out, given as for ``include``.
         n_power_iterations: as in :func:`spectral_norm`.
         eps: as in :func:`spectral_norm`.
         implementation: as in :func:`spectral_norm`.
@@ -59,9 +59,9 @@ def apply_spectral_norm(
         The model itself.
 
     Raises:
-        ValueError: when there is no layer to normalise, a name matches none (the nearest are listed), or a weight has
-            no shape yet, is computed by a hook, or is tied to another. The model is then as it was.
-        TypeError: when ``include`` or ``exclude`` is neither names nor a function, or a weight is of integers.
+        ValueError: when there is no layer to normalise, a name matches no layer (similar names are listed), or a
+            weight has no shape yet, is computed by a hook, or is tied to another. The model is then unchanged.
+        TypeError: when ``include`` or ``exclude`` is neither names nor a function, or for an integer weight.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3),
@@ -97,11 +97,10 @@ def apply_spectral_norm(
 
 
 def remove_spectral_norm(model: M, name: str | None = None) -> M:
-    """Undo spectral normalisation in a layer or a whole model: the weights stay exactly those of evaluation.
+    """Undo spectral normalisation in a layer or a whole model: each weight keeps exactly its value in evaluation.
 
-    It removes that of :func:`spectral_norm` (either implementation) and of the older
-    :func:`torch.nn.utils.spectral_norm`. Each weight becomes a plain parameter again, the same object that an optimiser
-    holds already.
+    It handles :func:`spectral_norm` (either implementation) and the older :func:`torch.nn.utils.spectral_norm`. Each
+    weight becomes a plain parameter again, the same object that an optimiser holds already.
 
     Args:
         model: a layer or a model.
@@ -161,8 +160,8 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
     """
     values = {}
     for weight in _normalized_weights(model):
-        value = weight.in_evaluation()
-        matrix = _in_double(unfold(value, weight.norm.dim) if value.ndim > 1 else value[:, None])  # (h, w)
+        value = weight.evaluation_value()
+        matrix = _in_double(as_matrix(value, weight.norm.dim) if value.ndim > 1 else value[:, None])  # (h, w)
         # With infinities or NaN the decomposition does not converge, and its error would not name the weight.
         finite = bool(matrix.isfinite().all())
         values[weight.path] = torch.linalg.matrix_norm(matrix, ord=2).item() if finite else math.nan
@@ -174,7 +173,7 @@ def align_power_iteration(model: nn.Module) -> None:
     """Set u and v of every normalised weight of a model to its first singular vectors, whatever they were before.
 
     They come from an eigendecomposition in float64. An iteration might need hundreds of steps where the first two
-    singular values are close, and would never leave a u that is orthogonal to the first singular vector.
+    singular values are close, and would never escape a u that is orthogonal to the first singular vector.
 
     Raises:
         ValueError: for a weight that holds infinities or NaN. Nothing is changed then.
@@ -188,14 +187,14 @@ def align_power_iteration(model: nn.Module) -> None:
             found.append((weight, raw))
     for weight, raw in found:
         u, v = weight.vectors()
-        matrix = _in_double(unfold(raw, weight.norm.dim).cpu())  # (h, w); some devices have no float64
+        matrix = _in_double(as_matrix(raw, weight.norm.dim).cpu())  # (h, w); some devices have no float64
         wide = matrix.shape[0] <= matrix.shape[1]
-        (near, far), matrix = ((u, v), matrix) if wide else ((v, u), matrix.mH)  # near has the smaller dimension
+        (small, large), matrix = ((u, v), matrix) if wide else ((v, u), matrix.mH)
         first = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]  # eigenvalues ascend
-        # One step gives the other vector, or leaves it where the weight is zero.
-        new_near, new_far, _ = functional.power_iteration(matrix, first, far.to(matrix), eps=weight.norm.eps)
-        near.copy_(new_near)
-        far.copy_(new_far)
+        # One step gives the other vector; if the weight is zero, it stays as it is.
+        new_small, new_large, _ = functional.power_iteration(matrix, first, large.to(matrix), eps=weight.norm.eps)
+        small.copy_(new_small)
+        large.copy_(new_large)
 
 
 class _NormalizedWeight(NamedTuple):
@@ -212,7 +211,7 @@ class _NormalizedWeight(NamedTuple):
             return self.module.get_buffer(f"{self.name}_u"), self.module.get_buffer(f"{self.name}_v")
         return self.norm.get_buffer("_u"), self.norm.get_buffer("_v")
 
-    def in_evaluation(self) -> Tensor:
+    def evaluation_value(self) -> Tensor:
         """What the module's forward pass uses in evaluation mode."""
         if isinstance(self.norm, LegacySpectralNorm):
             value: Tensor = self.norm.compute_weight(self.module, do_power_iteration=False)
@@ -255,7 +254,7 @@ def _in_double(matrix: Tensor) -> Tensor:
 
 
 def _check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Raise when a weight to be normalised is another parameter of the model too."""
+    """Raise when a weight to be normalised is tied to another parameter of the model."""
     names: dict[nn.Parameter, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -265,5 +264,5 @@ def _check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
         if len(tied) > 1 and not weights.isdisjoint(tied):
             raise ValueError(
                 f"{' and '.join(map(repr, tied))} are one parameter, and normalising would untie them: leave their "
-                "layers out by exclude"
+                "layers out with exclude"
             )

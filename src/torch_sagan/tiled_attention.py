@@ -1,12 +1,12 @@
 """Exact softmax attention on the CPU, forward and backward, in tiles: the N×M matrix is never materialised.
 
-PyTorch's fused CPU kernel needs query, key and value to have one number of channels. Here the attention matrix is
+PyTorch's fused CPU kernel needs query, key and value to have equally many channels. Here the attention matrix is
 computed in tiles of queries × keys that stay in the processor's cache, and computed again in the backward (the idea of
 FlashAttention, in tensor operations). A tile cannot do without its matrix products and one exponential for each weight.
 Four techniques make the rest cheap:
 
 * The weight exp(x) is computed as exp2(x · log2(e)), since exp takes twice as long as exp2. The factor log2(e) is
-  multiplied into the query, which has fewer numbers than the logits.
+  multiplied into the query, which is smaller than the logits.
 * The forward saves the sum of each row. The backward appends ``-log2`` of that sum to the query as one more channel,
   and a one to the key. The exponential of their product is then a normalised weight, without a division.
 * The maximum of a row is subtracted only if exp2 could overflow, which a bound on the norms of queries and keys
@@ -33,7 +33,7 @@ __all__ = ["tiled_attention"]
 
 LOG2_E = math.log2(math.e)
 
-# Chosen by measuring: smaller tiles lose time to the calls, larger ones fall out of the cache.
+# Chosen by measuring: smaller tiles cost call overhead, larger ones fall out of the cache.
 TILE_QUERIES = 512
 TILE_KEYS = 512
 
@@ -123,8 +123,8 @@ def _backward_in_tiles(
     splits = _row_splits(q)
     subtract_max = bool(subtracted.any())  # as the forward did
     if subtract_max:
-        # Divide the gradient by the sum instead of every weight. The weights themselves are then at most 1, so that
-        # nothing overflows.
+        # Divide the gradient by the sum, not the weights. Without the division these are at most 1, so nothing
+        # overflows.
         d_o = d_o / total
         logit_query, logit_key = q, k  # (B, D, N), (B, D, M)
     else:
@@ -193,7 +193,7 @@ def _backward(ctx: Any, d_attended: Tensor, *_: Tensor) -> tuple[Tensor, Tensor,
 _tiled.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
-# What is inside of an operator cannot be seen, so each tells how many operations its matrix products take.
+# FLOP counters cannot look inside an operator, so each declares the cost of its matrix products.
 
 
 @register_flop_formula(torch.ops.torch_sagan.tiled_attention)
@@ -222,13 +222,13 @@ def _append_channel(tensor: Tensor, channel: Tensor | None = None) -> Tensor:
 
 
 def _may_overflow(query: Tensor, key: Tensor) -> bool:
-    """Whether two to the power of a logit could leave the range in which sums and quotients are safe."""
+    """Whether the exponential of a logit could leave the range in which sums and quotients are safe."""
     bound = LOG2_E * query.square().sum(dim=1).amax().sqrt() * key.square().sum(dim=1).amax().sqrt()
     return not bound <= SAFE_EXPONENT  # also where it is not a number
 
 
 def _tiles(query: Tensor, key: Tensor, *, buffers: int) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
-    """For each tile its slices of samples, queries and keys, and reused memory (samples, queries, keys)."""
+    """For each tile: its slices of samples, queries and keys, and reused buffers of its shape."""
     batch, n_queries, n_keys = len(query), query.shape[2], key.shape[2]
     samples = min(batch, torch.get_num_threads())
     largest = samples * min(n_queries, TILE_QUERIES) * min(n_keys, TILE_KEYS)
