@@ -36,7 +36,7 @@ class SelfAttention2d(nn.Module):
         qk_channels: channels of query and key. Default: ``max(1, C // 8)``.
         value_channels: channels of the value. Default: C.
         pool: keys and values are max-pooled by this factor in both directions (rows and columns left over are
-            dropped, as the paper's released code does), so a query attends to ``(H // pool) · (W // pool)`` positions.
+            dropped, as in PyTorch's pooling), so a query attends to ``(H // pool) · (W // pool)`` positions.
         out_projection: whether a convolution projects the result to C channels. Default: only where
             ``value_channels`` differs from C.
         bias: whether the 1×1 convolutions have biases. (The gradient of the key's bias is zero: it adds

@@ -43,7 +43,7 @@ class SpectralNorm(nn.Module):
         weight: the weight to be normalised. It is reshaped to a matrix (h, w) with h = ``weight.shape[dim]``.
             A vector is divided by its norm.
         n_power_iterations: steps per access in training.
-        dim: the dimension of the outputs. For a transposed convolution it is 1.
+        dim: the dimension of the outputs. Pass 1 for a transposed convolution, as :func:`spectral_norm` does.
         eps: norms up to this one count as zero. A weight whose spectral norm is at most ``eps`` is returned unchanged.
 
     Raises:

@@ -49,7 +49,8 @@ def apply_spectral_norm(
         include: the layers to normalise. Default: all. Either dotted names, in which ``*``, ``?`` and ``[...]`` are
             wildcards (``*`` also matches dots) and the name of a container matches everything below it; or a function
             of the dotted name and the layer. A layer that has several names is matched by any of them.
-            Inserted attention does not count as below the module that it follows.
+            Attention that :func:`insert_self_attention` put after a module does not count as below that module,
+            although its name begins with the module's.
         exclude: the layers to leave out, given as for ``include``.
         n_power_iterations: as in :func:`spectral_norm`.
         eps: as in :func:`spectral_norm`.
@@ -150,7 +151,7 @@ def reset_power_iteration(model: nn.Module) -> None:
 
 @torch.no_grad()
 def spectral_norms(model: nn.Module) -> dict[str, float]:
-    """The largest singular value of every normalised weight of a model, exactly (by singular value decomposition).
+    """The largest singular value of every weight after its normalisation, exactly (by singular value decomposition).
 
     Values near 1 say that the power iteration keeps up with training. u and v are not touched.
 
@@ -188,6 +189,7 @@ def align_power_iteration(model: nn.Module) -> None:
     for weight, raw in found:
         u, v = weight.vectors()
         matrix = _in_double(as_matrix(raw, weight.norm.dim).cpu())  # (h, w); some devices have no float64
+        # The eigenvectors of the smaller of W Wᴴ and Wᴴ W are enough; `small` is the vector of that length.
         wide = matrix.shape[0] <= matrix.shape[1]
         (small, large), matrix = ((u, v), matrix) if wide else ((v, u), matrix.mH)
         first = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]  # eigenvalues ascend

@@ -9,9 +9,10 @@ Four techniques make the rest cheap:
   multiplied into the query, which is smaller than the logits.
 * The forward saves the sum of each row. The backward appends ``-log2`` of that sum to the query as one more channel,
   and a one to the key. The exponential of their product is then a normalised weight, without a division.
-* The maximum of a row is subtracted only if exp2 could overflow, which a bound on the norms of queries and keys
-  decides. Then the maximum and the sum are saved separately: added to a large maximum, log2 of the sum would be
-  rounded away. The maximum is subtracted before the factor log2(e), which would round large logits once more.
+* The maximum of a row is subtracted only if exp2 could overflow. A bound on the logits, computed from the norms of
+  queries and keys, decides this. The first two techniques then change: the maximum and the sum are saved as two
+  numbers, because in one log-sum-exp a large maximum would round the logarithm of the sum away; and logits are
+  multiplied by log2(e) after the subtraction, because before it that would round large logits once more.
 * Each batched matrix product takes as many samples as there are threads, so that each core works on one sample, with
   its tile in its own cache.
 
@@ -79,7 +80,7 @@ def _tiled_backward(
 
 def _forward_in_tiles(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _working_precision(query, key, value)
-    splits = _row_splits(q)
+    splits = _row_splits(q)  # below, B counts these parts of all samples, and N the queries of one part
     subtract_max = _may_overflow(q, k)
     queries = _split(q if subtract_max else q * LOG2_E, splits)  # (B, D, N)
     keys, values = _repeat(k, splits), _repeat(v, splits)  # (B, D, M), (B, E, M)
@@ -120,10 +121,10 @@ def _backward_in_tiles(
     d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, subtracted: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_o, q, k, v, o = _working_precision(d_attended, query, key, value, attended)
-    splits = _row_splits(q)
-    subtract_max = bool(subtracted.any())  # as the forward did
+    splits = _row_splits(q)  # as in the forward
+    subtract_max = bool(subtracted.any())  # as in the forward
     if subtract_max:
-        # Divide the gradient by the sum, not the weights. Without the division these are at most 1, so nothing
+        # The gradient is divided by the sum instead of the weights. Undivided, the weights are at most 1, so nothing
         # overflows.
         d_o = d_o / total
         logit_query, logit_key = q, k  # (B, D, N), (B, D, M)
