@@ -4,8 +4,8 @@
     evaluator(generator, z_dim)                                                     # {"fid": 48.1, …, "swd": 31.2}
 
 With Inception (inception.py): FID, KID, Inception score, precision, recall, and FID of each class. Without it
-only the sliced Wasserstein distance, and `Evaluator.note` gives the reason. All depend on the number of images: compare
-only scores of equal numbers.
+only the sliced Wasserstein distance, and `Evaluator.note` gives the reason. All but KID depend on the number of images:
+compare only scores of equal numbers.
 
 Evaluation does not affect training: the generator keeps its mode and buffers, and the random state is restored.
 """
