@@ -4,15 +4,19 @@
 #   CONSTRAINTS  the file of pinned versions; empty for none
 #   DEMO         the arguments of the demo
 #   PYTEST_ARGS  further arguments for pytest, e.g. make test PYTEST_ARGS="-k attention"
+#   WORKERS      processes that run tests, 0 for none but make's own (for a debugger)
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 DEMO ?= --data faces --image-size 64 --base-channels 16 --batch-size 16 --g-attention 16 --lr-g 1e-3 --lr-d 1e-3 \
 	--ema-decay 0.998 --steps 1200 --out runs/demo
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
+# A file's tests stay in one process, so that what they share, such as the built site, is made once.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
@@ -30,7 +34,7 @@ demo: $(VENV)/.stamp-examples ## set up, train on procedural faces, name the fil
 
 test: $(VENV)/.stamp-dev ## set up and run the tests and the docstring examples
 	@echo "==> tests and docstring examples"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 check: lint types docs package coverage ## everything that CI runs: lint, types, docs, package, tests with coverage
 	@echo "==> all checks passed"
@@ -65,7 +69,7 @@ package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/, check t
 
 coverage: $(VENV)/.stamp-dev
 	@echo "==> tests and docstring examples, with line coverage"
-	@$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+	@$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 
 clean: ## remove what the targets above made, except .venv and runs
 	rm -rf build dist docs/_build docs/api/*.rst .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
