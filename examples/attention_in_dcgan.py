@@ -20,7 +20,7 @@ from tqdm import trange
 from networks.dcgan import Z_DIM, Discriminator, Generator
 from torch_sagan import SelfAttention2d, apply_spectral_norm, insert_self_attention, record_attention
 from training import faces
-from training.command_line import read_short_run, script
+from training.command_line import script, short_run_parser
 from training.image_io import save_attention, save_grid
 
 PEOPLE, BATCH = 2048, 16
@@ -51,9 +51,10 @@ def train(generator: nn.Module, discriminator: nn.Module, images: Tensor, steps:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = read_short_run(
-        "attention_in_dcgan.py", "Put attention into a DCGAN and train it on procedural faces.", 1400, arguments
+    parser = short_run_parser(
+        "attention_in_dcgan.py", "Put attention into a DCGAN and train it on procedural faces.", 1400
     )
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # more threads would add in another order and give another figure
     torch.manual_seed(args.seed)
     images = torch.from_numpy(faces.render(faces.traits(PEOPLE), size=32)).float() / 127.5 - 1  # (N, 3, 32, 32)

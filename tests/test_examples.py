@@ -238,7 +238,7 @@ def test_tiles_of_overlays_are_large_enough_to_be_seen(size, tmp_path):
     assert 192 <= tile < 192 + size
 
 
-# --- attention in models that exist ----------------------------------------------------------------------------------
+# --- attention in existing models -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_tiles_of_overlays_are_large_enough_to_be_seen(size, tmp_path):
         (attention_in_cyclegan, 6, {"samples.png": sheet(8, 3), "attention.png": sheet(4, 4, TILE)}),
     ],
 )
-def test_attention_in_a_model_that_exists(example, layers, figures, tmp_path, capsys, monkeypatch):
+def test_attention_in_an_existing_model(example, layers, figures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(example, "PEOPLE", 64)
     printed = []
     for threads in (1, 2):
@@ -271,8 +271,20 @@ def test_attention_in_a_model_that_exists(example, layers, figures, tmp_path, ca
     assert all(float(gamma) != 0 for gamma in gammas)
 
 
+def test_attention_in_some_networks_of_a_cyclegan(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attention_in_cyclegan, "PEOPLE", 64)
+    random_states = []
+    for choice, layers in (("both", 6), ("generators", 4), ("discriminators", 2), ("none", 0)):
+        out = tmp_path / choice
+        attention_in_cyclegan.main(["--steps", "2", "--out", str(out), "--attention", choice])
+        random_states.append(torch.get_rng_state())
+        assert len(re.findall(r"[+-]0\.\d{4}", capsys.readouterr().out)) == layers
+        assert (out / "attention.png").exists() == (choice in ("both", "generators"))
+    assert all(torch.equal(state, random_states[0]) for state in random_states)  # the same batches
+
+
 @pytest.mark.parametrize("example", [attention_in_dcgan, attention_in_cyclegan])
 def test_no_steps_are_refused(example, tmp_path):
-    with pytest.raises(SystemExit, match=rf"^{example.__name__}\.py: --steps must be at least 1, got 0"):
+    with pytest.raises(SystemExit, match=rf"^{example.__name__}\.py: argument --steps: must be at least 1, got 0"):
         example.main(["--steps", "0", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -73,19 +73,21 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(f"{self.prog}: {message} (--help lists all settings)")
 
 
-def read_short_run(
-    prog: str, description: str, steps: int, arguments: Sequence[str] | None = None
-) -> argparse.Namespace:
+def short_run_parser(prog: str, description: str, steps: int) -> Parser:
     """The command line of an example that trains for minutes: `--steps`, `--out` and `--seed`."""
     out = Path("runs") / prog.removesuffix(".py").replace("_", "-")
     parser = Parser(prog, description=description)
-    parser.add_argument("--steps", type=int, default=steps, help="of each network (default: %(default)s)")
+    parser.add_argument("--steps", type=at_least_one, default=steps, help="of each network (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=out, help="folder for its images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    if given.steps < 1:
-        parser.error(f"--steps must be at least 1, got {given.steps}")
-    return given
+    return parser
+
+
+def at_least_one(text: str) -> int:
+    """A positive integer of the command line."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def read_arguments(settings: type[Any], arguments: Sequence[str] | None, description: str) -> dict[str, Any]:
