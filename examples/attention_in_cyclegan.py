@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     train(*networks, dark, fair, args.steps - args.steps // 5, "after")  # its new optimisers know the layers
     for name, network in zip(("to fair", "to dark", "is fair", "is dark"), networks, strict=True):
-        print("gamma of", name, *(f"{p.item():+.4f}" for n, p in network.named_parameters() if n.endswith("gamma")))
+        if network not in plain:
+            print("gamma of", name, *(f"{p.item():+.4f}" for n, p in network.named_parameters() if n.endswith("gamma")))
     with torch.no_grad():
         new, truth = portraits(faces.HAIR[0], first=2 * PEOPLE), portraits(faces.HAIR[3], first=2 * PEOPLE)
         error = l1_loss(torch.cat([to_fair(images) for images in new.split(64)]), truth)
