@@ -737,6 +737,16 @@ def test_a_weight_of_integers() -> None:
         SpectralNorm(torch.ones(3, 4, dtype=torch.int8))
 
 
+@pytest.mark.parametrize("implementation", ["sagan", "torch"])
+def test_both_implementations_refuse_the_same_weights(implementation: str) -> None:
+    layer = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match=r"a weight of shape \(3, 4\) has no dimension 2"):
+        spectral_norm(layer, dim=2, implementation=implementation)
+    layer.weight = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"floating-point or complex weight, got torch\.int8"):
+        spectral_norm(layer, implementation=implementation)
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="heavy"):
         spectral_norm(nn.Linear(3, 4), "heavy")

@@ -50,9 +50,9 @@ class SelfAttention2d(nn.Module):
                 \beta_{ji} = \operatorname{softmax}_i\bigl(-\lVert g(x_i) - g(x_j) \rVert^2\bigr), \qquad
                 h(x_i) = V g(x_i)
 
-            The bound holds only if query and key share one projection g, and if the values are projected from its
-            result: there is no ``key``, and ``value`` has ``qk_channels`` inputs. The page "Variants" of the
-            documentation states the bound.
+            where g is ``query`` and V is ``value``. The bound holds only if query and key share one projection g, and
+            if the values are projected from its result: there is no ``key``, and ``value`` has ``qk_channels``
+            inputs. The page "Variants" of the documentation states the bound.
 
     Attributes:
         query, key, value, out: the projections. (With ``similarity="l2"`` there is no ``key``.)
@@ -204,7 +204,8 @@ class AttentionRecord(NamedTuple):
     gamma: torch.Tensor | None = None
 
 
-# torch.fx cannot trace branches on shapes or on return_attention: these are in wrapped functions, which it skips.
+# torch.fx cannot trace branches on shapes or on return_attention. These are in wrapped functions: each is one call in
+# its graph.
 
 
 @torch.fx.wrap

@@ -59,10 +59,7 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight: Tensor, *, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12) -> None:
         super().__init__()
         at_least_one(n_power_iterations=n_power_iterations)
-        if not (weight.is_floating_point() or weight.is_complex()):
-            raise TypeError(f"expected a floating-point or complex weight, got {weight.dtype}")
-        if not -weight.ndim <= dim < weight.ndim:
-            raise ValueError(f"a weight of shape {tuple(weight.shape)} has no dimension {dim}")
+        _check_weight(weight, dim)
         self.n_power_iterations = n_power_iterations
         self.dim: int = dim % weight.ndim
         self.eps = eps
@@ -191,6 +188,7 @@ def make_norm(
     if dim is None:
         dim = 1 if isinstance(module, TRANSPOSED) else 0
     if implementation == "torch":
+        _check_weight(weight, dim)
         return TorchSpectralNorm(weight, n_power_iterations, dim, eps)
     return SpectralNorm(weight, n_power_iterations=n_power_iterations, dim=dim, eps=eps)
 
@@ -201,6 +199,13 @@ def find_norm(module: nn.Module, name: str) -> Norm | None:
         chain = module.parametrizations[name]  # type: ignore[index]
         return next((part for part in chain if isinstance(part, SpectralNorm | TorchSpectralNorm)), None)
     return legacy_hooks(module).get(name)
+
+
+def _check_weight(weight: Tensor, dim: int) -> None:
+    if not (weight.is_floating_point() or weight.is_complex()):
+        raise TypeError(f"expected a floating-point or complex weight, got {weight.dtype}")
+    if not -weight.ndim <= dim < weight.ndim:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has no dimension {dim}")
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:

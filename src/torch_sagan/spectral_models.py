@@ -68,7 +68,7 @@ def apply_spectral_norm(
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3),
     ...                       nn.Flatten(), nn.LazyLinear(1))
     >>> model = apply_spectral_norm(model, exclude="4")
-    >>> list(spectral_norms(model))
+    >>> list(spectral_norms(model))  # measures them, by the names of the weights
     ['0.weight', '2.weight']
     """
     one_of(("sagan", "torch"), implementation=implementation)
@@ -98,10 +98,11 @@ def apply_spectral_norm(
 
 
 def remove_spectral_norm(model: M, name: str | None = None) -> M:
-    """Undo spectral normalisation in a layer or a whole model: each weight keeps exactly its value in evaluation.
+    """Remove spectral normalisation from a layer or a whole model, and leave the normalised weights.
 
-    It handles :func:`spectral_norm` (either implementation) and the older :func:`torch.nn.utils.spectral_norm`. Each
-    weight becomes a plain parameter again, the same object that an optimiser holds already.
+    Each weight becomes a plain parameter again, the same object that an optimiser holds already, with exactly the value
+    that evaluation mode used. It handles :func:`spectral_norm` (either implementation) and the older
+    :func:`torch.nn.utils.spectral_norm`.
 
     Args:
         model: a layer or a model.
@@ -193,7 +194,7 @@ def align_power_iteration(model: nn.Module) -> None:
         wide = matrix.shape[0] <= matrix.shape[1]
         (small, large), matrix = ((u, v), matrix) if wide else ((v, u), matrix.mH)
         first = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]  # eigenvalues ascend
-        # One step gives the other vector; if the weight is zero, it stays as it is.
+        # One step gives the other vector, `large`; if the weight is zero, `large` stays as it is.
         new_small, new_large, _ = functional.power_iteration(matrix, first, large.to(matrix), eps=weight.norm.eps)
         small.copy_(new_small)
         large.copy_(new_large)

@@ -10,9 +10,10 @@ Four techniques make the rest cheap:
 * The forward saves the sum of each row. The backward appends ``-log2`` of that sum to the query as one more channel,
   and a one to the key. The exponential of their product is then a normalised weight, without a division.
 * The maximum of a row is subtracted only if exp2 could overflow. A bound on the logits, computed from the norms of
-  queries and keys, decides this. The first two techniques then change: the maximum and the sum are saved as two
-  numbers, because in one log-sum-exp a large maximum would round the logarithm of the sum away; and logits are
-  multiplied by log2(e) after the subtraction, because before it that would round large logits once more.
+  queries and keys, decides this. The first two techniques then change. Logits are multiplied by log2(e) only after
+  the subtraction: a product taken before it would round large logits once more. And nothing is appended to the query:
+  the backward subtracts the saved maximum and divides the gradient by the saved sum. (In one number, their
+  log-sum-exp, a large maximum would round the logarithm of the sum away.)
 * Each batched matrix product takes as many samples as there are threads, so that each core works on one sample, with
   its tile in its own cache.
 
@@ -124,8 +125,7 @@ def _backward_in_tiles(
     splits = _row_splits(q)  # as in the forward
     subtract_max = bool(subtracted.any())  # as in the forward
     if subtract_max:
-        # The gradient is divided by the sum instead of the weights. Undivided, the weights are at most 1, so nothing
-        # overflows.
+        # The gradient is divided by the sum, and the weights are not. They are at most 1 then, so nothing overflows.
         d_o = d_o / total
         logit_query, logit_key = q, k  # (B, D, N), (B, D, M)
     else:
@@ -150,12 +150,12 @@ def _backward_in_tiles(
         # baddbmm_ into a slice is slow, since it multiplies one sample at a time. So d_query is summed in a contiguous
         # tensor, and products are added to the slices of d_key and d_value.
         if m.start == 0:
-            d_queries = torch.zeros_like(queries[b, :, n], memory_format=torch.contiguous_format)  # (b, D, n)
-        d_queries.baddbmm_(keys[b, :, m], d_logits.mT)
+            d_query_block = torch.zeros_like(queries[b, :, n], memory_format=torch.contiguous_format)  # (b, D, n)
+        d_query_block.baddbmm_(keys[b, :, m], d_logits.mT)
         d_key[b, :, m] += torch.bmm(queries[b, :, n], d_logits)
         d_value[b, :, m] += torch.bmm(d, weights)
         if m.stop == keys.shape[2]:
-            d_query[b, :, n] = d_queries
+            d_query[b, :, n] = d_query_block
     return (
         _join(d_query, len(query)).to(query.dtype),
         _sum_repeats(d_key, splits).to(key.dtype),
