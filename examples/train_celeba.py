@@ -38,7 +38,7 @@ from evaluation.evaluator import Evaluator, Sampler, real_images
 from evaluation.sliced_wasserstein import COARSEST
 from torch_sagan import spectral_norms
 from training.checkpointing import archive_previous_run, load, newest, save, save_and_rotate, versions, write
-from training.command_line import fail, read_arguments, resolve_config, script
+from training.command_line import fail, interpreter, read_arguments, resolve_config, script
 from training.configuration import Config, check, default_out
 from training.data import DataSource, InfiniteBatchSampler, crop_setting, open_data
 from training.distributed import Ranks, ShardSampler, pick_device, processes
@@ -386,9 +386,10 @@ def finish(state: TrainingState, out: Path, *, stopped: int, dry_run: bool) -> N
     if stopped:
         print(f"next       the same command with --resume {out}")
     else:
-        print(f"next       python examples/generate.py {out} --grid    (--help: walks, videos, scores, export)")
-        print(f"           python examples/show_attention.py {out}")
-        print(f"           python examples/report.py {out}")
+        python = interpreter()
+        print(f"next       {python} examples/generate.py {out} --grid    (--help: walks, videos, scores, export)")
+        print(f"           {python} examples/show_attention.py {out}")
+        print(f"           {python} examples/report.py {out}")
 
 
 def write_json(content: Any, path: Path) -> None:

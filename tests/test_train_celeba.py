@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 import train_celeba
 from torch_sagan import spectral_norms
 from training import checkpointing, model_card, objectives, sampling
-from training.command_line import read_arguments, script
+from training.command_line import interpreter, read_arguments, script
 from training.configuration import Config, default_out
 from training.data import InfiniteBatchSampler, digits
 from training.image_folder import Batch, ImageFolder
@@ -476,6 +477,14 @@ def test_the_last_lines_name_the_best_checkpoint_and_the_next_commands(tmp_path,
         script = re.search(rf"python examples/({name}\.py) {re.escape(str(tmp_path))}", line)
         assert script
         assert (Path(train_celeba.__file__).parent / script[1]).exists()
+
+
+def test_the_next_commands_run_without_activating_an_environment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert interpreter() == str(Path(".venv", "bin", "python"))
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3.12")
+    assert interpreter() == "python"
 
 
 def test_the_progress_bar_shows_the_losses_of_the_last_line(tmp_path, capsys):

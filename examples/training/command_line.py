@@ -59,6 +59,12 @@ def script(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(130)
 
 
+def interpreter() -> str:
+    """Python as one types it here: one in a virtual environment below this folder runs without being activated."""
+    executable, here = Path(sys.executable), Path.cwd()
+    return str(executable.relative_to(here)) if executable.is_relative_to(here) else "python"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line that begins with `prog`. `@file` stands for the flags in that file."""
 
