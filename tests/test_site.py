@@ -91,6 +91,20 @@ def test_links_to_the_site_itself_lead_somewhere(site: Path) -> None:
             assert not anchor or anchor in Html(target).anchors, f"{path.name} links to {address}"
 
 
+def test_links_to_files_of_the_repository(pages: dict[str, Html]) -> None:
+    """To view or edit a page's text, and elsewhere. Pages generated from docstrings have no file to link to."""
+    files = 0
+    for name, page in pages.items():
+        for link in page.links:
+            match = re.fullmatch(r"https://github\.com/torch-sagan/torch-sagan/(?:blob|edit)/main/([^?#]+).*", link)
+            if match:
+                files += 1
+                path = ROOT / match[1]
+                assert path.is_file(), f"{name} links to {link}"
+                assert not re.fullmatch(r"torch_sagan\..+\.rst", path.name), f"{name} links to {link}"
+    assert files > len(list((ROOT / "docs").glob("*.md")))
+
+
 def test_nothing_comes_from_another_host(site: Path, pages: dict[str, Html]) -> None:
     for name, page in pages.items():
         assert not [address for address in page.loads if urlsplit(address).netloc], name

@@ -17,6 +17,9 @@ CARD = "_static/social-card.png"
 def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], document: nodes.document | None) -> None:
     """Metadata of one page, by its first paragraph."""
     base = app.config.html_baseurl
+    if page.startswith("api/torch_sagan."):  # generated from docstrings: no file in the repository to view or to edit
+        context["theme_source_repository"] = ""
+        context["has_source"] = False
     if page == "404":  # it is shown for any address, so its links start from the site's root
         context["metatags"] += f'<base href="{urlsplit(base).path}">\n'
         return
