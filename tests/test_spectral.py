@@ -1037,6 +1037,13 @@ def test_tied_weights_are_not_untied(arguments: dict[str, object]) -> None:
     assert network["in"].weight is network["out"].weight
 
 
+def test_tied_within_a_single_layer() -> None:
+    layer = nn.Linear(3, 3)
+    layer.register_parameter("also", layer.weight)
+    with pytest.raises(ValueError, match=r"'weight' and 'also' are one parameter"):
+        apply_spectral_norm(layer)
+
+
 def test_tied_to_what_is_normalized_already() -> None:
     network = tied()
     spectral_norm(network["in"])

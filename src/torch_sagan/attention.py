@@ -156,7 +156,7 @@ class SelfAttention2d(nn.Module):
             features = self.query(x)  # (B, D, H, W)
             query = _query_positions(features, x)  # (B, D, N)
             value = self.value(features).flatten(2)  # (B, E, N)
-            query, key = functional.l2_similarity(query, query)  # (B, D + 1, N)
+            query, key = functional.l2_as_dot_product(query, query)  # (B, D + 1, N)
         else:
             query, key, value = self._project(x)  # (B, D, H, W), (B, D, H, W), (B, E, H, W)
             query = _query_positions(query, x)  # (B, D, N)
@@ -164,7 +164,7 @@ class SelfAttention2d(nn.Module):
             value = _pool_and_flatten(value, self.pool)  # (B, E, M)
         attended, attention = _attend(query, key, value, return_attention)  # (B, E, N), (B, N, M) or None
         o = self.out(attended.unflatten(2, x.shape[2:]))  # (B, C, H, W)
-        # Under autocast o is in half precision while gamma is not; the residual keeps the input's own dtype.
+        # Under autocast o is in half precision. gamma is cast to its dtype; x is not, so y has x's dtype.
         y = torch.addcmul(x, self.gamma.to(o.dtype), o)  # (B, C, H, W)
         return _output(y, attention)
 
@@ -204,8 +204,8 @@ class AttentionRecord(NamedTuple):
     gamma: torch.Tensor | None = None
 
 
-# torch.fx cannot trace branches on shapes or on return_attention. These are in wrapped functions: each is one call in
-# its graph.
+# torch.fx cannot trace branches on shapes or on return_attention. The functions below hold those branches, and are
+# wrapped so that each appears as one call in the traced graph.
 
 
 @torch.fx.wrap

@@ -15,7 +15,7 @@ from torch_sagan.dispatch import is_autocast, is_transformed
 from torch_sagan.fused_attention import fused_attention
 from torch_sagan.tiled_attention import tiled_attention
 
-__all__ = ["attention", "attention_map", "l2_similarity", "power_iteration", "spectral_normalize"]
+__all__ = ["attention", "attention_map", "l2_as_dot_product", "power_iteration", "spectral_normalize"]
 
 # On the CPU attention matrices of up to this many entries in the whole batch are faster than tiles (measured).
 SMALL_MATRIX = 2**20
@@ -70,8 +70,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return memory_efficient_attention(query, key, value)  # (B, E, N)
 
 
-def l2_similarity(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    r"""A query and a key for :func:`attention` whose softmax is that of :math:`-\lVert f_i - g_j \rVert^2`.
+def l2_as_dot_product(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The query and key for :func:`attention` that give the softmax of :math:`-\lVert f_i - g_j \rVert^2`.
 
     :math:`(2 g_j, 1) \cdot (f_i, -\lVert f_i \rVert^2) = \lVert g_j \rVert^2 - \lVert f_i - g_j \rVert^2`, and softmax
     over i ignores the first term. The mean key is subtracted from both beforehand: distances stay the same, and an

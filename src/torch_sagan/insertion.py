@@ -208,10 +208,10 @@ def _costs(batch: int, channels: int, positions: int, itemsize: int, on_cpu: boo
     backward = itemsize * b * n * (2 * c + 4 * d + 2)
     if on_cpu:
         threads = torch.get_num_threads()
-        splits = math.gcd(n, max(1, threads // b))  # of each sample's queries, each with a copy of keys and values
-        backward += 2 * itemsize * min(b * splits, threads) * min(n // splits, TILE_QUERIES) * min(n, TILE_KEYS)
-        if splits > 1:
-            backward += itemsize * b * n * ((c + 2 * d + 1) + splits * (2 * c + 3 * d + 1))
+        parts = math.gcd(n, max(1, threads // b))  # of each sample's queries, each with a copy of keys and values
+        backward += 2 * itemsize * min(b * parts, threads) * min(n // parts, TILE_QUERIES) * min(n, TILE_KEYS)
+        if parts > 1:
+            backward += itemsize * b * n * ((c + 2 * d + 1) + parts * (2 * c + 3 * d + 1))
     return _Costs(operations, features, backward, *plain)
 
 

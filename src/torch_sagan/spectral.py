@@ -106,8 +106,8 @@ class SpectralNorm(nn.Module):
     def _iterate(self, weight: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
         """Run the iterations, store u and v, and return them with sigma."""
         # The autograd graph must not hold the buffers: the next forward, DistributedDataParallel's broadcast and
-        # load_state_dict write to them, perhaps before the backward. power_iteration returns new tensors if it makes an
-        # iteration; if it makes none, u and v are copied here.
+        # load_state_dict write to them, perhaps before the backward. power_iteration returns new tensors if it runs an
+        # iteration; if it runs none, u and v are copied here.
         u, v = (vector.to(weight.dtype, copy=n_iterations == 0) for vector in (self._u, self._v))
         if self._u.dtype != weight.dtype:  # rounding to half precision lost their unit norm
             u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)

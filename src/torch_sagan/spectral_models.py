@@ -49,8 +49,8 @@ def apply_spectral_norm(
         include: the layers to normalise. Default: all. Either dotted names, in which ``*``, ``?`` and ``[...]`` are
             wildcards (``*`` also matches dots) and the name of a container matches everything below it; or a function
             of the dotted name and the layer. A layer that has several names is matched by any of them.
-            Attention that :func:`insert_self_attention` put after a module does not count as below that module,
-            although its name begins with the module's.
+            :func:`insert_self_attention` with ``after="a"`` keeps the new layer inside ``a``, but ``include="a"`` does
+            not match that layer.
         exclude: the layers to leave out, given as for ``include``.
         n_power_iterations: as in :func:`spectral_norm`.
         eps: as in :func:`spectral_norm`.
@@ -68,7 +68,7 @@ def apply_spectral_norm(
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3),
     ...                       nn.Flatten(), nn.LazyLinear(1))
     >>> model = apply_spectral_norm(model, exclude="4")
-    >>> list(spectral_norms(model))  # measures them, by the names of the weights
+    >>> list(spectral_norms(model))  # the weights that are normalised now
     ['0.weight', '2.weight']
     """
     one_of(("sagan", "torch"), implementation=implementation)
@@ -190,7 +190,7 @@ def align_power_iteration(model: nn.Module) -> None:
     for weight, raw in found:
         u, v = weight.vectors()
         matrix = _in_double(as_matrix(raw, weight.norm.dim).cpu())  # (h, w); some devices have no float64
-        # The eigenvectors of the smaller of W Wᴴ and Wᴴ W are enough; `small` is the vector of that length.
+        # `small` is the shorter of u and v: an eigenvector of the smaller of W Wᴴ (h, h) and Wᴴ W (w, w).
         wide = matrix.shape[0] <= matrix.shape[1]
         (small, large), matrix = ((u, v), matrix) if wide else ((v, u), matrix.mH)
         first = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]  # eigenvalues ascend
@@ -249,7 +249,11 @@ def _normalized_weights(model: nn.Module) -> Iterator[_NormalizedWeight]:
         for name in [*parametrized, *legacy_hooks(module)]:
             norm = find_norm(module, name)
             if norm is not None:
-                yield _NormalizedWeight(f"{path}.{name}" if path else name, module, name, norm)
+                yield _NormalizedWeight(_dotted(path, name), module, name, norm)
+
+
+def _dotted(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name  # the path of the model itself is empty
 
 
 def _in_double(matrix: Tensor) -> Tensor:
@@ -261,8 +265,8 @@ def _check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     names: dict[nn.Parameter, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            names.setdefault(parameter, []).append(f"{path}.{name}" if path else name)
-    weights = {f"{path}.weight" for path in layers}
+            names.setdefault(parameter, []).append(_dotted(path, name))
+    weights = {_dotted(path, "weight") for path in layers}
     for tied in names.values():
         if len(tied) > 1 and not weights.isdisjoint(tied):
             raise ValueError(

@@ -2,18 +2,18 @@
 
 PyTorch's fused CPU kernel needs query, key and value to have equally many channels. Here the attention matrix is
 computed in tiles of queries × keys that stay in the processor's cache, and computed again in the backward (the idea of
-FlashAttention, in tensor operations). A tile cannot do without its matrix products and one exponential for each weight.
-Four techniques make the rest cheap:
+FlashAttention, in tensor operations). Each tile costs its matrix products and one exponential for each weight.
+Four techniques keep it from costing more:
 
 * The weight exp(x) is computed as exp2(x · log2(e)), since exp takes twice as long as exp2. The factor log2(e) is
   multiplied into the query, which is smaller than the logits.
 * The forward saves the sum of each row. The backward appends ``-log2`` of that sum to the query as one more channel,
   and a one to the key. The exponential of their product is then a normalised weight, without a division.
 * The maximum of a row is subtracted only if exp2 could overflow. A bound on the logits, computed from the norms of
-  queries and keys, decides this. The first two techniques then change. Logits are multiplied by log2(e) only after
-  the subtraction: a product taken before it would round large logits once more. And nothing is appended to the query:
-  the backward subtracts the saved maximum and divides the gradient by the saved sum. (In one number, their
-  log-sum-exp, a large maximum would round the logarithm of the sum away.)
+  queries and keys, decides this. Where the maximum is subtracted, the first two techniques change. Logits are
+  multiplied by log2(e) only after the subtraction: a product taken before it would round large logits once more. And
+  nothing is appended to the query: the backward subtracts the saved maximum and divides the gradient by the saved sum.
+  (They are two numbers, because max + log(sum) would lose the logarithm to rounding where the maximum is large.)
 * Each batched matrix product takes as many samples as there are threads, so that each core works on one sample, with
   its tile in its own cache.
 
@@ -81,10 +81,11 @@ def _tiled_backward(
 
 def _forward_in_tiles(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _working_precision(query, key, value)
-    splits = _row_splits(q)  # below, B counts these parts of all samples, and N the queries of one part
+    parts = _parts_per_sample(q)
+    # From here on, B counts the parts of all samples, and N the queries of one part.
     subtract_max = _may_overflow(q, k)
-    queries = _split(q if subtract_max else q * LOG2_E, splits)  # (B, D, N)
-    keys, values = _repeat(k, splits), _repeat(v, splits)  # (B, D, M), (B, E, M)
+    queries = _split(q if subtract_max else q * LOG2_E, parts)  # (B, D, N)
+    keys, values = _repeat(k, parts), _repeat(v, parts)  # (B, D, M), (B, E, M)
     attended = values.new_empty(len(values), values.shape[1], queries.shape[2])  # (B, E, N)
     subtracted, total = (queries.new_zeros(len(queries), 1, queries.shape[2]) for _ in range(2))  # (B, 1, N)
     for b, n, m, (logits,) in _tiles(queries, keys, buffers=1):
@@ -122,10 +123,11 @@ def _backward_in_tiles(
     d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, subtracted: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_o, q, k, v, o = _working_precision(d_attended, query, key, value, attended)
-    splits = _row_splits(q)  # as in the forward
+    parts = _parts_per_sample(q)  # as in the forward
     subtract_max = bool(subtracted.any())  # as in the forward
     if subtract_max:
-        # The gradient is divided by the sum, and the weights are not. They are at most 1 then, so nothing overflows.
+        # The weights below, exp2(logit - maximum), are at most 1 and cannot overflow. Each row sums to `total`;
+        # dividing the gradient by it once is cheaper than dividing the weights of every tile.
         d_o = d_o / total
         logit_query, logit_key = q, k  # (B, D, N), (B, D, M)
     else:
@@ -133,9 +135,9 @@ def _backward_in_tiles(
         logit_key = _append_channel(k)  # (B, D + 1, M)
     delta = (d_o * o).sum(dim=1, keepdim=True)  # (B, 1, N)
     queries, logit_query, row_max, delta, d_o = (
-        _split(tensor, splits) for tensor in (q, logit_query, subtracted, delta, d_o)
+        _split(tensor, parts) for tensor in (q, logit_query, subtracted, delta, d_o)
     )
-    keys, logit_key, values = (_repeat(tensor, splits) for tensor in (k, logit_key, v))
+    keys, logit_key, values = (_repeat(tensor, parts) for tensor in (k, logit_key, v))
     d_query = queries.new_empty(queries.shape)  # (B, D, N)
     d_key = keys.new_zeros(keys.shape)  # (B, D, M)
     d_value = values.new_zeros(values.shape)  # (B, E, M)
@@ -144,7 +146,7 @@ def _backward_in_tiles(
         if subtract_max:
             # Rounded differently from the forward's, a logit could exceed the forward's maximum, hence the clamp.
             logits.sub_(row_max[b, :, n].mT).mul_(LOG2_E).clamp_(max=0)
-        weights = logits.exp2_()  # in place; rows sum to 1, or to the total by which d_o was divided
+        weights = logits.exp2_()  # in place
         d = d_o[b, :, n]  # (b, E, n)
         torch.bmm(d.mT, values[b, :, m], out=d_logits).sub_(delta[b, :, n].mT).mul_(weights)  # (b, n, m)
         # baddbmm_ into a slice is slow, since it multiplies one sample at a time. So d_query is summed in a contiguous
@@ -158,8 +160,8 @@ def _backward_in_tiles(
             d_query[b, :, n] = d_query_block
     return (
         _join(d_query, len(query)).to(query.dtype),
-        _sum_repeats(d_key, splits).to(key.dtype),
-        _sum_repeats(d_value, splits).to(value.dtype),
+        _sum_repeats(d_key, parts).to(key.dtype),
+        _sum_repeats(d_value, parts).to(value.dtype),
     )
 
 
@@ -183,9 +185,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tenso
 
 
 def _backward(ctx: Any, d_attended: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, *of_forward = ctx.saved_tensors
+    query, key, value, *forward_results = ctx.saved_tensors
     with torch.no_grad():
-        gradients: tuple[Tensor, Tensor, Tensor] = _tiled_backward(d_attended, query, key, value, *of_forward)
+        gradients: tuple[Tensor, Tensor, Tensor] = _tiled_backward(d_attended, query, key, value, *forward_results)
     if torch.is_grad_enabled():
         return differentiable_gradients(gradients, d_attended, query, key, value)
     return gradients
@@ -246,31 +248,31 @@ def _slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-# If the batch is smaller than the number of threads, the queries of each sample are split over several threads, which
-# all take the same keys and values.
+# If the batch is smaller than the number of threads, the queries of each sample are split into several parts, one for
+# each thread. All parts of a sample have the same keys and values.
 
 
-def _row_splits(query: Tensor) -> int:
+def _parts_per_sample(query: Tensor) -> int:
     return math.gcd(query.shape[2], max(1, torch.get_num_threads() // len(query)))
 
 
-def _split(tensor: Tensor, splits: int) -> Tensor:
-    """(B, D, N) -> (B·splits, D, N / splits)."""
+def _split(tensor: Tensor, parts: int) -> Tensor:
+    """(B, D, N) -> (B·parts, D, N / parts)."""
     batch, channels, positions = tensor.shape
-    return tensor.reshape(batch, channels, splits, positions // splits).transpose(1, 2).flatten(0, 1)
+    return tensor.reshape(batch, channels, parts, positions // parts).transpose(1, 2).flatten(0, 1)
 
 
 def _join(tensor: Tensor, batch: int) -> Tensor:
-    """(B·splits, D, N / splits) -> (B, D, N)."""
-    splits, channels, positions = len(tensor) // batch, *tensor.shape[1:]
-    return tensor.reshape(batch, splits, channels, positions).transpose(1, 2).reshape(batch, channels, -1)
+    """(B·parts, D, N / parts) -> (B, D, N)."""
+    parts, channels, positions = len(tensor) // batch, *tensor.shape[1:]
+    return tensor.reshape(batch, parts, channels, positions).transpose(1, 2).reshape(batch, channels, -1)
 
 
-def _repeat(tensor: Tensor, splits: int) -> Tensor:
-    """(B, D, M) -> (B·splits, D, M)."""
-    return tensor.repeat_interleave(splits, dim=0) if splits > 1 else tensor
+def _repeat(tensor: Tensor, parts: int) -> Tensor:
+    """(B, D, M) -> (B·parts, D, M)."""
+    return tensor.repeat_interleave(parts, dim=0) if parts > 1 else tensor
 
 
-def _sum_repeats(tensor: Tensor, splits: int) -> Tensor:
-    """(B·splits, D, M) -> (B, D, M)."""
-    return tensor.view(-1, splits, *tensor.shape[1:]).sum(dim=1) if splits > 1 else tensor
+def _sum_repeats(tensor: Tensor, parts: int) -> Tensor:
+    """(B·parts, D, M) -> (B, D, M)."""
+    return tensor.view(-1, parts, *tensor.shape[1:]).sum(dim=1) if parts > 1 else tensor
