@@ -28,7 +28,7 @@ from training.image_io import save_attention, save_grid
 
 PEOPLE = 1024  # of each kind
 BATCH = 4
-QUERIES = ((0.15, 0.5), (0.52, 0.63), (0.05, 0.05))  # the head-band, an eye, the background
+QUERIES = ((0.15, 0.5), (0.52, 0.63), (0.05, 0.05))  # the headband, an eye, the background
 
 
 def portraits(hair: tuple[int, int, int], first: int) -> Tensor:

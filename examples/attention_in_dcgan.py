@@ -24,7 +24,7 @@ from training.command_line import script, short_run_parser
 from training.image_io import save_attention, save_grid
 
 PEOPLE, BATCH = 2048, 16
-QUERIES = ((0.52, 0.63), (0.73, 0.5), (0.2, 0.5), (0.95, 0.5))  # an eye, the mouth, the head-band, the shirt
+QUERIES = ((0.52, 0.63), (0.73, 0.5), (0.2, 0.5), (0.95, 0.5))  # an eye, the mouth, the headband, the shirt
 
 
 def attention(channels: int) -> nn.Module:

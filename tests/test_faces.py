@@ -31,7 +31,7 @@ def color_in(images: np.ndarray, palette: tuple, center: tuple[float, float], re
     [
         pytest.param(faces.EYES, (-0.255, 0.04), (0.255, 0.04), 0.1, id="eyes"),
         pytest.param(faces.EARRINGS, (-0.58, 0.35), (0.58, 0.35), 0.15, id="earrings"),
-        pytest.param(faces.BANDS, (0.0, -0.6), (0.0, 0.93), 0.05, id="head-band and shirt"),
+        pytest.param(faces.BANDS, (0.0, -0.6), (0.0, 0.93), 0.05, id="headband and shirt"),
     ],
 )
 def test_distant_parts_share_a_color(palette, one, other, reach):

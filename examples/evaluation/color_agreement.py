@@ -1,6 +1,6 @@
 """Whether distant parts of generated faces have the same colour, as they have in the procedural faces (faces.py).
 
-A procedural face has two eyes of one colour, two earrings, two cheeks, and a shirt of the head-band's colour, and
+A procedural face has two eyes of one colour, two earrings, two cheeks, and a shirt of the headband's colour, and
 nothing near one part shows the colour of the other. A classifier of a small window around each part (linear
 discriminant analysis) is fitted to real faces, whose colours are known. For each pair of parts, on a set of generated
 faces:

@@ -1,7 +1,7 @@
 """Procedural portraits: an endless, aligned set of cartoon faces that needs no download.
 
 Face `index` of `seed` is always the same face, at every size. Five pairs of distant parts have one colour each: the two
-irises, the two earrings, the two cheeks, the hair and the brows, the head-band and the shirt. Nothing near a part shows
+irises, the two earrings, the two cheeks, the hair and the brows, the headband and the shirt. Nothing near a part shows
 which colour it should have, so only a model that relates distant positions can draw both alike.
 
     from training.faces import render, traits

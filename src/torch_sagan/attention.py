@@ -61,8 +61,8 @@ class SelfAttention2d(nn.Module):
     Raises:
         ValueError: for sizes below 1, for ``out_projection=False`` where ``value_channels`` differs from C, for
             ``bias=False`` together with ``projection``, for an unknown ``similarity``, and for ``"l2"`` with pooled
-            keys, which have no bound; in ``forward`` for an input that is not (B, C, H, W), and for one that is
-            smaller than ``pool``.
+            keys, where its bound does not hold; in ``forward`` for an input that is not (B, C, H, W), or is smaller
+            than ``pool``.
         TypeError: in ``forward`` for an input that is not a tensor.
 
     The defaults are those of the PyTorch implementation that most tutorials copy. :meth:`paper` and
@@ -106,7 +106,7 @@ class SelfAttention2d(nn.Module):
             )
         if similarity == "l2" and pool != 1:
             raise ValueError(
-                f'similarity="l2" is bounded only where each query is among the keys, so pool=1; got {pool}'
+                f'similarity="l2" needs pool=1, got {pool}: its Lipschitz bound holds only if every query is also a key'
             )
         if projection is None:
             projection = _conv1x1 if bias else _conv1x1_without_bias
@@ -154,14 +154,14 @@ class SelfAttention2d(nn.Module):
         x = _check_feature_map(x, self.channels)  # (B, C, H, W)
         if self.similarity == "l2":
             features = self.query(x)  # (B, D, H, W)
-            query = _query_positions(features, x)  # (B, D, N)
+            query = _flatten_query(features, x)  # (B, D, N)
             value = self.value(features).flatten(2)  # (B, E, N)
             query, key = functional.l2_as_dot_product(query, query)  # (B, D + 1, N)
         else:
             query, key, value = self._project(x)  # (B, D, H, W), (B, D, H, W), (B, E, H, W)
-            query = _query_positions(query, x)  # (B, D, N)
-            key = _pool_and_flatten(key, self.pool)  # (B, D, M)
-            value = _pool_and_flatten(value, self.pool)  # (B, E, M)
+            query = _flatten_query(query, x)  # (B, D, N)
+            key = _flatten_pooled(key, self.pool)  # (B, D, M)
+            value = _flatten_pooled(value, self.pool)  # (B, E, M)
         attended, attention = _attend(query, key, value, return_attention)  # (B, E, N), (B, N, M) or None
         o = self.out(attended.unflatten(2, x.shape[2:]))  # (B, C, H, W)
         # Under autocast o is in half precision. gamma is cast to its dtype; x is not, so y has x's dtype.
@@ -218,7 +218,7 @@ def _check_feature_map(x: Tensor, channels: int) -> Tensor:
 
 
 @torch.fx.wrap
-def _query_positions(query: Tensor, x: Tensor) -> Tensor:
+def _flatten_query(query: Tensor, x: Tensor) -> Tensor:
     if query.shape[2:] != x.shape[2:]:
         raise ValueError(
             f"a projection must keep the size of the feature map: {tuple(x.shape[2:])} became {tuple(query.shape[2:])}"
@@ -227,7 +227,7 @@ def _query_positions(query: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def _pool_and_flatten(projected: Tensor, pool: int) -> Tensor:
+def _flatten_pooled(projected: Tensor, pool: int) -> Tensor:
     if pool > 1:
         if min(projected.shape[2:]) < pool:
             raise ValueError(

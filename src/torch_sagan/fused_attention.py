@@ -30,7 +30,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (B, E, N).
     """
-    # A graph of torch.compile cannot be differentiated twice anyway, so it calls PyTorch's operator directly.
+    # What torch.compile makes cannot be differentiated twice anyway, so there PyTorch's operator is called directly.
     if torch.compiler.is_compiling():
         return _call_kernel(query, key, value)  # (B, E, N)
     attended: Tensor = FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]

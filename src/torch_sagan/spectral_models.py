@@ -40,7 +40,7 @@ def apply_spectral_norm(
 ) -> M:
     """Normalise the weight of every convolution (transposed too), linear layer and embedding of a model, in place.
 
-    Subclasses of these are included; other modules (recurrent ones, batch norm, the input projection of
+    Subclasses of these are included; other weights (of recurrent layers, of batch norm, the input projection of
     ``nn.MultiheadAttention``) are not. Weights that are normalised already, by this library, by PyTorch's
     parametrization or by its older hook, are left alone, and a warning names them unless ``exclude`` does.
 
@@ -49,8 +49,8 @@ def apply_spectral_norm(
         include: the layers to normalise. Default: all. Either dotted names, in which ``*``, ``?`` and ``[...]`` are
             wildcards (``*`` also matches dots) and the name of a container matches everything below it; or a function
             of the dotted name and the layer. A layer that has several names is matched by any of them.
-            :func:`insert_self_attention` with ``after="a"`` keeps the new layer inside ``a``, but ``include="a"`` does
-            not match that layer.
+            One exception: attention that :func:`insert_self_attention` put after ``a`` is called
+            ``a.inserted_attention``, but it is not part of ``a``, and the name ``a`` does not match it.
         exclude: the layers to leave out, given as for ``include``.
         n_power_iterations: as in :func:`spectral_norm`.
         eps: as in :func:`spectral_norm`.
@@ -157,8 +157,8 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
     Values near 1 say that the power iteration keeps up with training. u and v are not touched.
 
     Returns:
-        A dictionary from the weight's dotted name to its spectral norm, whichever implementation it has; NaN for a
-        weight that holds infinities or NaN.
+        A dictionary from each weight's dotted name to its largest singular value, NaN for a weight that holds
+        infinities or NaN. Weights that PyTorch's own spectral norm normalises are included.
     """
     values = {}
     for weight in _normalized_weights(model):
@@ -190,7 +190,8 @@ def align_power_iteration(model: nn.Module) -> None:
     for weight, raw in found:
         u, v = weight.vectors()
         matrix = _in_double(as_matrix(raw, weight.norm.dim).cpu())  # (h, w); some devices have no float64
-        # `small` is the shorter of u and v: an eigenvector of the smaller of W Wᴴ (h, h) and Wᴴ W (w, w).
+        # `small` is whichever of u and v has fewer entries. The matrix is transposed if need be, so that `small` is the
+        # first eigenvector of matrix @ matrix.mH, the smaller of the two products.
         wide = matrix.shape[0] <= matrix.shape[1]
         (small, large), matrix = ((u, v), matrix) if wide else ((v, u), matrix.mH)
         first = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]  # eigenvalues ascend

@@ -13,7 +13,7 @@ Four techniques keep it from costing more:
   queries and keys, decides this. Where the maximum is subtracted, the first two techniques change. Logits are
   multiplied by log2(e) only after the subtraction: a product taken before it would round large logits once more. And
   nothing is appended to the query: the backward subtracts the saved maximum and divides the gradient by the saved sum.
-  (They are two numbers, because max + log(sum) would lose the logarithm to rounding where the maximum is large.)
+  (Maximum and sum are saved separately: rounding max + log(sum) would lose the logarithm where the maximum is large.)
 * Each batched matrix product takes as many samples as there are threads, so that each core works on one sample, with
   its tile in its own cache.
 
@@ -81,8 +81,9 @@ def _tiled_backward(
 
 def _forward_in_tiles(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _working_precision(query, key, value)
+    # If there are more threads than samples, the queries of each sample are split into several parts. From here on, B
+    # counts the parts of all samples, and N the queries of one part.
     parts = _parts_per_sample(q)
-    # From here on, B counts the parts of all samples, and N the queries of one part.
     subtract_max = _may_overflow(q, k)
     queries = _split(q if subtract_max else q * LOG2_E, parts)  # (B, D, N)
     keys, values = _repeat(k, parts), _repeat(v, parts)  # (B, D, M), (B, E, M)
@@ -124,7 +125,7 @@ def _backward_in_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_o, q, k, v, o = _working_precision(d_attended, query, key, value, attended)
     parts = _parts_per_sample(q)  # as in the forward
-    subtract_max = bool(subtracted.any())  # as in the forward
+    subtract_max = bool(subtracted.any())  # if all are 0, there is nothing to subtract
     if subtract_max:
         # The weights below, exp2(logit - maximum), are at most 1 and cannot overflow. Each row sums to `total`;
         # dividing the gradient by it once is cheaper than dividing the weights of every tile.
@@ -248,8 +249,8 @@ def _slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-# If the batch is smaller than the number of threads, the queries of each sample are split into several parts, one for
-# each thread. All parts of a sample have the same keys and values.
+# If there are more threads than samples, the queries of each sample are split into equal parts, so that more threads
+# have work. All parts of a sample have the same keys and values.
 
 
 def _parts_per_sample(query: Tensor) -> int:
