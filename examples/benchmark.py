@@ -17,15 +17,13 @@ import training.threads  # noqa: F401  before torch  # isort: skip
 import argparse
 import importlib.util
 import json
-import math
 import multiprocessing
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -36,142 +34,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torch_sagan
-from networks.plain import PaddedSDPAttention, PlainAttention, SDPAttention, plain_step
-from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, spectral_norm
+from measurement.passes import attention_layers, forward_backward, forward_only, gradient_penalty
+from measurement.peak_memory import can_measure_memory, peak_memory, peak_of_this_process
+from measurement.stopwatch import Run, Stopwatch
+from measurement.tables import draw_growth, print_rows
+from networks.plain import plain_step
+from torch_sagan import SAGANDiscriminator, SAGANGenerator, spectral_norm
 from training.objectives import objective
 from training.step import GAN, Piece, no_augmentation, training_step
 
 ATTENTION_SHAPES = [(16, 256, 8), (16, 128, 16), (16, 64, 32), (4, 64, 64), (1, 32, 128)]  # B, C, H = W
 PENALTY_SHAPES = [(16, 128, 16), (16, 64, 32), (1, 32, 64), (4, 64, 64)]
 MEMORY_FROM = 32 * 32  # positions; with fewer, the noise of the process is larger than the attention matrix
-
-Run = Callable[[], object]
-
-
-# Measuring.
-
-
-class Stopwatch:
-    """Medians of interleaved repeats, in seconds."""
-
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device = device
-        self.seconds = seconds
-
-    def __call__(self, **runs: Run) -> dict[str, float]:
-        """Run in turns until the time is over, but at least five times, after one turn that is not measured."""
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for run in runs.values():
-            run()
-        begin = time.perf_counter()
-        while min(map(len, times.values())) < 5 or time.perf_counter() - begin < self.seconds:
-            for name, run in runs.items():
-                self._synchronize()
-                start = time.perf_counter()
-                run()
-                self._synchronize()
-                times[name].append(time.perf_counter() - start)
-        return {name: statistics.median(values) for name, values in times.items()}
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def forward_backward(module: nn.Module, x: Tensor, gradient: Tensor) -> Run:
-    """One training pass, with the gradients of the input and of all parameters."""
-    x = x.clone().requires_grad_()
-    inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
-
-    def run() -> None:
-        torch.autograd.grad(module(x), inputs, gradient)
-
-    return run
-
-
-def gradient_penalty(module: nn.Module, x: Tensor, gradient: Tensor) -> Run:
-    """The gradients of WGAN-GP's penalty: a backward pass, and the backward pass of that."""
-    x = x.clone().requires_grad_()
-    # The biases of value and output do not affect the gradient of the input.
-    inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
-
-    def run() -> None:
-        (slope,) = torch.autograd.grad(module(x), x, gradient, create_graph=True)
-        penalty = (slope.flatten(1).norm(dim=1) - 1).square().mean()
-        torch.autograd.grad(penalty, inputs, allow_unused=True)
-
-    return run
-
-
-def forward_only(module: nn.Module, x: Tensor) -> Run:
-    def run() -> None:
-        with torch.no_grad():
-            module(x)
-
-    return run
-
-
-def attention_layers(channels: int, device: torch.device) -> dict[str, nn.Module]:
-    kinds: dict[str, Callable[[int], nn.Module]] = {
-        "plain": PlainAttention,
-        "sdpa": SDPAttention,
-        "padded": PaddedSDPAttention,
-        "ours": SelfAttention2d,
-    }
-    layers = {}
-    for name, kind in kinds.items():
-        torch.manual_seed(0)
-        layers[name] = kind(channels).to(device)
-        with torch.no_grad():
-            layers[name].gamma.fill_(0.5)  # type: ignore[operator]
-    return layers
-
-
-def can_measure_memory(device: torch.device) -> bool:
-    return device.type == "cuda" or sys.platform == "linux"
-
-
-def peak_memory(
-    kind: str,
-    shape: tuple[int, int, int],
-    device: torch.device,
-    make: Callable[[nn.Module, Tensor, Tensor], Run] = forward_backward,
-) -> float:
-    """MiB that one run takes in addition to those before, in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (kind, shape, device, make))
-
-
-def _peak_memory(
-    kind: str,
-    shape: tuple[int, int, int],
-    device: torch.device,
-    make: Callable[[nn.Module, Tensor, Tensor], Run] = forward_backward,
-) -> float:
-    batch, channels, size = shape
-    layer = attention_layers(channels, device)[kind]
-    small = torch.randn(1, channels, 40, 40, device=device)
-    make(layer, small, torch.ones_like(small))()  # libraries allocate buffers at first use
-    x = torch.randn(batch, channels, size, size, device=device)
-    run = make(layer, x, torch.ones_like(x))
-    if device.type == "cuda":
-        allocated = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _resident("VmHWM")
-    run()
-    return _resident("VmHWM") - before
-
-
-def _resident(line: str) -> float:
-    """MiB of this process, now (VmRSS) or at the peak (VmHWM), as Linux reports them."""
-    status = dict(entry.split(":", 1) for entry in Path("/proc/self/status").read_text().splitlines())
-    return int(status[line].split()[0]) / 2**10
-
-
-# The parts.
 
 
 def rates(watch: Stopwatch) -> dict[str, float]:
@@ -236,7 +110,7 @@ def attention(watch: Stopwatch, dtype: torch.dtype, rate: dict[str, float]) -> l
                 peak_memory(kind, shape, watch.device) for kind in ("plain", "sdpa", "padded", "ours")
             )
         rows.append(row)
-        show(rows[-1:], header=len(rows) == 1)
+        print_rows(rows[-1:], header=len(rows) == 1)
     return rows
 
 
@@ -258,7 +132,7 @@ def penalty(watch: Stopwatch) -> list[dict[str, Any]]:
             row |= {"MiB plain": memory["plain"], "MiB ours": memory["ours"]}
             row["MiB ours/plain"] = memory["ours"] / memory["plain"]
         rows.append(row)
-        show(rows[-1:], header=len(rows) == 1)
+        print_rows(rows[-1:], header=len(rows) == 1)
     return rows
 
 
@@ -277,7 +151,7 @@ def growth(watch: Stopwatch) -> list[dict[str, Any]]:
             | {f"{name} ms": 1e3 * value for name, value in seconds.items()}
             | {f"{name} MiB": value for name, value in memory.items()}
         )
-        show(rows[-1:], header=len(rows) == 1)
+        print_rows(rows[-1:], header=len(rows) == 1)
     return rows
 
 
@@ -310,7 +184,7 @@ def spectral(watch: Stopwatch) -> list[dict[str, Any]]:
             | {"extra torch ms": 1e3 * extra["torch"], "extra ours ms": 1e3 * extra["ours"]}
             | {"ours/torch": extra["ours"] / extra["torch"]}
         )
-    show(rows)
+    print_rows(rows)
     return rows
 
 
@@ -366,7 +240,7 @@ def step(watch: Stopwatch, batch: int) -> list[dict[str, Any]]:
         | {"plain float32 / this": seconds["plain, float32"] / value}
         for name, value in seconds.items()
     ]
-    show(rows)
+    print_rows(rows)
     return rows
 
 
@@ -378,7 +252,7 @@ def residual(watch: Stopwatch) -> list[dict[str, Any]]:
     row = {"D + G step": "resnet, 128 px, 1000 classes", "batch": batch, "s": seconds, "images/s": batch / seconds}
     if peak is not None:
         row["peak of the process, GiB"] = peak
-    show([row])
+    print_rows([row])
     return [row]
 
 
@@ -391,7 +265,7 @@ def _residual_step(batch: int, device: torch.device) -> tuple[float, float | Non
         torch.cuda.synchronize()
         return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
     seconds = time.perf_counter() - start
-    return seconds, _resident("VmHWM") / 2**10 if can_measure_memory(device) else None
+    return seconds, peak_of_this_process() / 2**10 if can_measure_memory(device) else None
 
 
 def data(watch: Stopwatch) -> list[dict[str, Any]]:
@@ -427,7 +301,7 @@ def data(watch: Stopwatch) -> list[dict[str, Any]]:
                 {"2000 JPEGs, 178×218 to 64×64": what, "decoded img/s": streamed, "building img/s": build}
                 | {"cached img/s": cached, "cached/decoded": cached / streamed}
             )
-    show(rows)
+    print_rows(rows)
     return rows
 
 
@@ -465,57 +339,6 @@ def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-# Showing.
-
-
-def show(rows: Sequence[dict[str, Any]], *, header: bool = True) -> None:
-    def cell(value: object) -> str:
-        return (
-            f"{value:.{max(0, 2 - int(math.log10(max(abs(value), 1))))}f}" if isinstance(value, float) else str(value)
-        )
-
-    columns = list(rows[0])
-    widths = [max(len(name), *(len(cell(row.get(name, ""))) for row in rows)) for name in columns]
-    if header:
-        print("  ".join(name.rjust(width) for name, width in zip(columns, widths, strict=True)))
-    for row in rows:
-        print(
-            "  ".join(cell(row.get(name, "")).rjust(width) for name, width in zip(columns, widths, strict=True)),
-            flush=True,
-        )
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory of a training pass against the size of the feature map, on logarithmic axes."""
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in rows if row["B"] == 1 and row["C"] == 64]
-    sizes = [math.isqrt(row["N"]) for row in rows]
-    gray = "#8a8a8a"  # readable on white and on black
-    style = {"svg.fonttype": "none", "legend.frameon": False, "text.color": gray, "axes.edgecolor": gray}
-    style |= {"axes.labelcolor": gray, "xtick.color": gray, "ytick.color": gray}
-    lines = {  # name: label, color
-        "plain": ("plain equation", "#c2703d"),
-        "padded": ("PyTorch's SDPA, padded", gray),
-        "ours": ("SelfAttention2d", "#5b8fd0"),
-    }
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-        for axis, unit, title in zip(axes, ("ms", "MiB"), ("time in ms", "extra peak memory in MiB"), strict=True):
-            for name, (label, color) in lines.items():
-                # Less than a mebibyte is the noise of the process.
-                values = [max(row[f"{name} {unit}"], 1.0 if unit == "MiB" else 0.0) for row in rows]
-                axis.loglog(sizes, values, "o-", label=label, color=color)
-            axis.set_xticks(
-                sizes, [f"{size}×{size}" for size in sizes], rotation=45, ha="right", rotation_mode="anchor"
-            )
-            axis.set_xticks([], minor=True)
-            axis.set(title=title)
-            axis.grid(alpha=0.3)
-        axes[0].legend()
-        figure.savefig(path, dpi=110, transparent=True)
 
 
 def main() -> None:
@@ -565,7 +388,7 @@ def main() -> None:
         print("\nGrowth of one training pass, float32")
         results["growth"] = growth(watch)
         if arguments.plot:
-            plot(results["growth"], arguments.plot)
+            draw_growth(results["growth"], arguments.plot)
     if "spectral" in chosen:
         print("\nSpectral norm, forward + backward")
         results["spectral"] = spectral(watch)

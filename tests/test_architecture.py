@@ -139,6 +139,9 @@ EXAMPLES = ROOT / "examples"
 # As above, from the bottom up. On top are the scripts, of which two use the trainer itself.
 EXAMPLE_LAYERS = [
     {"networks.dcgan", "networks.cyclegan", "networks.plain"},
+    {"measurement.stopwatch", "measurement.tables"},
+    {"measurement.passes"},
+    {"measurement.peak_memory"},
     {
         "training.threads", "training.memory", "training.command_line", "training.tensor_files", "training.signals",
         "training.workers", "training.faces", "training.cifar10", "training.mnist", "training.labels",
@@ -185,7 +188,7 @@ def examples_imported(path: Path) -> set[str]:
 def test_every_example_has_a_layer() -> None:
     assert set(EXAMPLE_MODULES) == set(EXAMPLE_LAYER)
     folders = {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
-    assert {"training", "evaluation", "networks", "recipes"} <= folders
+    assert {"training", "evaluation", "measurement", "networks", "recipes"} <= folders
 
 
 @pytest.mark.parametrize("module", EXAMPLE_MODULES)

@@ -175,9 +175,9 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import training.threads
 import torch
-from benchmark import _peak_memory
+from measurement.peak_memory import peak_memory_here
 torch.set_num_threads(int(sys.argv[2]))
-print(_peak_memory(sys.argv[3], tuple(map(int, sys.argv[4:])), torch.device("cpu")))
+print(peak_memory_here(sys.argv[3], tuple(map(int, sys.argv[4:])), torch.device("cpu")))
 """
 
 

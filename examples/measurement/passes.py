@@ -1,0 +1,64 @@
+"""The layers that are compared, and one pass through a layer as a function without arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from measurement.stopwatch import Run
+from networks.plain import PaddedSDPAttention, PlainAttention, SDPAttention
+from torch_sagan import SelfAttention2d
+
+
+def attention_layers(channels: int, device: torch.device) -> dict[str, nn.Module]:
+    """This library's layer and those that it is compared with, with the same weights and the same gamma."""
+    kinds: dict[str, Callable[[int], nn.Module]] = {
+        "plain": PlainAttention,
+        "sdpa": SDPAttention,
+        "padded": PaddedSDPAttention,
+        "ours": SelfAttention2d,
+    }
+    layers = {}
+    for name, kind in kinds.items():
+        torch.manual_seed(0)
+        layers[name] = kind(channels).to(device)
+        with torch.no_grad():
+            layers[name].gamma.fill_(0.5)  # type: ignore[operator]
+    return layers
+
+
+def forward_backward(module: nn.Module, x: Tensor, gradient: Tensor) -> Run:
+    """One training pass, with the gradients of the input and of all parameters."""
+    x = x.clone().requires_grad_()
+    inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
+
+    def run() -> None:
+        torch.autograd.grad(module(x), inputs, gradient)
+
+    return run
+
+
+def gradient_penalty(module: nn.Module, x: Tensor, gradient: Tensor) -> Run:
+    """The gradients of WGAN-GP's penalty: a backward pass, and the backward pass of that."""
+    x = x.clone().requires_grad_()
+    # The biases of value and output do not affect the gradient of the input.
+    inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
+
+    def run() -> None:
+        (slope,) = torch.autograd.grad(module(x), x, gradient, create_graph=True)
+        penalty = (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        torch.autograd.grad(penalty, inputs, allow_unused=True)
+
+    return run
+
+
+def forward_only(module: nn.Module, x: Tensor) -> Run:
+    """A pass that keeps nothing for a backward."""
+
+    def run() -> None:
+        with torch.no_grad():
+            module(x)
+
+    return run

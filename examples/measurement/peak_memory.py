@@ -1,0 +1,59 @@
+"""The memory that one pass of an attention layer takes, in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from measurement.passes import attention_layers, forward_backward
+from measurement.stopwatch import Run
+
+
+def can_measure_memory(device: torch.device) -> bool:
+    return device.type == "cuda" or sys.platform == "linux"
+
+
+def peak_memory(
+    kind: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    make: Callable[[nn.Module, Tensor, Tensor], Run] = forward_backward,
+) -> float:
+    """MiB by which one pass of an attention layer of this kind raises the peak of a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_memory_here, (kind, shape, device, make))
+
+
+def peak_memory_here(
+    kind: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    make: Callable[[nn.Module, Tensor, Tensor], Run] = forward_backward,
+) -> float:
+    """The same in this process, where earlier runs may have left memory to reuse."""
+    batch, channels, size = shape
+    layer = attention_layers(channels, device)[kind]
+    small = torch.randn(1, channels, 40, 40, device=device)
+    make(layer, small, torch.ones_like(small))()  # libraries allocate buffers at first use
+    x = torch.randn(batch, channels, size, size, device=device)
+    run = make(layer, x, torch.ones_like(x))
+    if device.type == "cuda":
+        allocated = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = peak_of_this_process()
+    run()
+    return peak_of_this_process() - before
+
+
+def peak_of_this_process() -> float:
+    """MiB of memory that this process has had at most, as Linux reports them."""
+    status = dict(entry.split(":", 1) for entry in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 2**10
