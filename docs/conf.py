@@ -15,6 +15,7 @@ copyright = "torch-sagan authors"
 release = version = torch_sagan.__version__
 
 extensions = [
+    "flags",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
@@ -24,6 +25,7 @@ extensions = [
     "sphinx_copybutton",
     "live_explorer",
     "mathml",
+    "signatures",
     "site_files",
 ]
 exclude_patterns = ["_build"]
@@ -61,8 +63,6 @@ intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable", inventory("torch")),
 }
 nitpick_ignore_regex = [
-    # The type variable of functions that return the module that they get.
-    (r"py:class", r"torch_sagan\.\w+\.M"),
     # PyTorch's documentation has no page of it.
     (r"py:class", r"torch\.utils\.flop_counter\..*"),
 ]

@@ -105,6 +105,21 @@ def test_links_to_files_of_the_repository(pages: dict[str, Html]) -> None:
     assert files > len(list((ROOT / "docs").glob("*.md")))
 
 
+def test_signatures_are_readable(site: Path) -> None:
+    def text(name: str) -> str:
+        return re.sub("<.*?>", "", (site / "api" / f"torch_sagan.{name}.html").read_text(encoding="utf-8"))
+
+    assert "apply_spectral_norm(model: Module," in re.sub(r"\s+", " ", text("apply_spectral_norm")).replace("( ", "(")
+    assert "AbstractContextManager[dict[str, list[AttentionRecord]]]" in text("record_attention")
+    assert "Callable[..., Tensor]" in text("gradient_penalty")
+
+
+def test_no_paragraph_became_a_list(site: Path, pages: dict[str, Html]) -> None:
+    """As one that begins with "C." would."""
+    for name in pages:
+        assert not re.search(r'class="(upper|lower)(alpha|roman)', (site / name).read_text(encoding="utf-8")), name
+
+
 def test_nothing_comes_from_another_host(site: Path, pages: dict[str, Html]) -> None:
     for name, page in pages.items():
         assert not [address for address in page.loads if urlsplit(address).netloc], name

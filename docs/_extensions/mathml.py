@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -12,9 +13,19 @@ from sphinx.writers.html5 import HTML5Translator
 
 logger = logging.getLogger(__name__)
 
+# Between them a displayed formula may break, on a phone for example.
+PARTS = re.compile(r"(?<=\\qquad)\s|\\allowbreak\s")
+# The converter writes names such as "mean" as relations, with the wide spaces of an equals sign.
+NAME = re.compile(r"<mo>([a-z]{2,})</mo>")
+# Bars of a norm or of an absolute value, which would stretch to different heights, left and right.
+BAR = re.compile(r"<mo>(&#x02016;|&#x0007C;|\|)</mo>")
+
 
 def mathml(node: nodes.Element, display: str) -> str:
-    markup: str = convert(node.astext(), display=display)
+    parts = PARTS.split(node.astext()) if display == "block" else [node.astext()]
+    markup = "\n".join(convert(part, display=display) for part in parts)
+    markup = NAME.sub(r'<mo form="prefix" lspace="0" rspace="0.17em">\1</mo>', markup)
+    markup = BAR.sub(r'<mo stretchy="false">\1</mo>', markup)
     if "\\" in markup:  # the converter copies the commands that it does not know
         logger.warning("no MathML for %s", node.astext(), location=node)
     return markup
