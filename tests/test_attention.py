@@ -542,7 +542,7 @@ def test_samples_do_not_mix() -> None:
         ({"channels": 8, "pool": 0}, "pool.*0"),
         ({"channels": 8, "value_channels": 4, "out_projection": False}, "projection.*8.*4"),
         ({"channels": 8, "similarity": "cosine"}, "similarity must be one of 'dot', 'l2', got 'cosine'"),
-        ({"channels": 8, "similarity": "l2", "pool": 2}, "each query is among the keys.*2"),
+        ({"channels": 8, "similarity": "l2", "pool": 2}, "needs pool=1, got 2"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:

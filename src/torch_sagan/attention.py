@@ -28,8 +28,7 @@ class SelfAttention2d(nn.Module):
     where j is the query position and i runs over the positions that it attends to. The letters are the paper's: f is
     the 1×1 convolution ``key``, g is ``query``, h is ``value``, and :math:`W_v` is ``out`` (the identity when there is
     none). The learned scalar ``gamma`` starts at zero: a new layer returns exactly its input, so it can be put into a
-    trained model. Only the size of gamma matters, not its sign, which the value projection can absorb.
-    As in the paper, there is no :math:`1/\sqrt{d}`.
+    trained model. As in the paper, there is no :math:`1/\sqrt{d}`.
 
     Args:
         channels: C, the channels of the feature map.
@@ -41,8 +40,8 @@ class SelfAttention2d(nn.Module):
             ``value_channels`` differs from C.
         bias: whether the 1×1 convolutions have biases. (The gradient of the key's bias is zero: it adds
             the same number to all logits of a query, which softmax ignores.)
-        projection: ``projection(in_channels, out_channels) -> Module``, called instead of each 1×1 convolution. What it
-            returns must keep H×W.
+        projection: a function ``projection(in_channels, out_channels) -> Module`` that makes each projection. Default:
+            1×1 convolutions. The modules must keep H×W.
         similarity: ``"dot"``, the product above, or ``"l2"``, the negative squared distance, which gives the layer a
             Lipschitz bound that the product cannot have:
 
@@ -55,7 +54,10 @@ class SelfAttention2d(nn.Module):
             inputs. The page "Variants" of the documentation states the bound.
 
     Attributes:
-        query, key, value, out: the projections. (With ``similarity="l2"`` there is no ``key``.)
+        query: the projection to queries.
+        key: the projection to keys, except with ``similarity="l2"``.
+        value: the projection to values.
+        out: the projection of the result, or the identity.
         gamma: a parameter of shape (1,).
 
     Raises:
@@ -71,6 +73,7 @@ class SelfAttention2d(nn.Module):
     Source: Zhang et al., *Self-Attention Generative Adversarial Networks*, arXiv:1805.08318, section 3.
 
     >>> import torch
+    >>> from torch_sagan import SelfAttention2d
     >>> layer = SelfAttention2d(64)
     >>> x = torch.randn(2, 64, 32, 32)
     >>> torch.equal(layer(x), x)
@@ -164,7 +167,7 @@ class SelfAttention2d(nn.Module):
             value = _flatten_pooled(value, self.pool)  # (B, E, M)
         attended, attention = _attend(query, key, value, return_attention)  # (B, E, N), (B, N, M) or None
         o = self.out(attended.unflatten(2, x.shape[2:]))  # (B, C, H, W)
-        # Under autocast o is in half precision. gamma is cast to its dtype; x is not, so y has x's dtype.
+        # y gets x's dtype. Under autocast o is in half precision, and so may x be, which a float32 gamma would promote.
         y = torch.addcmul(x, self.gamma.to(o.dtype), o)  # (B, C, H, W)
         return _output(y, attention)
 
@@ -251,7 +254,7 @@ def _output(y: Tensor, attention: Tensor | None) -> Tensor | tuple[Tensor, Tenso
 
 
 def _is_plain_1x1_convolution(module: nn.Module) -> bool:
-    """Whether calling the module is a 1×1 convolution and nothing else. Its weight may be parametrized."""
+    """Whether calling the module computes a 1×1 convolution and nothing else. Its weight may be parametrized."""
     return (
         isinstance(module, nn.Conv2d)
         and getattr(module.forward, "__func__", None) is nn.Conv2d.forward

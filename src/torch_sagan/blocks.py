@@ -1,6 +1,7 @@
-"""The blocks of the two networks, and how many of which width and size a network has.
+"""The blocks of the two networks, and functions for the number, width and size of a network's blocks.
 
-Every up block is called as ``block(x, labels)``, with labels None in a network without classes.
+Up blocks and heads are called as ``block(x, labels)``, with labels None in a network without classes, and down blocks
+as ``block(x)``.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ WIDEST = 16
 
 
 class UpBlock(nn.Module):
-    """Transposed 4×4 convolution, batch norm, ReLU: twice the size.
+    """Twice the size: transposed 4×4 convolution, batch norm, ReLU.
 
     With ``kernel_size=k, stride=1, padding=0`` the 1×1 latent becomes a k×k feature map.
     """
@@ -74,7 +75,7 @@ class UpBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """4×4 convolution of stride 2, leaky ReLU of slope 0.1: half the size."""
+    """Half the size: 4×4 convolution of stride 2, leaky ReLU of slope 0.1."""
 
     def __init__(self, in_channels: int, out_channels: int, spectral_norm: Normalizer) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class LatentBlock(nn.Module):
 
 
 class ResidualUpBlock(nn.Module):
-    """Norm, ReLU, nearest ×2, 3×3, norm, ReLU, 3×3, beside nearest ×2, 1×1: twice the size."""
+    """Twice the size: norm, ReLU, nearest ×2, 3×3, norm, ReLU, 3×3. The shortcut is nearest ×2, 1×1."""
 
     def __init__(self, in_channels: int, out_channels: int, num_classes: int | None, spectral_norm: Normalizer) -> None:
         super().__init__()
@@ -150,7 +151,7 @@ class ResidualUpBlock(nn.Module):
 
 
 class ResidualDownBlock(nn.Module):
-    """ReLU, 3×3, ReLU, 3×3, mean of 2×2, beside 1×1, mean of 2×2: half the size."""
+    """Half the size: ReLU, 3×3, ReLU, 3×3, mean of 2×2. The shortcut is 1×1, mean of 2×2."""
 
     def __init__(self, in_channels: int, out_channels: int, spectral_norm: Normalizer) -> None:
         super().__init__()
@@ -166,7 +167,10 @@ class ResidualDownBlock(nn.Module):
 
 
 class FirstResidualDownBlock(ResidualDownBlock):
-    """3×3, ReLU, 3×3, mean of 2×2, beside mean of 2×2, 1×1: without the first ReLU, which would cut images at zero."""
+    """Half the size of an image: 3×3, ReLU, 3×3, mean of 2×2. The shortcut is mean of 2×2, 1×1.
+
+    There is no ReLU in front, because it would set an image's negative values to zero.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.avg_pool2d(self.conv2(F.relu(self.conv1(x))), 2)  # (B, out, H/2, W/2)
@@ -233,7 +237,8 @@ def feature_map_sizes(image_size: int) -> list[int]:
 
 
 def stage_widths(base_channels: int, n_stages: int) -> list[int]:
-    """The channels of each feature map, smallest map first: the base width next to the image, doubled at each stage.
+    """The channels of each feature map, smallest map first: the base width next to the image, twice as many in each
+    smaller map, at most 16 times the base width.
 
     >>> stage_widths(64, 4)
     [512, 256, 128, 64]

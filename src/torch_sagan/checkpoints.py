@@ -100,8 +100,8 @@ def load_reference_state_dict(
     **mmgeneration** has its attention at 64 pixels, so build both networks with ``attention_resolutions=(64,)``. The
     ``state_dict`` of a published file has three networks: the generator is taken from ``generator_ema.``, its moving
     average, or else from ``generator.``, and the discriminator from ``discriminator.``; names without these prefixes
-    are accepted as well. There, attention layers count among the blocks; in this table one follows the fourth block of
-    the generator, and one the first of the discriminator:
+    are accepted as well. mmgeneration counts attention layers among the blocks. In this table they are the one after
+    the generator's fourth block and the one after the discriminator's first:
 
     ====================================  ================================================
     here                                  mmgeneration
@@ -143,6 +143,7 @@ def load_reference_state_dict(
             another shape, and the first five; for a ``channel_order`` with weights of another implementation.
 
     >>> import torch
+    >>> from torch_sagan import SelfAttention2d, load_reference_state_dict
     >>> attention = SelfAttention2d(64)
     >>> weights = torch.load("attention.pt", weights_only=True)  # doctest: +SKIP
     >>> load_reference_state_dict(attention, weights)  # doctest: +SKIP

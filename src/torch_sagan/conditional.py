@@ -24,14 +24,14 @@ class ConditionalBatchNorm2d(nn.Module):
     :math:`\gamma = 1` and :math:`\beta = 0`, and is not spectrally normalised.
 
     Args:
-        channels: C.
+        channels: the number of channels, C.
         num_classes: how many classes there are.
         eps: added to the variance.
         momentum: weight of a new batch in the running statistics.
 
     Attributes:
-        gamma: (num_classes, C).
-        beta: (num_classes, C).
+        gamma: the scale of each class, (num_classes, C).
+        beta: the shift of each class, (num_classes, C).
         norm: the batch norm without an affine part, which ``SyncBatchNorm.convert_sync_batchnorm`` finds.
 
     Raises:
@@ -41,6 +41,7 @@ class ConditionalBatchNorm2d(nn.Module):
     Zhang et al., arXiv:1805.08318.
 
     >>> import torch
+    >>> from torch_sagan import ConditionalBatchNorm2d
     >>> norm = ConditionalBatchNorm2d(64, num_classes=10)
     >>> norm(torch.randn(2, 64, 8, 8), torch.tensor([3, 7])).shape
     torch.Size([2, 64, 8, 8])
@@ -54,6 +55,7 @@ class ConditionalBatchNorm2d(nn.Module):
         self.beta: nn.Parameter = nn.Parameter(torch.zeros(num_classes, channels))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Normalise x (B, C, H, W), each sample with the scale and shift of its class; labels is (B,), of integers."""
         check_labels(labels, len(self.gamma), x.shape[0])
         gamma, beta = F.embedding(labels, self.gamma), F.embedding(labels, self.beta)  # (B, C)
         normalized = self.norm(x)  # (B, C, H, W)
@@ -64,12 +66,13 @@ class ConditionalBatchNorm2d(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    r"""A logit of features and of their agreement with the class: :math:`w^\top h + b + \langle e_c, h \rangle`.
+    r"""A logit of features h and of their agreement with the class c: :math:`w^\top h + b + \langle e_c, h \rangle`.
 
-    The linear layer and the embedding start Xavier-uniform, with a zero bias, and are spectrally normalised.
+    w and b are those of a linear layer, and :math:`e_c` is the embedding of the class. Both layers start
+    Xavier-uniform, with a zero bias, and are spectrally normalised.
 
     Args:
-        channels: C, the length of h.
+        channels: the length of h, C.
         num_classes: how many classes there are, or None for the linear part alone.
         spectral_norm: ``spectral_norm(module) -> module``, or None to leave both plain.
 
@@ -80,6 +83,7 @@ class ProjectionHead(nn.Module):
     Source: Miyato and Koyama, *cGANs with Projection Discriminator*, arXiv:1802.05637, equation 5.
 
     >>> import torch
+    >>> from torch_sagan import ProjectionHead
     >>> head = ProjectionHead(64, num_classes=10)
     >>> head(torch.randn(2, 64), torch.tensor([3, 7])).shape
     torch.Size([2])
@@ -106,6 +110,7 @@ class ProjectionHead(nn.Module):
             self.embedding: nn.Module = spectral_norm(embedding)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The logits (B,) of features (B, C); labels is (B,), of integers, or None without classes."""
         check_labels(labels, self.num_classes, features.shape[0])
         logits: Tensor = self.linear(features).squeeze(1)  # (B,)
         if labels is not None:

@@ -35,7 +35,8 @@ __all__ = ["SAGANDiscriminator"]
 class SAGANDiscriminator(nn.Module):
     r"""A discriminator with self-attention and spectral normalisation: images (B, image_channels, S, S) -> logits (B,).
 
-    ``architecture="dcgan"`` at 64 pixels has the layers of the PyTorch implementation that most tutorials copy::
+    ``architecture="dcgan"`` at 64 pixels has the layers of the PyTorch implementation that most tutorials copy
+    (64@32 means 64 channels of 32×32)::
 
         3@64 -> 64@32 -> 128@16 -> 256@8, attention -> 512@4, attention -> 1
 
@@ -77,6 +78,7 @@ class SAGANDiscriminator(nn.Module):
     brain-research/self-attention-gan (``"resnet"``).
 
     >>> import torch
+    >>> from torch_sagan import SAGANDiscriminator
     >>> discriminator = SAGANDiscriminator(64)
     >>> logits, maps = discriminator(torch.randn(2, 3, 64, 64), return_attention=True)
     >>> logits.shape, [attention.shape[1:] for attention in maps]
@@ -149,8 +151,8 @@ class SAGANDiscriminator(nn.Module):
         """Compute the logits of images.
 
         Args:
-            images: (B, image_channels, S, S), in the range of the generator's.
-            labels: (B,) classes from 0 to num_classes - 1, for a conditional network alone.
+            images: (B, image_channels, S, S), in the range of the generator's images, [-1, 1] by default.
+            labels: (B,) classes from 0 to num_classes - 1, only for a conditional network.
             return_attention: also return the attention maps.
 
         Returns:

@@ -67,20 +67,21 @@ def explore_attention(images: Tensor, records: Records, *, max_bytes: int = 32_0
     Args:
         images: (B, 3, H, W) or (B, 1, H, W), in [-1, 1].
         records: what :func:`record_attention` yields (every call of a layer is listed, and has to be one on these
-            images), or a list of maps (B, N, M), as the networks return them with ``return_attention=True``, whose
-            feature maps are taken to be shaped like the images.
+            images); or a list of :class:`AttentionRecord`; or a list of maps (B, N, M), as the networks return them
+            with ``return_attention=True``, whose feature maps are taken to be shaped like the images.
         max_bytes: size that the page may have. A weight takes 4/3 bytes.
 
     Returns:
         An :class:`AttentionExplorer`, which a notebook shows and whose ``save(path)`` writes one HTML file.
 
     Raises:
-        ValueError: for images of another shape or of integers, records of nothing, maps of another shape or batch size
+        ValueError: for images of another shape or of integers, empty records, maps of another shape or batch size
             or with weights that are negative or not finite, a gamma that is not finite, and for a page above
             ``max_bytes``.
         TypeError: for one map or record that is not in a list.
 
-    >>> from torch_sagan import SAGANGenerator
+    >>> import torch
+    >>> from torch_sagan import SAGANGenerator, explore_attention
     >>> generator = SAGANGenerator(16, base_channels=4).eval()
     >>> images, maps = generator(torch.randn(2, 128), return_attention=True)
     >>> explorer = explore_attention(images, maps)

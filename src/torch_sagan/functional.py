@@ -48,10 +48,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     small matrices on the CPU, which are faster that way; float64 on CUDA; other devices; exported programs; and where
     only plain operations work (``torch.func``, forward-mode derivatives, ``torch.jit.trace``). Differentiable twice.
 
+    The weights :math:`\beta_{ji}` are those of :func:`attention_map`, and :math:`h_i` is column i of ``value``.
+
     Args:
-        query: (B, D, N).
-        key: (B, D, M).
-        value: (B, E, M). E may differ from D.
+        query: g, (B, D, N).
+        key: f, (B, D, M).
+        value: h, (B, E, M). E may differ from D.
 
     Returns:
         (B, E, N).
@@ -109,7 +111,7 @@ def power_iteration(
         u: (h,), of unit norm.
         v: (w,), of unit norm.
         n_iterations: how often to iterate; with 0, sigma is estimated from u and v as they are.
-        eps: norms up to this one count as zero.
+        eps: norms of at most this value count as zero.
 
     Returns:
         New u (h,), new v (w,), and the estimate of the spectral norm :math:`\sigma = u^\top W v`, a scalar tensor.
@@ -141,7 +143,7 @@ def spectral_normalize(
         v: (w,), of unit norm.
         sigma: the value of :math:`u^\top W v`, as :func:`power_iteration` returns it.
         dim: the dimension of u.
-        eps: a sigma up to this one counts as zero.
+        eps: a sigma of at most this value counts as zero.
 
     Returns:
         The normalised weight, in the shape of the weight.

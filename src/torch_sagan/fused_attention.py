@@ -30,7 +30,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (B, E, N).
     """
-    # What torch.compile makes cannot be differentiated twice anyway, so there PyTorch's operator is called directly.
+    # FusedAttention adds the second derivative, which compiled code cannot have.
     if torch.compiler.is_compiling():
         return _call_kernel(query, key, value)  # (B, E, N)
     attended: Tensor = FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
@@ -38,8 +38,11 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class FusedAttention(torch.autograd.Function):
-    """The fused kernel in a private autograd graph: the forward builds it, the first backward uses and frees it, and a
-    repeated backward builds it again."""
+    """PyTorch's fused kernel, with the second derivative that it lacks.
+
+    The kernel runs in a private autograd graph: the forward builds it, the first backward uses and frees it, and a
+    repeated backward builds it again.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ __all__ = ["SAGANGenerator"]
 class SAGANGenerator(nn.Module):
     r"""A generator with self-attention and spectral normalisation: z (B, z_dim) -> images (B, image_channels, S, S).
 
-    ``architecture="dcgan"`` at 64 pixels has the layers of the PyTorch implementation that most tutorials copy::
+    ``architecture="dcgan"`` at 64 pixels has the layers of the PyTorch implementation that most tutorials copy
+    (512@4 means 512 channels of 4×4)::
 
         z 128 -> 512@4 -> 256@8 -> 128@16, attention -> 64@32, attention -> 3@64, tanh
 
@@ -77,6 +78,7 @@ class SAGANGenerator(nn.Module):
     brain-research/self-attention-gan (``"resnet"``).
 
     >>> import torch
+    >>> from torch_sagan import SAGANGenerator
     >>> generator = SAGANGenerator(64)
     >>> images, maps = generator(torch.randn(2, 128), return_attention=True)
     >>> images.shape, [attention.shape[1:] for attention in maps]
@@ -151,11 +153,11 @@ class SAGANGenerator(nn.Module):
     def forward(
         self, z: Tensor, labels: Tensor | None = None, *, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Draw images.
+        """Generate images from latent vectors.
 
         Args:
             z: (B, z_dim) or (B, z_dim, 1, 1), usually standard normal.
-            labels: (B,) classes from 0 to num_classes - 1, for a conditional network alone.
+            labels: (B,) classes from 0 to num_classes - 1, only for a conditional network.
             return_attention: also return the attention maps.
 
         Returns:

@@ -31,8 +31,8 @@ class InsertionPoint(NamedTuple):
         channels: C of the feature map (B, C, H, W) that it returns.
         size: (H, W); the largest, if its calls return several.
         calls: how often it runs in one pass.
-        operations: of the layer's forward passes; a multiplication and its addition count as two, as in
-            :class:`torch.utils.flop_counter.FlopCounterMode`.
+        operations: floating-point operations of the layer's forward passes; a multiplication and its addition
+            count as two, as in :class:`torch.utils.flop_counter.FlopCounterMode`.
         memory: the most bytes that a training step needs for the layer, with this library's attention.
         plain_memory: the same with the plain attention equation, which materialises the attention matrix.
     """
@@ -48,10 +48,10 @@ class InsertionPoint(NamedTuple):
 
 
 class InsertionPoints(list[InsertionPoint]):
-    """Insertion points in the order of execution. ``str`` makes a table of them.
+    """A list of :class:`InsertionPoint`, in the order of execution. ``str`` makes a table of it.
 
     Attributes:
-        operations: of the model's own forward pass.
+        operations: floating-point operations of the model's own forward pass.
         memory: bytes that the model's own forward pass keeps for the backward pass, without the parameters.
     """
 
@@ -96,10 +96,10 @@ def insertion_points(model: nn.Module, example_input: ExampleInput) -> Insertion
     the backward pass of the layer need beyond its input and the gradient of its output, as PyTorch's allocator counts
     it; a process can take a third more, because the C library's allocator keeps some. It counts
 
-    - what is kept for the backward pass: query, key, value, their attention and the layer's output, and one attention
-      matrix (B, N, N) in the plain equation;
-    - what the backward pass makes: three attention matrices in the plain equation; gradients, the factors of the
-      logits and, on the CPU, tiles and copies for each thread in this library's.
+    - what is kept for the backward pass: query, key, value, the result of the attention and the layer's output. The
+      plain equation also keeps one attention matrix (B, N, N).
+    - what the backward pass makes. In the plain equation these are three attention matrices. In this library they are
+      the gradients, the factors of the logits and, on the CPU, tiles and copies for each thread.
 
     Args:
         model: any module that :func:`insert_self_attention` takes.
@@ -113,6 +113,9 @@ def insertion_points(model: nn.Module, example_input: ExampleInput) -> Insertion
         ValueError: for a model that is compiled or wrapped for parallel training.
         TypeError: when ``example_input`` is neither a tensor nor a tuple nor a mapping.
 
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch_sagan import insert_self_attention, insertion_points
     >>> model = nn.Sequential(
     ...     nn.Conv2d(3, 32, 4, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 4, 2, 1)
     ... )
@@ -120,7 +123,6 @@ def insertion_points(model: nn.Module, example_input: ExampleInput) -> Insertion
     >>> points = insertion_points(model, x)
     >>> [(point.path, point.channels, point.size) for point in points]
     [('0', 32, (32, 32)), ('1', 32, (32, 32)), ('2', 64, (16, 16))]
-    >>> from torch_sagan import insert_self_attention
     >>> model = insert_self_attention(model, points[1].path, example_input=x)
     """
     check_insertable(model)

@@ -37,7 +37,7 @@ def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Ten
     """Rename what the older :func:`torch.nn.utils.spectral_norm` saves to the keys of :func:`spectral_norm`.
 
     =================  =======================================
-    its key            key here
+    older key          key here
     =================  =======================================
     ``X.weight_orig``  ``X.parametrizations.weight.original``
     ``X.weight_u``     ``X.parametrizations.weight.0._u``
@@ -57,7 +57,9 @@ def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Ten
         ValueError: when there is a ``weight_u`` and no ``weight_v``, as in the first form that PyTorch saved.
         TypeError: when it is not a state dict but, for example, a model or the name of a file.
 
+    >>> from torch import nn
     >>> from torch.nn.utils import spectral_norm as legacy
+    >>> from torch_sagan import convert_legacy_spectral_norm
     >>> layer = legacy(nn.Linear(2, 2, bias=False))
     >>> sorted(convert_legacy_spectral_norm(layer.state_dict()))
     ['parametrizations.weight.0._u',

@@ -21,11 +21,17 @@ __all__ = [
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    r"""Hinge loss of D: :math:`\operatorname{mean}\max(0, 1 - D(x)) + \operatorname{mean}\max(0, 1 + D(G(z)))`.
+    r"""Hinge loss of the discriminator.
+
+    .. math::
+        \operatorname{mean}\max(0, 1 - D(x)) \allowbreak + \operatorname{mean}\max(0, 1 + D(G(z)))
 
     Args:
         real_logits: D's logits of real images, of any shape.
         fake_logits: D's logits of generated images, of any shape.
+
+    Returns:
+        A scalar.
 
     Source: Zhang et al., arXiv:1805.08318, equation 4.
     """
@@ -33,7 +39,13 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    r"""Hinge loss of G: :math:`-\operatorname{mean} D(G(z))`.
+    r"""Hinge loss of the generator, :math:`-\operatorname{mean} D(G(z))`.
+
+    Args:
+        fake_logits: D's logits of generated images, of any shape.
+
+    Returns:
+        A scalar.
 
     Source: Zhang et al., arXiv:1805.08318, equation 4.
     """
@@ -41,9 +53,19 @@ def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def wasserstein_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    r"""Wasserstein loss of D: :math:`\operatorname{mean} D(G(z)) - \operatorname{mean} D(x)`.
+    r"""Wasserstein loss of the discriminator.
+
+    .. math::
+        \operatorname{mean} D(G(z)) - \operatorname{mean} D(x)
 
     WGAN-GP adds ``weight * gradient_penalty(...)``.
+
+    Args:
+        real_logits: D's logits of real images, of any shape.
+        fake_logits: D's logits of generated images, of any shape.
+
+    Returns:
+        A scalar.
 
     Source: Gulrajani et al., *Improved Training of Wasserstein GANs*, arXiv:1704.00028, equation 3.
     """
@@ -51,7 +73,13 @@ def wasserstein_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> 
 
 
 def wasserstein_generator_loss(fake_logits: Tensor) -> Tensor:
-    r"""Wasserstein loss of G: :math:`-\operatorname{mean} D(G(z))`.
+    r"""Wasserstein loss of the generator, :math:`-\operatorname{mean} D(G(z))`.
+
+    Args:
+        fake_logits: D's logits of generated images, of any shape.
+
+    Returns:
+        A scalar.
 
     Source: Gulrajani et al., arXiv:1704.00028.
     """
@@ -59,7 +87,10 @@ def wasserstein_generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def relativistic_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    r"""Relativistic loss of D: :math:`\operatorname{mean} \operatorname{softplus}(D(G(z)) - D(x))`.
+    r"""Relativistic loss of the discriminator.
+
+    .. math::
+        \operatorname{mean} \operatorname{softplus}(D(G(z)) - D(x))
 
     Every real image is compared with one generated image, so D cannot lower its loss by calling all of them real.
     Alone it need not converge: add :func:`zero_centered_gradient_penalty` on real (R1) and on generated images (R2).
@@ -67,6 +98,9 @@ def relativistic_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) ->
     Args:
         real_logits: (B,) D's logits of real images.
         fake_logits: (B,) D's logits of generated images; element i is compared with element i of ``real_logits``.
+
+    Returns:
+        A scalar.
 
     Raises:
         ValueError: when the shapes differ, since there would be no pairs.
@@ -79,10 +113,12 @@ def relativistic_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) ->
 
 
 def relativistic_generator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    r"""Relativistic loss of G: :math:`\operatorname{mean} \operatorname{softplus}(D(x) - D(G(z)))`.
+    r"""Relativistic loss of the generator, which unlike the others needs D's logits of real images.
 
-    Unlike the other generator losses it needs D's logits of real images. Arguments, errors and source are those of
-    :func:`relativistic_discriminator_loss`.
+    .. math::
+        \operatorname{mean} \operatorname{softplus}(D(x) - D(G(z)))
+
+    Arguments, errors and source are those of :func:`relativistic_discriminator_loss`.
     """
     _check_pairs(real_logits, fake_logits)
     return F.softplus(real_logits - fake_logits).mean()
@@ -96,7 +132,7 @@ def gradient_penalty(
     *,
     target: float = 1.0,
 ) -> Tensor:
-    r"""Gradient penalty of WGAN-GP: pull the norm of D's gradient towards 1.
+    r"""Gradient penalty of WGAN-GP: pull the norm of D's gradient towards ``target``.
 
     .. math::
         \operatorname{mean}\,(\lVert \nabla_{\hat x} D(\hat x) \rVert_2 - t)^2
@@ -144,7 +180,7 @@ def zero_centered_gradient_penalty(
         labels: (B,) passed on to D when given.
 
     Returns:
-        A scalar without a weight (the sources multiply it by γ/2), differentiable with respect to D's parameters.
+        A scalar without a weight (the source multiplies it by γ/2), differentiable with respect to D's parameters.
 
     As with :func:`gradient_penalty`, D must run eagerly, because ``torch.compile`` has no double backward.
 

@@ -21,10 +21,10 @@ M = TypeVar("M", bound=nn.Module)
 def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None) -> M:
     """Fit the buffers of an averaged or edited model to its weights, in place.
 
-    The buffers beside averaged weights belong to other weights. This function sets u and v of every spectral norm, of
-    any implementation, to the first singular vectors of its weight, so that sigma is exact. Then it passes the inputs
-    through the model, all of which but the batch norms is in evaluation mode, and gives every batch norm the mean over
-    batches of their means and variances, as :func:`torch.optim.swa_utils.update_bn` does.
+    The buffers that are saved with averaged weights were computed for other weights. This function sets u and v of
+    every spectral norm, of any implementation, to the first singular vectors of its weight, so that sigma is exact.
+    Then it passes the inputs through the model, in evaluation mode except for its batch norms, and gives every batch
+    norm the mean over batches of their means and variances, as :func:`torch.optim.swa_utils.update_bn` does.
 
     The result depends on weights and inputs alone, not on the buffers that were there. No random number is drawn, and
     each module keeps its mode.
@@ -39,11 +39,12 @@ def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None
 
     Raises:
         ValueError: for batch norm without inputs, or inputs without batch norm; when there is no batch, a batch norm is
-            not reached, or a weight that is spectrally normalised holds infinities or NaN. After this or any error of
-            a pass the model is as it was.
+            not reached, or a weight that is spectrally normalised holds infinities or NaN. After these errors, and
+            after any error during a pass, the model is as it was.
         TypeError: when ``inputs`` is one tensor.
 
-    >>> from torch_sagan import SAGANGenerator
+    >>> import torch
+    >>> from torch_sagan import SAGANGenerator, recalibrate
     >>> generator = SAGANGenerator(16)  # with averaged weights
     >>> generator = recalibrate(generator, [torch.randn(64, 128) for _ in range(16)])
     """

@@ -33,6 +33,9 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionRecor
     Raises:
         ValueError: when the model has no such layer.
 
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch_sagan import SelfAttention2d, record_attention
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), SelfAttention2d.official(16))
     >>> with record_attention(model) as records:
     ...     y = model(torch.randn(2, 3, 8, 12))

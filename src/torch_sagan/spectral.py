@@ -29,7 +29,7 @@ class SpectralNorm(nn.Module):
 
     .. math::
         W_{SN} = W / \sigma, \qquad \sigma = u^\top W v, \qquad
-        v = \frac{W^\top u}{\lVert W^\top u \rVert},\; u = \frac{W v}{\lVert W v \rVert}
+        v = \frac{W^\top u}{\lVert W^\top u \rVert}, \qquad u = \frac{W v}{\lVert W v \rVert}
 
     A parametrization for :func:`torch.nn.utils.parametrize.register_parametrization`; :func:`spectral_norm` registers
     it for you. Its state-dict keys are those of PyTorch's own spectral norm, so checkpoints move both ways.
@@ -44,7 +44,8 @@ class SpectralNorm(nn.Module):
             A vector is divided by its norm.
         n_power_iterations: steps per access in training.
         dim: the dimension of the outputs. Pass 1 for a transposed convolution, as :func:`spectral_norm` does.
-        eps: norms up to this one count as zero. A weight whose spectral norm is at most ``eps`` is returned unchanged.
+        eps: norms of at most this value count as zero. A weight whose spectral norm counts as zero is returned
+            unchanged.
 
     Raises:
         ValueError: for a scalar weight, a ``dim`` that the weight does not have, or fewer than one iteration.
@@ -109,7 +110,7 @@ class SpectralNorm(nn.Module):
         # load_state_dict write to them, perhaps before the backward. power_iteration returns new tensors if it runs an
         # iteration; if it runs none, u and v are copied here.
         u, v = (vector.to(weight.dtype, copy=n_iterations == 0) for vector in (self._u, self._v))
-        if self._u.dtype != weight.dtype:  # rounding to half precision lost their unit norm
+        if self._u.dtype != weight.dtype:  # they are stored in half precision: rounding lost their unit norm
             u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
         matrix = as_matrix(weight, self.dim)  # (h, w)
         u, v, sigma = functional.power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
@@ -144,7 +145,7 @@ def spectral_norm(
         module: the layer.
         name: the parameter to normalise.
         n_power_iterations: power-iteration steps per access in training.
-        eps: norms up to this one count as zero.
+        eps: norms of at most this value count as zero.
         dim: the dimension of the outputs. Default: 1 for transposed convolutions, else 0.
         implementation: ``"sagan"`` for :class:`SpectralNorm`, ``"torch"`` for PyTorch's own.
 
@@ -158,6 +159,7 @@ def spectral_norm(
         TypeError: for an integer weight.
 
     >>> from torch import nn
+    >>> from torch_sagan import spectral_norm
     >>> layer = spectral_norm(nn.Conv2d(3, 64, 3))
     >>> layer.weight.shape
     torch.Size([64, 3, 3, 3])

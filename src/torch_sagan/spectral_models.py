@@ -46,11 +46,10 @@ def apply_spectral_norm(
 
     Args:
         model: the model, or a single layer.
-        include: the layers to normalise. Default: all. Either dotted names, in which ``*``, ``?`` and ``[...]`` are
-            wildcards (``*`` also matches dots) and the name of a container matches everything below it; or a function
-            of the dotted name and the layer. A layer that has several names is matched by any of them.
-            One exception: attention that :func:`insert_self_attention` put after ``a`` is called
-            ``a.inserted_attention``, but it is not part of ``a``, and the name ``a`` does not match it.
+        include: the layers to normalise. Default: all. Either a function of the dotted name and the layer, or dotted
+            names. In names, ``*``, ``?`` and ``[...]`` are wildcards (``*`` also matches dots), and a container's name
+            matches everything below it, except attention that :func:`insert_self_attention` put after it. A layer that
+            has several names is matched by any of them.
         exclude: the layers to leave out, given as for ``include``.
         n_power_iterations: as in :func:`spectral_norm`.
         eps: as in :func:`spectral_norm`.
@@ -65,10 +64,11 @@ def apply_spectral_norm(
         TypeError: when ``include`` or ``exclude`` is neither names nor a function, or for an integer weight.
 
     >>> from torch import nn
+    >>> from torch_sagan import apply_spectral_norm, spectral_norms
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3),
     ...                       nn.Flatten(), nn.LazyLinear(1))
     >>> model = apply_spectral_norm(model, exclude="4")
-    >>> list(spectral_norms(model))  # the weights that are normalised now
+    >>> list(spectral_norms(model))  # the names of the normalised weights
     ['0.weight', '2.weight']
     """
     one_of(("sagan", "torch"), implementation=implementation)
@@ -101,7 +101,7 @@ def remove_spectral_norm(model: M, name: str | None = None) -> M:
     """Remove spectral normalisation from a layer or a whole model, and leave the normalised weights.
 
     Each weight becomes a plain parameter again, the same object that an optimiser holds already, with exactly the value
-    that evaluation mode used. It handles :func:`spectral_norm` (either implementation) and the older
+    that evaluation mode used. This works for :func:`spectral_norm` (either implementation) and the older
     :func:`torch.nn.utils.spectral_norm`.
 
     Args:
@@ -138,8 +138,11 @@ def remove_spectral_norm(model: M, name: str | None = None) -> M:
 def reset_power_iteration(model: nn.Module) -> None:
     """Draw new u and v for every normalised weight of a model and warm them up on the current weights.
 
-    Call it after the raw weights were changed without going through the parametrization, for example by
+    Call it after the raw weights have been changed without going through the parametrization, for example by
     ``nn.init.orthogonal_(module.parametrizations.weight.original)``. It covers every implementation.
+
+    Args:
+        model: a layer or a model.
     """
     for weight in _normalized_weights(model):
         raw = weight.raw()
@@ -154,7 +157,10 @@ def reset_power_iteration(model: nn.Module) -> None:
 def spectral_norms(model: nn.Module) -> dict[str, float]:
     """The largest singular value of every weight after its normalisation, exactly (by singular value decomposition).
 
-    Values near 1 say that the power iteration keeps up with training. u and v are not touched.
+    Values near 1 say that the power iteration keeps up with training. Nothing in the model changes.
+
+    Args:
+        model: a layer or a model.
 
     Returns:
         A dictionary from each weight's dotted name to its largest singular value, NaN for a weight that holds

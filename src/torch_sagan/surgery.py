@@ -57,13 +57,16 @@ def insert_self_attention(
 
     Raises:
         ValueError: for a path that does not exist (the message lists the nearest ones) or is named twice; for a module
-            that has an inserted layer already, whose channels are not known without ``example_input``, that the model
-            does not call with this example, that does not return a feature map (the message says what it returns) or
-            returns several with different channels; for a model that is compiled or wrapped for parallel training. The
-            model is then as it was.
+            that has an inserted layer already, or whose channels are not known without ``example_input``; for one that
+            the model does not call with this example, or that returns no feature map (the message says what it
+            returns) or several with different channels; for a model that is compiled or wrapped for parallel training.
+            The model is then as it was.
         TypeError: when ``after`` contains anything but paths, ``example_input`` is neither a tensor nor a tuple nor
             a mapping, or ``attention`` is not a function or does not return a module.
 
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch_sagan import SelfAttention2d, insert_self_attention
     >>> model = nn.Sequential(
     ...     nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(64, 1, 4)
     ... )

@@ -10,10 +10,10 @@ Four techniques keep it from costing more:
 * The forward saves the sum of each row. The backward appends ``-log2`` of that sum to the query as one more channel,
   and a one to the key. The exponential of their product is then a normalised weight, without a division.
 * The maximum of a row is subtracted only if exp2 could overflow. A bound on the logits, computed from the norms of
-  queries and keys, decides this. Where the maximum is subtracted, the first two techniques change. Logits are
-  multiplied by log2(e) only after the subtraction: a product taken before it would round large logits once more. And
-  nothing is appended to the query: the backward subtracts the saved maximum and divides the gradient by the saved sum.
-  (Maximum and sum are saved separately: rounding max + log(sum) would lose the logarithm where the maximum is large.)
+  queries and keys, decides this. Where the maximum is subtracted, the first two techniques change. The product
+  with log2(e) is taken after the subtraction, because rounding it would cost large logits digits. And nothing is
+  appended to the query: the backward subtracts the saved maximum and divides the gradient by the saved sum. (Maximum
+  and sum are saved separately: rounding max + log(sum) would lose the logarithm where the maximum is large.)
 * Each batched matrix product takes as many samples as there are threads, so that each core works on one sample, with
   its tile in its own cache.
 
@@ -127,7 +127,7 @@ def _backward_in_tiles(
     parts = _parts_per_sample(q)  # as in the forward
     subtract_max = bool(subtracted.any())  # if all are 0, there is nothing to subtract
     if subtract_max:
-        # The weights below, exp2(logit - maximum), are at most 1 and cannot overflow. Each row sums to `total`;
+        # The weights below, exp(logit - maximum), are at most 1 and cannot overflow. Each row sums to `total`;
         # dividing the gradient by it once is cheaper than dividing the weights of every tile.
         d_o = d_o / total
         logit_query, logit_key = q, k  # (B, D, N), (B, D, M)
@@ -145,7 +145,7 @@ def _backward_in_tiles(
     for b, n, m, (logits, d_logits) in _tiles(queries, keys, buffers=2):
         torch.bmm(logit_query[b, :, n].mT, logit_key[b, :, m], out=logits)  # (b, n, m)
         if subtract_max:
-            # Rounded differently from the forward's, a logit could exceed the forward's maximum, hence the clamp.
+            # This product may be rounded differently from the forward's, so a logit could exceed the saved maximum.
             logits.sub_(row_max[b, :, n].mT).mul_(LOG2_E).clamp_(max=0)
         weights = logits.exp2_()  # in place
         d = d_o[b, :, n]  # (b, E, n)

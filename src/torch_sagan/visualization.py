@@ -38,7 +38,7 @@ def attention_overlay(
     r"""What one or several query positions attend to, in colour over the image in grey.
 
     .. math::
-        \text{level}_i = \min\Bigl(1,\ \frac{\beta_{ji}}{\max(\max_k \beta_{jk} / 2,\ 4 / M)}\Bigr)
+        \text{level}_i = \min\left(1,\ \frac{\beta_{ji}}{\max(\max_k \beta_{jk} / 2,\ 4 / M)}\right)
 
     The query's row of the attention map is stretched over the image (bilinearly), and each level is both a position on
     a colour ramp and, times ``strength``, the opacity of that colour: positions without attention stay grey. All
@@ -53,8 +53,8 @@ def attention_overlay(
         attention: (B, N, M), as ``return_attention=True`` gives it, or a record of :func:`record_attention`, which
             has its sizes.
         query: (row, column) of the query position, in pixels of the image, or a sequence of Q of them.
-        query_size: (height, width) of the feature map behind N. Default: the one shaped like the image.
-        key_size: (height, width) behind M. Default: as for N.
+        query_size: (height, width) of the queries, N of them. Default: shaped like the image.
+        key_size: (height, width) of the keys, M of them. Default: shaped like the image.
         strength: opacity of the full level, from 0 (the grey image alone) to 1.
         mark: whether the query is marked, as :func:`mark_queries` marks it, with a frame of the same colour around the
             image.
@@ -66,6 +66,8 @@ def attention_overlay(
         ValueError: for images or maps of other shapes, images of integers, a query outside the image, a strength
             outside [0, 1], sizes that do not multiply to N and M, or sizes given together with a record.
 
+    >>> import torch
+    >>> from torch_sagan import attention_overlay
     >>> images = torch.rand(2, 3, 64, 64) * 2 - 1
     >>> attention = torch.rand(2, 256, 64).softmax(2)
     >>> attention_overlay(images, attention, (20, 40)).shape
