@@ -68,7 +68,7 @@ class SelfAttention2d(nn.Module):
         TypeError: in ``forward`` for an input that is not a tensor.
 
     The defaults are those of the PyTorch implementation that most tutorials copy. :meth:`paper` and
-    :meth:`official` give the paper's text and the paper's released code.
+    :meth:`official` give the layers of the paper's text and of its released code.
 
     Source: Zhang et al., *Self-Attention Generative Adversarial Networks*, arXiv:1805.08318, section 3.
 
@@ -167,7 +167,7 @@ class SelfAttention2d(nn.Module):
             value = _flatten_pooled(value, self.pool)  # (B, E, M)
         attended, attention = _attend(query, key, value, return_attention)  # (B, E, N), (B, N, M) or None
         o = self.out(attended.unflatten(2, x.shape[2:]))  # (B, C, H, W)
-        # y gets x's dtype. Under autocast o is in half precision, and so may x be, which a float32 gamma would promote.
+        # y has x's dtype. Under autocast o, and perhaps x, is in half precision; a float32 gamma would make y float32.
         y = torch.addcmul(x, self.gamma.to(o.dtype), o)  # (B, C, H, W)
         return _output(y, attention)
 

@@ -1,6 +1,6 @@
 """Exact softmax attention by PyTorch's fused CUDA kernels, which do not materialise the attention matrix.
 
-They take half precision and float32. In float64 PyTorch falls back to plain operations, which materialise it.
+They take half precision and float32. In float64 PyTorch falls back to plain operations, which materialise the matrix.
 """
 
 from __future__ import annotations

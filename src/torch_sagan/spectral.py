@@ -153,9 +153,9 @@ def spectral_norm(
         The module itself.
 
     Raises:
-        ValueError: when the module has no such parameter; when it has no shape yet, is computed by a hook, or is
-            normalised already (by any implementation); for an unknown implementation, a ``dim`` that the weight does
-            not have, or fewer than one iteration.
+        ValueError: when the module has no such parameter; when the parameter has no shape yet, is computed by a hook,
+            or is normalised already (by any implementation); for an unknown implementation, a ``dim`` that the weight
+            does not have, or fewer than one iteration.
         TypeError: for an integer weight.
 
     >>> from torch import nn
@@ -172,7 +172,7 @@ def spectral_norm(
 def make_norm(
     module: nn.Module, name: str, n_power_iterations: int, eps: float, dim: int | None, implementation: str
 ) -> nn.Module:
-    """The parametrization for one weight, not registered yet. It raises what :func:`spectral_norm` raises."""
+    """The parametrization for one weight, not registered yet. Raises what :func:`spectral_norm` raises."""
     one_of(("sagan", "torch"), implementation=implementation)
     at_least_one(n_power_iterations=n_power_iterations)
     kind = type(module).__name__

@@ -48,8 +48,8 @@ def apply_spectral_norm(
         model: the model, or a single layer.
         include: the layers to normalise. Default: all. Either a function of the dotted name and the layer, or dotted
             names. In names, ``*``, ``?`` and ``[...]`` are wildcards (``*`` also matches dots), and a container's name
-            matches everything below it, except attention that :func:`insert_self_attention` put after it. A layer that
-            has several names is matched by any of them.
+            matches everything in it. Attention that :func:`insert_self_attention` put after a module is stored in that
+            module, but does not count as a part of it. A layer that has several names is matched by any of them.
         exclude: the layers to leave out, given as for ``include``.
         n_power_iterations: as in :func:`spectral_norm`.
         eps: as in :func:`spectral_norm`.
@@ -196,13 +196,13 @@ def align_power_iteration(model: nn.Module) -> None:
     for weight, raw in found:
         u, v = weight.vectors()
         matrix = _in_double(as_matrix(raw, weight.norm.dim).cpu())  # (h, w); some devices have no float64
-        # `small` is whichever of u and v has fewer entries. The matrix is transposed if need be, so that `small` is the
-        # first eigenvector of matrix @ matrix.mH, the smaller of the two products.
+        # `small` is the buffer with fewer entries, u or v. The matrix is transposed if need be, so that the new value
+        # of `small` is the first eigenvector of matrix @ matrix.mH, the smaller of the two products.
         wide = matrix.shape[0] <= matrix.shape[1]
         (small, large), matrix = ((u, v), matrix) if wide else ((v, u), matrix.mH)
-        first = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]  # eigenvalues ascend
+        eigenvector = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]  # eigenvalues ascend
         # One step gives the other vector, `large`; if the weight is zero, `large` stays as it is.
-        new_small, new_large, _ = functional.power_iteration(matrix, first, large.to(matrix), eps=weight.norm.eps)
+        new_small, new_large, _ = functional.power_iteration(matrix, eigenvector, large.to(matrix), eps=weight.norm.eps)
         small.copy_(new_small)
         large.copy_(new_large)
 

@@ -10,8 +10,8 @@ Four techniques keep it from costing more:
 * The forward saves the sum of each row. The backward appends ``-log2`` of that sum to the query as one more channel,
   and a one to the key. The exponential of their product is then a normalised weight, without a division.
 * The maximum of a row is subtracted only if exp2 could overflow. A bound on the logits, computed from the norms of
-  queries and keys, decides this. Where the maximum is subtracted, the first two techniques change. The product
-  with log2(e) is taken after the subtraction, because rounding it would cost large logits digits. And nothing is
+  queries and keys, decides this. Where the maximum is subtracted, the first two techniques change. Logits are
+  multiplied by log2(e) after the subtraction: before it, large ones would lose digits to rounding. And nothing is
   appended to the query: the backward subtracts the saved maximum and divides the gradient by the saved sum. (Maximum
   and sum are saved separately: rounding max + log(sum) would lose the logarithm where the maximum is large.)
 * Each batched matrix product takes as many samples as there are threads, so that each core works on one sample, with
@@ -150,8 +150,8 @@ def _backward_in_tiles(
         weights = logits.exp2_()  # in place
         d = d_o[b, :, n]  # (b, E, n)
         torch.bmm(d.mT, values[b, :, m], out=d_logits).sub_(delta[b, :, n].mT).mul_(weights)  # (b, n, m)
-        # baddbmm_ into a slice is slow, since it multiplies one sample at a time. So d_query is summed in a contiguous
-        # tensor, and products are added to the slices of d_key and d_value.
+        # baddbmm_ into a slice is slow, since it multiplies one sample at a time. So d_query is summed by baddbmm_ in a
+        # contiguous tensor; for d_key and d_value bmm computes each product, which is then added to the slice.
         if m.start == 0:
             d_query_block = torch.zeros_like(queries[b, :, n], memory_format=torch.contiguous_format)  # (b, D, n)
         d_query_block.baddbmm_(keys[b, :, m], d_logits.mT)
@@ -228,7 +228,7 @@ def _append_channel(tensor: Tensor, channel: Tensor | None = None) -> Tensor:
 def _may_overflow(query: Tensor, key: Tensor) -> bool:
     """Whether the exponential of a logit could leave the range in which sums and quotients are safe."""
     bound = LOG2_E * query.square().sum(dim=1).amax().sqrt() * key.square().sum(dim=1).amax().sqrt()
-    return not bound <= SAFE_EXPONENT  # also where it is not a number
+    return not bound <= SAFE_EXPONENT  # true for NaN, too
 
 
 def _tiles(query: Tensor, key: Tensor, *, buffers: int) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
