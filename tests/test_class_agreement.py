@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -110,3 +114,10 @@ def test_no_classifier_where_pixels_do_not_tell_the_class() -> None:
     assert agreement is not None
     assert type(agreement.classifier) is type(kernel_classifier())
     assert type(linear_classifier()) is not type(kernel_classifier())
+
+
+def test_the_trainer_starts_without_scikit_learn() -> None:
+    """Which takes as long to import as torch, and which most runs do not need."""
+    examples = Path(__file__).parents[1] / "examples"
+    code = f"import sys; sys.path.insert(0, {str(examples)!r}); import train_celeba; sys.exit('sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

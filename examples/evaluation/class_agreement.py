@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.svm import SVC
 
 from training.data import ArrayDataset, DataSource
 
 READ = 10_000  # at most so many real images: more would take minutes
 LARGE = 32  # pixels; images of this size or more are halved until they are smaller
+
+
+# scikit-learn is imported where a classifier is made: it takes a second, and most runs need none.
 
 
 class Classifier(Protocol):
@@ -29,11 +30,15 @@ class Classifier(Protocol):
 
 def linear_classifier() -> Classifier:
     """For procedural faces: the hair's colour is a linear function of the pixels."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
     return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")  # type: ignore[no-any-return]
 
 
 def kernel_classifier() -> Classifier:
     """For handwritten digits."""
+    from sklearn.svm import SVC
+
     return SVC(C=10)  # type: ignore[no-any-return]
 
 
