@@ -287,7 +287,7 @@ def summarize(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any]
 
 # Legible on white and on black.
 COLORS = {"attention": "#e8813a", "local": "#6f8fc0", "chance": "#c0508a", "real faces": "#2f9e6e"}
-INK = "#777777"
+INK, SPREAD = "#777777", "#333333"
 WIDTH, HEIGHT, LEFT, ABOVE, BELOW, BAR = 560, 350, 46, 58, 46, 38
 
 
@@ -300,9 +300,9 @@ def chart(summary: dict[str, Any]) -> str:
 
     parts = [f'<text x="{LEFT}" y="14">generated faces in which the two differ in colour, %</text>']
     for i, (name, text) in enumerate(
-        zip(COLORS, ("attention", "local (control)", "chance", "real faces"), strict=True)
+        zip(COLORS, ("attention", "without attention", "chance", "real faces"), strict=True)
     ):
-        left = LEFT + (0, 100, 230, 310)[i]
+        left = LEFT + (0, 100, 260, 340)[i]
         shape = f"M{left} 24h14v10h-14z" if name in ARMS else f"M{left} 28h14v3h-14z"
         parts.append(f'<path d="{shape}" fill="{COLORS[name]}"/><text x="{left + 20}" y="34">{text}</text>')
     for percent in range(0, 101, 20):
@@ -319,7 +319,9 @@ def chart(summary: dict[str, Any]) -> str:
             parts.append(f"{bar}<title>{name}, {arm}: {mean:.3g} ± {deviation:.2g} %</title></rect>")
             center = x + BAR / 2
             spread = f"M{center:.1f} {low:.1f}V{high:.1f}M{center - 5:.1f} {low:.1f}h10M{center - 5:.1f} {high:.1f}h10"
-            parts.append(f'<path d="{spread}" stroke="{INK}" stroke-width="2" fill="none"/>')
+            # A dark line with a light edge shows on a bar, on white and on black.
+            parts.append(f'<path d="{spread}" stroke="#fff" stroke-width="5" opacity=".8" fill="none"/>')
+            parts.append(f'<path d="{spread}" stroke="{SPREAD}" stroke-width="2" fill="none"/>')
         for mark in ("chance", "real faces"):
             line = f"M{middle - BAR - 12:.1f} {y(pair[mark]):.1f}H{middle + BAR + 12:.1f}"
             parts.append(f'<path d="{line}" stroke="{COLORS[mark]}" stroke-width="3"/>')

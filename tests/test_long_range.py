@@ -238,7 +238,7 @@ def test_the_chart_shows_means_spreads_and_baselines_of_each_pair():
             for line in drawn(svg, "path", long_range.COLORS[mark])[1:]
         ]
         assert heights == pytest.approx([bottom - percent * unit] * 4, abs=0.2)
-    spreads = [re.findall(r"M[\d.]+ ([\d.]+)V([\d.]+)", line["d"]) for line in drawn(svg, "path", long_range.INK)]
+    spreads = [re.findall(r"M[\d.]+ ([\d.]+)V([\d.]+)", line["d"]) for line in drawn(svg, "path", long_range.SPREAD)]
     low, high = (float(at) for at in next(filter(None, spreads))[0])
     assert ((bottom - low) / unit, (bottom - high) / unit) == (pytest.approx(16, abs=0.2), pytest.approx(32, abs=0.2))
     names = [text.text for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
