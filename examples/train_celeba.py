@@ -139,6 +139,7 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
         closing(log) if log else nullcontext(),
         deferred_signals(second_stops=ranks.world == 1) as signals,
         closing(images),
+        ranks.noticing_losses(),  # while signals are deferred
     ):
         batches = state.batches(images)
         last = False

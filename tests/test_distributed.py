@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import signal
 import subprocess
@@ -183,8 +184,37 @@ def test_a_process_that_lost_another_ends(tmp_path):
         os.kill(int(second), signal.SIGKILL)
         _, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert err.count("train_celeba.py: rank 0 lost another process\n") == 1
+    assert err.count("train_celeba.py: rank 0 lost another process\n") == 1, err
     assert "rank0" not in err  # where torch begins the lines of a traceback
+
+
+def test_a_lost_process_is_reported_before_a_signal_can_end_this_one(tmp_path, monkeypatch):
+    """torchrun's SIGTERM may come while the message is printed, and also while the training cleans up after that."""
+    too_early = []
+    before = signal.signal(signal.SIGTERM, lambda *_: too_early.append("SIGTERM"))
+
+    class Terminal(io.StringIO):
+        def write(self, text: str) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().write(text)
+
+    def lose(self, batches):
+        raise RuntimeError("[tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711")
+
+    config = Config(data="digits", image_size=16, base_channels=4, batch_size=4, z_dim=8, tensorboard=False)
+    state = TrainingState(config, image_channels=1, device=torch.device("cpu"))
+    state.ranks = Ranks(1, 2)  # the first process has a progress bar, which writes to stderr too
+    monkeypatch.setattr(Ranks, "gather", lambda self, thing: [None])
+    monkeypatch.setattr(TrainingState, "advance", lose)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train_celeba.train(state, digits(16), tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 1
+    assert sys.stderr.getvalue().endswith("rank 1 lost another process\n")
+    assert not too_early
 
 
 def test_what_one_process_cannot_do_none_does(monkeypatch, capsys):

@@ -115,6 +115,20 @@ class Ranks:
             self.gather(None)  # until the line is printed: torchrun ends all processes as soon as one has ended
             raise SystemExit(1)
 
+    @contextmanager
+    def noticing_losses(self) -> Iterator[None]:
+        """End with one line when another process has ended.
+
+        It is printed at once: `torchrun` has seen that too, and its SIGTERM may come before anything is cleaned up.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not LOST.search(str(error)):
+                raise
+            print(line(f"rank {self.rank} lost another process"), file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model to call in training: a backward pass through it averages the gradients over processes."""
         if self.world == 1:
@@ -192,6 +206,7 @@ def processes() -> Iterator[Ranks]:
         with (
             open(os.devnull, "w", errors="backslashreplace") as nowhere,
             nullcontext() if ranks.first else redirect_stdout(nowhere),
+            ranks.noticing_losses(),
         ):
             yield ranks
             ranks.gather(None)  # a process that left earlier could not answer those that still read its last message
@@ -199,8 +214,6 @@ def processes() -> Iterator[Ranks]:
         # The others may be waiting for this process, which would wait for them if it left the group in order.
         status = error.code if isinstance(error, SystemExit) else 1
         atexit.register(_leave_at_once, status if isinstance(status, int) else 1)
-        if ranks.world > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
-            fail(f"rank {ranks.rank} lost another process")
         raise
     # Gloo's threads end with the last reference to the group. A thread that still frees a tensor when Python ends
     # aborts the process. DistributedDataParallel refers to the group and is part of reference cycles, so collect them.
