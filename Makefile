@@ -54,7 +54,7 @@ types: $(VENV)/.stamp-dev ## mypy, strict
 
 docs: $(VENV)/.stamp-dev ## build the documentation into docs/_build/html, warnings are errors
 	@echo "==> docs"
-	@rm -f docs/api/*.rst # the pages of names that may be gone
+	@rm -rf docs/api/*.rst docs/_build/html # the pages of names that may be gone
 	@$(BIN)/sphinx-build -q -E -n -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 

@@ -69,6 +69,7 @@ nitpick_ignore_regex = [
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+copybutton_line_continuation_character = "\\"
 
 html_theme = "furo"
 html_title = f"torch-sagan {release}"

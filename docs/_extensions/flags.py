@@ -7,12 +7,13 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 
-LONGEST = 30  # characters that fit a line of a phone
+LONGEST = 40  # characters that fit a line of a phone
 
 
 def mark(app: Sphinx, document: nodes.document, page: str) -> None:
     for literal in document.findall(nodes.literal):
-        if literal.astext().startswith("-") and len(literal.astext()) <= LONGEST:
+        words = literal.astext().split()
+        if any(word.startswith("-") for word in words) and max(map(len, words)) <= LONGEST:
             literal["classes"].append("flag")  # _static/site.css
 
 

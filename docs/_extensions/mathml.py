@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 PARTS = re.compile(r"(?<=\\qquad)\s|\\allowbreak\s")
 # The converter writes names such as "mean" as relations, with the wide spaces of an equals sign.
 NAME = re.compile(r"<mo>([a-z]{2,})</mo>")
+# A minus after a parenthesis or a comma is a sign, and what a part after a break begins with is not.
+SIGN = re.compile(r"(<mo[^>]*>(?:&#x00028;|&#x0002C;)</mo>)<mo>(&#x02212;)</mo>")
+FIRST = re.compile(r"(?<=\n)(<math[^>]*><mrow>)<mo>(&#x0002B;|&#x0003D;)</mo>")
 # Bars of a norm or of an absolute value, which would stretch to different heights, left and right.
 BAR = re.compile(r"<mo>(&#x02016;|&#x0007C;|\|)</mo>")
 
@@ -25,7 +28,9 @@ def mathml(node: nodes.Element, display: str) -> str:
     parts = PARTS.split(node.astext()) if display == "block" else [node.astext()]
     markup = "\n".join(convert(part, display=display) for part in parts)
     markup = NAME.sub(r'<mo form="prefix" lspace="0" rspace="0.17em">\1</mo>', markup)
-    markup = BAR.sub(r'<mo stretchy="false">\1</mo>', markup)
+    markup = BAR.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', markup)
+    markup = SIGN.sub(r'\1<mo form="prefix">\2</mo>', markup)
+    markup = FIRST.sub(r'\1<mo form="infix">\2</mo>', markup)
     if "\\" in markup:  # the converter copies the commands that it does not know
         logger.warning("no MathML for %s", node.astext(), location=node)
     return markup

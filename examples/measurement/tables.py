@@ -54,5 +54,5 @@ def draw_growth(rows: list[dict[str, Any]], path: Path) -> None:
             axis.set_xticks([], minor=True)
             axis.set(title=title)
             axis.grid(alpha=0.3)
-        axes[0].legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(lines))
         figure.savefig(path, dpi=110, transparent=True)

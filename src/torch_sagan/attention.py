@@ -30,6 +30,17 @@ class SelfAttention2d(nn.Module):
     none). The learned scalar ``gamma`` starts at zero: a new layer returns exactly its input, so it can be put into a
     trained model. As in the paper, there is no :math:`1/\sqrt{d}`.
 
+    With ``similarity="l2"`` the negative squared distance takes the place of the dot product, and gives the layer a
+    Lipschitz bound, which the dot product cannot have:
+
+    .. math::
+        \beta_{ji} = \operatorname{softmax}_i\bigl(-\lVert g(x_i) - g(x_j) \rVert^2\bigr), \qquad
+        h(x_i) = V g(x_i)
+
+    where g is ``query`` and V is ``value``. The bound holds only if query and key share one projection g, and if the
+    values are projected from its result: there is no ``key``, and ``value`` has ``qk_channels`` inputs. The bound
+    itself is in the documentation, under "Variants".
+
     Args:
         channels: C, the channels of the feature map.
         qk_channels: channels of query and key. Default: ``max(1, C // 8)``.
@@ -42,16 +53,7 @@ class SelfAttention2d(nn.Module):
             the same number to all logits of a query, which softmax ignores.)
         projection: a function ``projection(in_channels, out_channels) -> Module`` that makes each projection. Default:
             1×1 convolutions. The modules must keep H×W.
-        similarity: ``"dot"``, the product above, or ``"l2"``, the negative squared distance, which gives the layer a
-            Lipschitz bound that the product cannot have:
-
-            .. math::
-                \beta_{ji} = \operatorname{softmax}_i\bigl(-\lVert g(x_i) - g(x_j) \rVert^2\bigr), \qquad
-                h(x_i) = V g(x_i)
-
-            where g is ``query`` and V is ``value``. The bound holds only if query and key share one projection g, and
-            if the values are projected from its result: there is no ``key``, and ``value`` has ``qk_channels``
-            inputs. The page "Variants" of the documentation states the bound.
+        similarity: ``"dot"``, the product above, or ``"l2"``, the negative squared distance below.
 
     Attributes:
         query: the projection to queries.

@@ -100,26 +100,36 @@ def load_reference_state_dict(
     **mmgeneration** has its attention at 64 pixels, so build both networks with ``attention_resolutions=(64,)``. The
     ``state_dict`` of a published file has three networks: the generator is taken from ``generator_ema.``, its moving
     average, or else from ``generator.``, and the discriminator from ``discriminator.``; names without these prefixes
-    are accepted as well. mmgeneration counts attention layers among the blocks. In this table they are the one after
-    the generator's fourth block and the one after the discriminator's first:
+    are accepted as well. mmgeneration counts attention layers among the blocks:
 
     ====================================  ================================================
-    here                                  mmgeneration
+    generator, here                       mmgeneration
     ====================================  ================================================
     ``blocks.0.linear``                   ``noise2feat``
     ``blocks.1`` ... ``blocks.4``         ``conv_blocks.0`` ... ``conv_blocks.3``
     ``blocks.5``                          ``conv_blocks.5``
     ``to_image.0``, ``to_image.2``        ``to_rgb.bn``, ``to_rgb.conv``
-    ``attention.64``                      ``conv_blocks.4``; discriminator ``conv_blocks.0``
-    ``query, key, value, out``            ``theta.conv, phi.conv, g.conv, o.conv``
-    ``conv1, conv2, shortcut``            ``conv_1.conv, conv_2.conv, shortcut.conv``
-    ``norm1.gamma``                       1 + ``norm_1.weight_embedding.weight``
-    ``norm1.beta``                        ``norm_1.bias_embedding.weight``
-    discriminator's ``blocks.0``          ``from_rgb``
+    ``attention.64``                      ``conv_blocks.4``
+    ====================================  ================================================
+
+    ====================================  ================================================
+    discriminator, here                   mmgeneration
+    ====================================  ================================================
+    ``blocks.0``                          ``from_rgb``
+    ``attention.64``                      ``conv_blocks.0``
     ``blocks.1`` ... ``blocks.4``         ``conv_blocks.1`` ... ``conv_blocks.4``
     ``to_logit.conv1, conv2``             ``conv_blocks.5.conv_1.conv, conv_2.conv``
     ``to_logit.projection.linear``        ``decision``
     ``to_logit.projection.embedding``     ``proj_y``
+    ====================================  ================================================
+
+    ====================================  ================================================
+    in both, here                         mmgeneration
+    ====================================  ================================================
+    ``query, key, value, out``            ``theta.conv, phi.conv, g.conv, o.conv``
+    ``conv1, conv2, shortcut``            ``conv_1.conv, conv_2.conv, shortcut.conv``
+    ``norm1.gamma``                       1 + ``norm_1.weight_embedding.weight``
+    ``norm1.beta``                        ``norm_1.bias_embedding.weight``
     ====================================  ================================================
 
     **The PyTorch reference** normalises every weight along dimension 0, transposed convolutions too. Build its networks
@@ -139,8 +149,9 @@ def load_reference_state_dict(
 
     Raises:
         TypeError: for a model of another kind, or when ``state_dict`` is not a mapping.
-        ValueError: when the state dict does not fit: what it seems to be, how many keys are missing, unexpected or of
-            another shape, and the first five; for a ``channel_order`` with weights of another implementation.
+        ValueError: when the state dict does not fit; the message says what it seems to be, and how many keys are
+            missing, unexpected or of another shape, with the first five. Also for a ``channel_order`` with weights of
+            another implementation.
 
     >>> import torch
     >>> from torch_sagan import SelfAttention2d, load_reference_state_dict

@@ -36,7 +36,7 @@ class SAGANDiscriminator(nn.Module):
     r"""A discriminator with self-attention and spectral normalisation: images (B, image_channels, S, S) -> logits (B,).
 
     ``architecture="dcgan"`` at 64 pixels has the layers of the PyTorch implementation that most tutorials copy
-    (64@32 means 64 channels of 32×32)::
+    (``64@32`` means 64 channels of 32×32)::
 
         3@64 -> 64@32 -> 128@16 -> 256@8, attention -> 512@4, attention -> 1
 
@@ -53,7 +53,7 @@ class SAGANDiscriminator(nn.Module):
     before they are normalised.
 
     Other sizes as in :class:`SAGANGenerator`. With classes, the logit also has the projection of the class on the
-    features (:class:`ProjectionHead`, normalised). These are the last map, flattened, in ``"dcgan"``, whose last
+    features (:class:`ProjectionHead`, normalised). The features are the last map, flattened, in ``"dcgan"``, whose last
     convolution covers it whole, and its sum over positions in ``"resnet"``.
 
     Args:
@@ -66,7 +66,8 @@ class SAGANDiscriminator(nn.Module):
             last two; of ``"resnet"``: 32, or the largest below.
         attention: ``attention(channels) -> Module``. Default: the architecture's own.
         spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalises, or
-            None to disable (a gradient penalty needs that). An ``attention`` of your own is not changed.
+            None for no normalisation, as :func:`gradient_penalty` needs it. An ``attention`` of your own is not
+            changed.
 
     Raises:
         ValueError: for a size that cannot be built, an unknown architecture, and attention resolutions that do not

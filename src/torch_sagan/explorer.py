@@ -66,10 +66,10 @@ def explore_attention(images: Tensor, records: Records, *, max_bytes: int = 32_0
 
     Args:
         images: (B, 3, H, W) or (B, 1, H, W), in [-1, 1].
-        records: what :func:`record_attention` yields (every call of a layer is listed, and has to be one on these
-            images); or a list of :class:`AttentionRecord`; or a list of maps (B, N, M), as the networks return them
-            with ``return_attention=True``, whose feature maps are taken to be shaped like the images.
-        max_bytes: size that the page may have. A weight takes 4/3 bytes.
+        records: what :func:`record_attention` yields (every call of a layer is listed, and must have been made on
+            these images); or a list of :class:`AttentionRecord`; or a list of maps (B, N, M), as the networks return
+            them with ``return_attention=True``, whose feature maps are taken to be shaped like the images.
+        max_bytes: size that the page may have. A weight takes 4/3 bytes, as base64.
 
     Returns:
         An :class:`AttentionExplorer`, which a notebook shows and whose ``save(path)`` writes one HTML file.

@@ -75,9 +75,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def l2_as_dot_product(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     r"""The query and key for :func:`attention` that give the softmax of :math:`-\lVert f_i - g_j \rVert^2`.
 
-    :math:`(2 g_j, 1) \cdot (f_i, -\lVert f_i \rVert^2) = \lVert g_j \rVert^2 - \lVert f_i - g_j \rVert^2`, and softmax
-    over i ignores the first term. The mean key is subtracted from both beforehand: distances stay the same, and an
-    offset that all positions share costs no precision.
+    .. math::
+        (2 g_j, 1) \cdot (f_i, -\lVert f_i \rVert^2) \allowbreak = \lVert g_j \rVert^2 - \lVert f_i - g_j \rVert^2
+
+    Softmax over i ignores the first term on the right. The mean key is subtracted from both beforehand: distances stay
+    the same, and an offset that all positions share costs no precision.
 
     Args:
         query: g, (B, D, N).
@@ -134,8 +136,8 @@ def spectral_normalize(
     r"""Divide a weight by its spectral norm, :math:`W / \sigma` with :math:`\sigma = u^\top W v`.
 
     The gradient treats u and v as constants. It is :math:`(G - \langle G, W/\sigma \rangle\, u v^\top) / \sigma` for a
-    gradient G of the result: one product, one sum and one division. It can be differentiated again. Where
-    :math:`|\sigma| \le` ``eps`` (an all-zero weight) there is nothing to divide by: the weight is returned as it is.
+    gradient G of the result: one product, one sum and one division. It can be differentiated again. Where sigma is at
+    most ``eps`` in absolute value (an all-zero weight) there is nothing to divide by: the weight is returned as it is.
 
     Args:
         weight: any shape, reshaped to a matrix (h, w) with h = ``weight.shape[dim]``.

@@ -34,7 +34,7 @@ class SAGANGenerator(nn.Module):
     r"""A generator with self-attention and spectral normalisation: z (B, z_dim) -> images (B, image_channels, S, S).
 
     ``architecture="dcgan"`` at 64 pixels has the layers of the PyTorch implementation that most tutorials copy
-    (512@4 means 512 channels of 4×4)::
+    (``512@4`` means 512 channels of 4×4)::
 
         z 128 -> 512@4 -> 256@8 -> 128@16, attention -> 64@32, attention -> 3@64, tanh
 
@@ -50,8 +50,8 @@ class SAGANGenerator(nn.Module):
     :meth:`SelfAttention2d.official`, and every weight is normalised. Weights start Xavier-uniform and biases zero,
     before they are normalised.
 
-    Other sizes have as many stages as they need; the first map is 4, 5, 6 or 7 pixels wide, and widths double from
-    ``base_channels`` beside the image up to 16 times that.
+    Other sizes have as many stages as they need. The first map is 4, 5, 6 or 7 pixels wide. The map next to the image
+    has ``base_channels`` channels, and each map before it twice as many, up to 16 times ``base_channels``.
 
     Args:
         image_size: S, the width and height of the images: 4, 5, 6 or 7 doubled at least once.

@@ -87,14 +87,14 @@ def insertion_points(model: nn.Module, example_input: ExampleInput) -> Insertion
     evaluation mode, and leaves modes, buffers, hooks and random states as they were. Costs are proportional to the
     batch of the example, so give it the size that you train with.
 
-    A layer of B maps with N = H·W positions, C channels of the value and D = C // 8 of query and key takes
+    For B maps with N = H·W positions, C channels of the value and D = C // 8 of query and key, a layer takes
 
     .. math::
         2 B N C (2 D + C) + 2 B N^2 (D + C)
 
     operations in a forward pass, and about twice as many in a backward pass. Memory is the most that the forward and
     the backward pass of the layer need beyond its input and the gradient of its output, as PyTorch's allocator counts
-    it; a process can take a third more, because the C library's allocator keeps some. It counts
+    it; a process can take a third more, because the C library's allocator keeps some. The memory given here is
 
     - what is kept for the backward pass: query, key, value, the result of the attention and the layer's output. The
       plain equation also keeps one attention matrix (B, N, N).

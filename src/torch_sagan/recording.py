@@ -24,7 +24,8 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionRecor
     Afterwards nothing is left in the model.
 
     Args:
-        model: any module, with layers that it was built with or that were inserted; it may be one itself (path ``""``).
+        model: any module, with layers that it was built with or that were inserted; or a
+            :class:`SelfAttention2d` itself, whose path is ``""``.
 
     Yields:
         A dictionary from the layer's dotted path to a list of records, one for each call, oldest first. A layer that

@@ -137,7 +137,7 @@ def spectral_norm(
     *,
     implementation: Literal["sagan", "torch"] = "sagan",
 ) -> M:
-    r"""Normalise one weight of a module by its spectral norm, :math:`W / \sigma(W)`, in place.
+    r"""Normalise one weight of a module in place, by its spectral norm: :math:`W / \sigma(W)`.
 
     It takes the arguments of :func:`torch.nn.utils.parametrizations.spectral_norm`.
 

@@ -104,6 +104,9 @@ def insert_self_attention(
 def remove_self_attention(model: M) -> M:
     """Undo :func:`insert_self_attention` everywhere in a model. Layers that it was built with stay.
 
+    Args:
+        model: any module, changed in place.
+
     Returns:
         The model itself, with the keys and the function that it had without the layers.
 

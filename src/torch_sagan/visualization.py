@@ -38,7 +38,8 @@ def attention_overlay(
     r"""What one or several query positions attend to, in colour over the image in grey.
 
     .. math::
-        \text{level}_i = \min\left(1,\ \frac{\beta_{ji}}{\max(\max_k \beta_{jk} / 2,\ 4 / M)}\right)
+        \text{level}_i = \min(1, \beta_{ji} / s_j), \qquad
+        s_j = \max(\max_k \beta_{jk} / 2,\ 4 / M)
 
     The query's row of the attention map is stretched over the image (bilinearly), and each level is both a position on
     a colour ramp and, times ``strength``, the opacity of that colour: positions without attention stay grey. All
