@@ -18,6 +18,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from emulated_kernels import kernels  # noqa: F401  a fixture
 from torch import Tensor
 
 # The examples that read checkpoints refuse a torch that cannot do so safely.
@@ -25,6 +26,8 @@ if torch.__version__ < "2.6":
     collect_ignore = [
         "test_checkpointing.py",
         "test_conditional_training.py",
+        "test_cuda.py",
+        "test_cuda_graph.py",
         "test_distributed.py",
         "test_evaluator.py",
         "test_examples.py",
@@ -34,6 +37,7 @@ if torch.__version__ < "2.6":
         "test_image_folder.py",
         "test_logging.py",
         "test_minimal.py",
+        "test_prefetch.py",
         "test_published.py",
         "test_recipes.py",
         "test_run_lock.py",

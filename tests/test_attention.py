@@ -29,6 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sagan import SelfAttention2d, apply_spectral_norm
 
+pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
+
 Build = Callable[[int], SelfAttention2d]
 
 VARIANTS: dict[str, Build] = {

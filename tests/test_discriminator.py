@@ -15,6 +15,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 from torch_sagan import SAGANDiscriminator, SelfAttention2d, SpectralNorm, spectral_norms
 
+pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
+
 SIZES = [16, 28, 32, 48, 64, 96, 128, 256]
 
 

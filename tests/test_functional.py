@@ -15,6 +15,8 @@ from torch import Tensor
 
 from torch_sagan import functional
 
+pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
+
 SIZES = st.integers(1, 6)
 
 
@@ -87,10 +89,11 @@ def test_keeps_the_dtype(dtype: torch.dtype) -> None:
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
 
 
-@pytest.fixture(params=["plain", "tiled", "autocast", "transformed", "compiled", "meta"])
+@pytest.fixture(params=["plain", "kernel", "autocast", "transformed", "compiled", "meta"])
 def attention_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
     """Attention on each of the paths that an input can take on the CPU, and on the meta device."""
-    monkeypatch.setattr(functional, "SMALL_MATRIX", 0 if request.param in ("tiled", "compiled") else 2**40)
+    small = 0 if request.param in ("kernel", "compiled") else 2**40
+    monkeypatch.setitem(functional.SMALL_MATRIX, "cpu", small)
     if request.param == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             yield functional.attention

@@ -16,6 +16,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 from torch_sagan import SAGANGenerator, SelfAttention2d, SpectralNorm, spectral_norm
 
+pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
+
 SIZES = [16, 28, 32, 48, 64, 96, 128, 256]
 
 Entry = tuple[Any, ...]

@@ -24,6 +24,8 @@ from torch_sagan import (
     zero_centered_gradient_penalty,
 )
 
+pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
+
 LOGITS = st.lists(st.floats(-5, 5, allow_subnormal=False), min_size=1, max_size=6)
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, spectral_norms
 
+pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
+
 PAGE = (Path(__file__).parent.parent / "docs" / "variants.md").read_text(encoding="utf-8")
 CLASSES = 1000
 

@@ -27,7 +27,7 @@ from torch_sagan.blocks import (
     spectral_norm_attention,
     stage_widths,
 )
-from torch_sagan.spectral import spectral_norm
+from torch_sagan.spectral import iterate_together, spectral_norm
 
 __all__ = ["SAGANDiscriminator"]
 
@@ -164,6 +164,7 @@ class SAGANDiscriminator(nn.Module):
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"expected images (B, {expected}), got {tuple(images.shape)}")
         check_labels(labels, self.num_classes, images.shape[0], on_device=True)
+        iterate_together(self)
         maps: list[Tensor] | None = [] if return_attention else None
         x = images
         for size, block in zip(self.sizes, self.blocks, strict=True):

@@ -15,6 +15,9 @@ Given the gradients a, B and C of a loss with respect to dq, dK and dV, its grad
 
     \bar{q} = K \bar{g} + B (p u), \qquad \bar{K} = q \bar{g}^\top + a (p u)^\top, \qquad
     \bar{V} = d (p s)^\top, \qquad \bar{d} = V (p s) + C p
+
+Each kernel is a pair of operators, forward and backward. :func:`register_derivatives` connects them, so that all
+kernels are differentiated in one way.
 """
 
 from __future__ import annotations
@@ -23,11 +26,53 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef  # without a public name up to torch 2.13
+from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["differentiable_gradients"]
+from torch_sagan.dispatch import no_autocast
 
-# Chosen by measuring: fewer cost call overhead, more fall out of the cache.
+__all__ = ["differentiable_gradients", "register_derivatives"]
+
+# On the CPU, chosen by measuring: fewer cost call overhead, more fall out of the cache.
 BLOCK_QUERIES = 64
+# Elsewhere launches are what costs, so a block is as large as memory allows: about ten matrices of (B, n, M) are alive
+# at once, each of at most this many entries (128 MiB in float32).
+BLOCK_ENTRIES = 2**25
+
+
+def register_derivatives(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Make a kernel differentiable twice, and declare its cost to FLOP counters, which cannot look inside an operator.
+
+    Args:
+        forward: an operator ``(query, key, value) -> (attended, *statistics)``, whose shapes are those of
+            :func:`torch_sagan.functional.attention`. The backward is given the statistics as they are.
+        backward: an operator ``(d_attended, query, key, value, attended, *statistics)`` that returns the gradients of
+            query, key and value.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)  # no zeros for statistics, which have no gradient
+        ctx.save_for_backward(*inputs, *output)
+
+    def differentiate(ctx: Any, d_attended: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if d_attended is None:
+            return None, None, None
+        query, key, value, *results = ctx.saved_tensors
+        with torch.no_grad():
+            gradients: tuple[Tensor, Tensor, Tensor] = backward(d_attended, query, key, value, *results)
+        if torch.is_grad_enabled():
+            return differentiable_gradients(gradients, d_attended, query, key, value)
+        return gradients
+
+    def forward_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * q[0] * q[2] * k[2] * (q[1] + v[1])
+
+    def backward_flops(_: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *__: Any, **___: Any) -> int:
+        return 2 * q[0] * q[2] * k[2] * (3 * q[1] + 2 * v[1])
+
+    forward.register_autograd(differentiate, setup_context=keep)
+    for operator, formula in (forward, forward_flops), (backward, backward_flops):
+        register_flop_formula(operator._opoverload.overloadpacket)(formula)
 
 
 def differentiable_gradients(
@@ -84,8 +129,10 @@ def _double_backward(
     g_d_attended, g_query = [], []
     g_key, g_value = torch.zeros_like(key), torch.zeros_like(value)
     key_b = torch.cat([key, b], dim=1)  # (B, 2D, M)
-    with torch.autocast(query.device.type, enabled=False):
-        for a_, d, q in zip(*(x.split(BLOCK_QUERIES, dim=2) for x in (a, d_attended, query)), strict=True):
+    on_cpu = query.device.type == "cpu"
+    block = BLOCK_QUERIES if on_cpu else max(BLOCK_QUERIES, BLOCK_ENTRIES // (len(key) * key.shape[2]))
+    with no_autocast(query.device.type):
+        for a_, d, q in zip(*(x.split(block, dim=2) for x in (a, d_attended, query)), strict=True):
             p = torch.softmax(q.mT @ key, dim=2)  # (B, n, M)
             u = d.mT @ value  # (B, n, M)
             u = u - (p * u).sum(dim=2, keepdim=True)

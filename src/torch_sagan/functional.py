@@ -12,13 +12,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_sagan.dispatch import is_autocast, is_transformed
-from torch_sagan.fused_attention import fused_attention
+from torch_sagan.fused_attention import fused_attention, has_kernel
 from torch_sagan.tiled_attention import tiled_attention
 
 __all__ = ["attention", "attention_map", "l2_as_dot_product", "power_iteration", "spectral_normalize"]
 
-# On the CPU attention matrices of up to this many entries in the whole batch are faster than tiles (measured).
-SMALL_MATRIX = 2**20
+# The kernels that do not materialize the attention matrix, by the type of the device. On the meta device, where nothing
+# is computed, operations and costs are counted as on CUDA.
+KERNELS = {"cpu": tiled_attention, "cuda": fused_attention, "meta": fused_attention}
+
+# Attention matrices of up to this many entries in the whole batch are faster than the kernel. Measured on the CPU; on
+# CUDA not yet: `make gpu` prints the times that decide it.
+SMALL_MATRIX = {"cpu": 2**20, "cuda": 0, "meta": 0}
 
 # Before PyTorch 2.7 exporting cannot be told from compiling: there, both materialise the matrix.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -44,9 +49,10 @@ def attention_map(query: Tensor, key: Tensor) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     r"""Exact softmax attention over positions: :math:`o_j = \sum_i \beta_{ji} h_i`.
 
-    On the CPU and on CUDA the attention matrix is not materialised, so memory grows with N + M. The exceptions are
-    small matrices on the CPU, which are faster that way; float64 on CUDA; other devices; exported programs; and where
-    only plain operations work (``torch.func``, forward-mode derivatives, ``torch.jit.trace``). Differentiable twice.
+    On the CPU and on CUDA the attention matrix is not materialized, so memory grows with N + M. The exceptions are
+    small matrices on the CPU, which are faster that way; float64 on CUDA; other devices, AMD's GPUs among them;
+    exported programs; and where only plain operations work (``torch.func``, forward-mode derivatives,
+    ``torch.jit.trace``). Differentiable twice.
 
     The weights :math:`\beta_{ji}` are those of :func:`attention_map`, and :math:`h_i` is column i of ``value``.
 
@@ -68,8 +74,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if _should_materialize(query, key, value):
         # In this order of the factors PyTorch's backward needs no transposed copies of the matrix.
         return torch.bmm(attention_map(query, key), value.mT).mT  # (B, E, N)
-    memory_efficient_attention = fused_attention if query.is_cuda else tiled_attention
-    return memory_efficient_attention(query, key, value)  # (B, E, N)
+    return KERNELS[query.device.type](query, key, value)  # (B, E, N)
 
 
 def l2_as_dot_product(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,42 +157,62 @@ def spectral_normalize(
 
     Source: Miyato et al., arXiv:1802.05957, equations 8 and 12.
     """
-    # u and v are given the dimensions of the weight, so that it need not be reshaped: u has size h along dim and 1
-    # elsewhere, v the other way round.
-    u = u.view([-1 if i == dim else 1 for i in range(weight.ndim)])
-    v = v.view([1 if i == dim else size for i, size in enumerate(weight.shape)])
     if _only_plain_operations(weight):
-        sigma = (u.detach().conj() * v.detach() * weight).sum()
+        u, v = _along(u.detach(), weight, dim), _across(v.detach(), weight, dim)
+        sigma = (u.conj() * v * weight).sum()
         return weight / torch.where(sigma.abs() > eps, sigma, 1.0)
-    normalized: Tensor = _DivideBySigma.apply(weight, u, v, sigma, eps)  # type: ignore[no-untyped-call]
+    nonzero = sigma.abs() > eps
+    divisor = torch.where(nonzero, sigma, 1.0)
+    return divide_by_sigma(weight, u * (nonzero / divisor.conj()), v, divisor, dim=dim, eps=eps)
+
+
+def divide_by_sigma(weight: Tensor, u: Tensor, v: Tensor, divisor: Tensor, *, dim: int, eps: float) -> Tensor:
+    """:func:`spectral_normalize` with sigma as it is needed: u divided by it, or zero where sigma counts as zero, and
+    the divisor, which is then 1."""
+    normalized: Tensor = _DivideBySigma.apply(  # type: ignore[no-untyped-call]
+        weight, _along(u, weight, dim), _across(v, weight, dim), divisor, eps
+    )
     return normalized
+
+
+# u and v are given the dimensions of the weight, so that it need not be reshaped.
+
+
+def _along(u: Tensor, weight: Tensor, dim: int) -> Tensor:
+    return u.view([-1 if i == dim else 1 for i in range(weight.ndim)])
+
+
+def _across(v: Tensor, weight: Tensor, dim: int) -> Tensor:
+    return v if v.ndim == weight.ndim else v.view([1 if i == dim else size for i, size in enumerate(weight.shape)])
 
 
 class _DivideBySigma(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor, divisor: Tensor, eps: float) -> Tensor:
         # No setup_context: with one, every call inspects the signature of forward, which takes 50 µs.
-        ctx.save_for_backward(weight, u, v, sigma)
+        ctx.save_for_backward(weight, u, v, divisor)
         ctx.eps = eps
-        return weight / torch.where(sigma.abs() > eps, sigma, 1.0)
+        return weight / divisor
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        weight, u, v, sigma = ctx.saved_tensors
+        weight, u, v, divisor = ctx.saved_tensors  # u is divided by sigma
         # nn.Embedding(sparse=True) has a sparse gradient, but the one through sigma reaches every row. A dense gradient
         # stays as it is; a branch on the layout would break compiling in torch 2.5.
         gradient = gradient.to_dense()
         if torch.is_grad_enabled():  # for a double backward, in which sigma depends on the weight
+            u = u * divisor.conj()
             sigma = (u.conj() * v * weight).sum()
-        nonzero = sigma.abs() > ctx.eps
-        divisor = torch.where(nonzero, sigma, 1.0)
-        # (G - <W / sigma, G> u v*) / sigma, with conjugates where the weight is complex
-        divisor = divisor.conj()
+            nonzero = sigma.abs() > ctx.eps
+            divisor = torch.where(nonzero, sigma, 1.0)
+            u = u * (nonzero / divisor.conj())
+        # (G - <W, G> u / sigma v*) / sigma, with conjugates where the weight is complex. Both are read in the order in
+        # which the weight is stored, so that a layout such as channels last needs no copy.
+        order = sorted(range(weight.ndim), key=lambda i: weight.stride(i), reverse=True)
         # reshape, because flatten refuses the batched gradients of is_grads_batched
-        product = torch.vdot(weight.reshape(-1), gradient.reshape(-1))
-        along = torch.where(nonzero, product, 0.0) / divisor
-        return torch.addcmul(gradient, -along * u, v.conj()).div_(divisor), None, None, None, None
+        product = torch.vdot(weight.permute(order).reshape(-1), gradient.permute(order).reshape(-1))
+        return torch.addcmul(gradient, product * u, v.conj(), value=-1).div_(divisor.conj()), None, None, None, None
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -211,10 +236,18 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _should_materialize(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    device = query.device.type
     # An exported program should hold plain operators that every runtime knows.
-    if _is_exporting() or query.device.type not in ("cpu", "cuda") or _only_plain_operations(query, key, value):
+    if _is_exporting() or device not in KERNELS or _only_plain_operations(query, key, value):
         return True
-    return query.device.type == "cpu" and query.shape[0] * query.shape[2] * key.shape[2] <= SMALL_MATRIX
+    if KERNELS[device] is fused_attention and not has_kernel(query.dtype):
+        return True
+    return query.shape[0] * query.shape[2] * key.shape[2] <= SMALL_MATRIX[device]
+
+
+def runs_custom_operations() -> bool:
+    """Whether operations run as they are called, by the CPU or a GPU: not in a compiler, a transform or a trace."""
+    return not (torch.compiler.is_compiling() or _only_plain_operations())
 
 
 def _only_plain_operations(*tensors: Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch_sagan.blocks import (
     stage_widths,
     to_image,
 )
-from torch_sagan.spectral import spectral_norm
+from torch_sagan.spectral import iterate_together, spectral_norm
 
 __all__ = ["SAGANGenerator"]
 
@@ -167,6 +167,7 @@ class SAGANGenerator(nn.Module):
         if z.shape[1:] not in ((self.z_dim,), (self.z_dim, 1, 1)):
             raise ValueError(f"expected z (B, {self.z_dim}) or (B, {self.z_dim}, 1, 1), got {tuple(z.shape)}")
         check_labels(labels, self.num_classes, z.shape[0], on_device=True)
+        iterate_together(self)
         maps: list[Tensor] | None = [] if return_attention else None
         x = z.reshape(z.shape[0], self.z_dim, 1, 1)  # (B, z_dim, 1, 1)
         for size, block in zip(self.sizes, self.blocks, strict=True):

@@ -204,10 +204,11 @@ def _costs(batch: int, channels: int, positions: int, itemsize: int, on_cpu: boo
     matrix = itemsize * b * n * n
     # The softmax's backward makes its gradient contiguous: gradient of the weights, its copy, gradient of the logits.
     plain = features + matrix, 3 * matrix
-    if on_cpu and b * n * n <= SMALL_MATRIX:
+    if on_cpu and b * n * n <= SMALL_MATRIX["cpu"]:
         return _Costs(operations, *plain, *plain)
-    # Gradients of result, value, query and key, and the factors of the logits with one more channel.
-    backward = itemsize * b * n * (2 * c + 4 * d + 2)
+    # Gradients of result, value, query and key, and the factors of the logits with one more channel; on CUDA, the
+    # kernel's arguments as rows of channels.
+    backward = itemsize * b * n * (2 * c + 4 * d + 2 if on_cpu else 4 * c + 4 * d)
     if on_cpu:
         threads = torch.get_num_threads()
         parts = math.gcd(n, max(1, threads // b))  # of each sample's queries, each with a copy of keys and values

@@ -12,9 +12,10 @@ from torch.nn.utils import parametrizations, parametrize
 from torch_sagan import functional
 from torch_sagan.arguments import at_least_one, one_of
 from torch_sagan.dispatch import no_autocast
+from torch_sagan.grouped_iteration import Iterated, Member, iterate
 from torch_sagan.legacy_spectral_norm import LegacySpectralNorm, legacy_hooks
 
-__all__ = ["Norm", "SpectralNorm", "as_matrix", "find_norm", "make_norm", "spectral_norm"]
+__all__ = ["Norm", "SpectralNorm", "as_matrix", "find_norm", "iterate_together", "make_norm", "spectral_norm"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -64,6 +65,7 @@ class SpectralNorm(nn.Module):
         self.n_power_iterations = n_power_iterations
         self.dim: int = dim % weight.ndim
         self.eps = eps
+        self._prepared: tuple[int, Iterated] | None = None  # the weight's version, and what was computed for it
         if weight.ndim > 1:
             h, w = as_matrix(weight, self.dim).shape
             self.register_buffer("_u", weight.new_empty(h))
@@ -73,6 +75,9 @@ class SpectralNorm(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The weight divided by its spectral norm, in the weight's own shape and dtype."""
         dtype = weight.dtype
+        prepared, self._prepared = self._prepared, None
+        if prepared and self.training and prepared[0] == weight._version:
+            return functional.divide_by_sigma(weight, *prepared[1], dim=self.dim, eps=self.eps)
         if weight.ndim == 1:
             sigma = torch.linalg.vector_norm(weight)
             return weight / torch.where(sigma > self.eps, sigma, 1.0)
@@ -121,6 +126,34 @@ class SpectralNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps}"
+
+
+def iterate_together(model: nn.Module) -> None:
+    """Run the power iterations of a model's next pass in training mode, those of all weights at once.
+
+    Each :class:`SpectralNorm` uses what was computed for it when its weight is next read, unless the weight has changed
+    by then. Weights in half precision, of tensor subclasses, or computed by other parametrizations iterate on their
+    own, when they are read, as all do under a compiler or a transform.
+    """
+    groups: dict[tuple[torch.device, torch.dtype, int, float], list[tuple[SpectralNorm, Tensor]]] = {}
+    for module in model.modules() if functional.runs_custom_operations() else ():
+        if isinstance(module, parametrize.ParametrizationList) and len(module) == 1:
+            norm, weight = module[0], module.original
+            if isinstance(norm, SpectralNorm) and norm.training and _can_be_grouped(norm, weight):
+                key = weight.device, weight.dtype, norm.n_power_iterations, norm.eps
+                groups.setdefault(key, []).append((norm, weight))
+    for (device, _, n_iterations, eps), norms in groups.items():
+        members = [Member(weight, norm.dim, norm._u, norm._v) for norm, weight in norms]
+        with no_autocast(device.type):
+            results = iterate(members, n_iterations=n_iterations, eps=eps)
+        for (norm, weight), result in zip(norms, results, strict=True):
+            norm._prepared = weight._version, result
+
+
+def _can_be_grouped(norm: SpectralNorm, weight: Tensor) -> bool:
+    # FullyShardedDataParallel leaves a part of the weight, of another shape or class, until its module is called.
+    whole = type(weight) is nn.Parameter and weight.ndim > 1 and weight.numel() == len(norm._u) * len(norm._v)
+    return whole and weight.dtype in (torch.float32, torch.float64) and norm._u.dtype == weight.dtype
 
 
 # A weight may be normalised by our parametrization, by PyTorch's (a class without a public name), or by its older hook.

@@ -23,13 +23,11 @@ Sources: Rabe and Staats, *Self-attention Does Not Need O(n²) Memory*, arXiv:21
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from torch_sagan.double_backward import differentiable_gradients
+from torch_sagan.double_backward import register_derivatives
 
 __all__ = ["tiled_attention"]
 
@@ -181,35 +179,7 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _backward(ctx: Any, d_attended: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, *forward_results = ctx.saved_tensors
-    with torch.no_grad():
-        gradients: tuple[Tensor, Tensor, Tensor] = _tiled_backward(d_attended, query, key, value, *forward_results)
-    if torch.is_grad_enabled():
-        return differentiable_gradients(gradients, d_attended, query, key, value)
-    return gradients
-
-
-_tiled.register_autograd(_backward, setup_context=_keep_for_backward)
-
-
-# FLOP counters cannot look inside an operator, so each declares the cost of its matrix products.
-
-
-@register_flop_formula(torch.ops.torch_sagan.tiled_attention)
-def _tiled_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * query[0] * query[2] * key[2] * (query[1] + value[1])
-
-
-@register_flop_formula(torch.ops.torch_sagan.tiled_attention_backward)
-def _tiled_backward_flops(
-    d_attended: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
-) -> int:
-    return 2 * query[0] * query[2] * key[2] * (3 * query[1] + 2 * value[1])
+register_derivatives(_tiled, _tiled_backward)
 
 
 def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,0 +1,129 @@
+"""The CUDA branch of attention on the CPU: PyTorch's memory-efficient kernels, computed there with real values.
+
+The operators are PyTorch's own, which on CUDA alone have a kernel. Here each gets one for CPU tensors, in plain
+arithmetic. It refuses what the real kernels refuse (channels with gaps, unaligned lengths and addresses, dtypes that
+differ) and returns what they return: the same layout, a logarithm padded to a multiple of 32 queries, and gradients
+with the strides of their tensors, in one storage where those share one. It takes float64 as well, which the real ones
+refuse, so that derivatives can be compared with finite differences.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_sagan import functional, fused_attention
+
+KERNELS = torch.library.Library("aten", "IMPL")
+ALIGNMENT = 16  # bytes
+
+
+def check(*tensors: Tensor) -> None:
+    """What the kernels ask for, of tensors (B, heads, positions, channels)."""
+    first, *_ = tensors
+    assert first.is_floating_point(), f"no kernel for {first.dtype}"
+    for tensor in tensors:
+        multiple = ALIGNMENT // tensor.itemsize
+        assert tensor.dtype == first.dtype, "query, key and value should have the same dtype"
+        assert tensor.ndim == 4
+        assert tensor.stride(3) == 1, "the last dimension must be contiguous"
+        assert tensor.shape[3] % multiple == 0, f"{tensor.shape[3]} channels are not aligned"
+        assert tensor.stride(0) % multiple == tensor.stride(2) % multiple == 0, "rows are not aligned"
+        assert tensor.data_ptr() % ALIGNMENT == 0, "the address is not aligned"
+
+
+def accumulated(tensor: Tensor) -> Tensor:
+    """In the precision in which the kernels multiply and add: at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@torch.autocast("cpu", enabled=False)
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert attn_bias is None
+    assert scale == 1.0
+    assert (dropout_p, is_causal, compute_log_sumexp) == (0.0, False, True)
+    check(query, key, value)
+    logits = accumulated(query) @ accumulated(key).mT  # (B, 1, N, M)
+    batch, heads, n = logits.shape[:3]
+    rows = value.new_empty(batch, n, heads, value.shape[3])
+    rows.copy_((torch.softmax(logits, dim=3) @ accumulated(value)).transpose(1, 2))
+    logsumexp = torch.full((batch, heads, 32 * math.ceil(n / 32)), math.inf, dtype=logits.dtype)
+    logsumexp[..., :n] = logits.logsumexp(dim=3)
+    return rows.transpose(1, 2), logsumexp, *(torch.empty((), dtype=torch.int64) for _ in range(2))
+
+
+@torch.autocast("cpu", enabled=False)
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    philox_seed: Tensor,
+    philox_offset: Tensor,
+    dropout_p: float,
+    grad_input_mask: list[bool],
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert attn_bias is None or attn_bias.numel() == 0
+    assert scale == 1.0
+    assert (dropout_p, is_causal) == (0.0, False)
+    assert list(grad_input_mask) == [True, True, True, False]
+    check(query, key, value, out, grad_out)
+    n = query.shape[2]
+    assert logsumexp.shape[2] == 32 * math.ceil(n / 32)
+    q, k, v, d, o = map(accumulated, (query, key, value, grad_out, out))
+    weights = (q @ k.mT - logsumexp[..., :n, None]).exp()  # (B, 1, N, M)
+    d_logits = weights * (d @ v.mT - (d * o).sum(dim=3, keepdim=True))
+    gradients = d_logits @ k, d_logits.mT @ q, weights.mT @ d
+    into = like_kernel(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
+    for target, gradient in zip(into, gradients, strict=True):
+        target.copy_(gradient.transpose(1, 2))
+    d_query, d_key, d_value = (target.transpose(1, 2) for target in into)
+    return d_query, d_key, d_value, query.new_empty(0)
+
+
+def like_kernel(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Where the kernel writes the gradients of tensors (B, positions, heads, channels)."""
+    storage, *others = (tensor.untyped_storage().data_ptr() for tensor in (query, key, value))
+    batch, n, heads, channels = query.shape
+    if query.shape[1::2] == key.shape[1::2] == value.shape[1::2] and others == [storage, storage]:
+        return query.new_empty(batch, n, 3, heads, channels).unbind(2)
+    strided = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in (query, key, value)]
+    if key.shape[3] == value.shape[3] and others[0] == others[1]:
+        strided[1:] = key.new_empty(batch, key.shape[1], 2, heads, key.shape[3]).unbind(2)
+    return tuple(strided)
+
+
+KERNELS.impl("_scaled_dot_product_efficient_attention", forward, "CPU")
+KERNELS.impl("_scaled_dot_product_efficient_attention_backward", backward, "CPU")
+
+
+def emulate(patch: pytest.MonkeyPatch) -> None:
+    """Send tensors on the CPU to the kernel for CUDA."""
+    patch.setitem(functional.KERNELS, "cpu", fused_attention.fused_attention)
+    patch.setitem(functional.SMALL_MATRIX, "cpu", functional.SMALL_MATRIX["cuda"])
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test takes the branch of the CPU, then that of CUDA."""
+    if request.param == "cuda":
+        emulate(monkeypatch)
