@@ -92,10 +92,12 @@ def main() -> None:
     parts: dict[str, Any] = {**networks, "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
     checkpoint, first = args.out / "checkpoint.pt", 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        # Adam counts its steps on the CPU: counters on the GPU would be waited for at the update of each weight.
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         first = state["step"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        g_optimizer.param_groups[0]["lr"], d_optimizer.param_groups[0]["lr"] = args.lr_g, args.lr_d
         print(f"resumed at step {first}")
 
     batches = endless(loader)

@@ -221,6 +221,8 @@ def start(args: dict[str, Any], ranks: Ranks, open_evaluator: OpenEvaluator) -> 
                 fail(f"--steps {config.steps}: the checkpoint is at step {first} already")
             cache = Path(config.cache_dir or Path(args["out"]).parent / "cache") if config.cache else None
             device = pick_device(config.device, ranks)
+            if config.cuda_graph and device.type != "cuda":
+                fail(f"--cuda-graph: expected a CUDA device, got {device}")
         same = checkpoint is not None and folder is not None and folder.resolve() == out.resolve()
         if first >= config.steps:
             with ranks.agreeing(ValueError):
@@ -228,15 +230,19 @@ def start(args: dict[str, Any], ranks: Ranks, open_evaluator: OpenEvaluator) -> 
                     redraw(restore(config, checkpoint, device, Ranks(), resume), out)
             print(f"complete  {config.out} is at step {first} (--steps {config.steps}); a larger --steps trains on")
             return 0
+        for verify in (True, False):  # one process of each machine verifies or builds a cache, then the others map it
+            with ranks.agreeing(ValueError):
+                if verify == (ranks.local_rank == 0):
+                    data = open_data(
+                        config.data,
+                        size=config.image_size,
+                        crop=crop_setting(config.crop),
+                        cache=cache,
+                        verify=verify,
+                        classes=config.classes,
+                        attributes=config.attributes,
+                    )
         with ranks.agreeing(ValueError):
-            data = open_data(
-                config.data,
-                size=config.image_size,
-                crop=crop_setting(config.crop),
-                cache=cache,
-                classes=config.classes,
-                attributes=config.attributes,
-            )
             state = begin(config, data, checkpoint, device, ranks, resume)
         with ranks.agreeing(ValueError):
             if ranks.first:
@@ -361,6 +367,7 @@ def announce(state: TrainingState, data: DataSource, reals: Path, checkpoint: di
     speed = [config.precision, *(["compiled"] if config.compile else [])]
     if config.compile and config.has_penalty:
         speed[-1] = "G compiled, D not (a compiled graph has no double backward)"
+    speed += ["in a CUDA graph"] if config.cuda_graph else []
     networks = f"{config.architecture}, G {weights[0]:,} and D {weights[1]:,} weights"
     print(f"networks  {networks}, on {state.device}")
     print(f"loss      {config.loss}" + (", D without spectral norm" if config.loss == "wgan-gp" else ""))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emulated_cuda import emulate_cuda
 from PIL import Image
 
 import minimal
@@ -55,6 +56,18 @@ def test_trains_and_resumes(images, tmp_path, monkeypatch, capsys):
         assert steps == {3}, "the optimisers went on, and did not begin anew"
         moved = [not torch.equal(value, first[name][key]) for key, value in last[name].items()]
         assert sum(moved) > len(moved) / 2
+
+
+def test_what_is_resumed_goes_where_it_belongs(images, tmp_path, monkeypatch):
+    """Adam's counters to the CPU, wherever the weights are; and the rates are those of the command line."""
+    run(monkeypatch, images, tmp_path / "out", "--steps", "1")
+    asked, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *file, **more: asked.append(more["map_location"]) or load(*file, **more))
+    with emulate_cuda(monkeypatch):
+        run(monkeypatch, images, tmp_path / "out", "--steps", "2", "--lr-g", "0.5", "--lr-d", "0.25")
+    assert asked == ["cpu"]
+    last = load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    assert [last[f"{name}_optimizer"]["param_groups"][0]["lr"] for name in "gd"] == [0.5, 0.25]
 
 
 def test_the_average_is_that_of_the_weights(images, tmp_path, monkeypatch):

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sagan import hinge_discriminator_loss, hinge_generator_loss
 from training.objectives import LOSSES, hinge, objective
-from training.step import GAN, Objective, Piece, training_step
+from training.step import GAN, Objective, Piece, share, total, training_step
 
 CLASSES, Z, PIXELS = 3, 5, 4
 
@@ -178,3 +179,22 @@ def test_gradients_stay_where_they_belong() -> None:
         assert parameter.requires_grad
         assert torch.equal(parameter.grad, d_gradients[name])
         assert torch.equal(parameter, before[name])
+
+
+def test_a_batch_of_one_piece_has_no_operators_for_several() -> None:
+    """Its loss is neither divided nor added up; only the losses of D and G are put together."""
+    loss, (batch,) = torch.randn(()), batches(1)
+    assert share(loss, batch) is loss
+    assert total([loss]) is loss
+
+    class Stacked(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function.overloadpacket is torch.ops.aten.stack
+            return function(*args, **(kwargs or {}))
+
+    for pieces, expected in ((1, 1), (2, 3)):
+        with Stacked() as stacked:
+            training_step(gan(hinge(0.0, identity)), batches(1, pieces=pieces))
+        assert stacked.count == expected

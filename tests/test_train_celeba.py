@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import train_celeba
 from torch_sagan import spectral_norms
 from training import checkpointing, model_card, objectives, sampling
+from training.average import update_average
 from training.command_line import interpreter, read_arguments, script
 from training.configuration import Config, default_out
 from training.data import InfiniteBatchSampler, digits
@@ -29,7 +30,7 @@ from training.image_folder import Batch, ImageFolder
 from training.objectives import LOSSES
 from training.sampling import draw
 from training.state import TrainingState
-from training.step import Piece, discriminator_step, generate, generator_step
+from training.step import Piece, discriminator_step, generate, generator_step, training_step
 
 GOOD = 10
 
@@ -176,6 +177,21 @@ def test_the_average_averages_weights_and_copies_buffers():
     for name, buffer in state.average.named_buffers():
         torch.testing.assert_close(buffer, buffers[name], rtol=0, atol=0)
     assert not state.average.training
+
+
+def test_buffers_of_the_average_are_copied_at_once(monkeypatch):
+    """One operator for each type of number, not one for each buffer; and what is copied is equal, integers too."""
+    state = tiny_state(architecture="resnet")
+    training_step(state.gan, noise(state))
+    copied, copy_all = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *tensors: copied.append(tensors[0]) or copy_all(*tensors))
+    update_average(state.average, state.generator, decay=0.5, steps=0)
+    assert {len({tensor.dtype for tensor in tensors}) for tensors in copied} == {1}
+    assert sorted(str(tensors[0].dtype) for tensors in copied) == ["torch.float32", "torch.int64"]
+    buffers = dict(state.generator.named_buffers())
+    assert any(name.endswith("num_batches_tracked") and count == 1 for name, count in buffers.items())
+    for name, buffer in state.average.named_buffers():
+        assert torch.equal(buffer, buffers[name])
 
 
 def test_drawing_and_scoring_recalibrate_a_copy_of_the_average(tmp_path, monkeypatch):
@@ -545,6 +561,54 @@ def test_resuming_keeps_the_settings_except_those_given(tmp_path, capsys):
     assert state["generator_optimizer"]["param_groups"][0]["lr"] == 0.003
     assert state["discriminator_optimizer"]["param_groups"][0]["lr"] == 0.007
     assert "changed   --steps 2 (it has 1), --lr-d 0.007 (it has 0.0004)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("before", "after"), [("no", "yes"), ("yes", "no")])
+def test_moments_take_the_layout_of_their_weights(before, after):
+    """The next update is bitwise that of a run that never changed its layout. (Gradients are given, since convolutions
+    of another layout round differently.)"""
+    first = tiny_state(channels_last=before, beta1=0.5, lr_g=0.01, lr_d=0.01)
+    drawn = noise(first)
+    for _ in range(2):
+        first.advance(drawn)
+    saved = copy.deepcopy(first.state_dict())
+    updated = []
+    for layout in (before, after):
+        state = tiny_state(channels_last=layout, beta1=0.5, lr_g=0.01, lr_d=0.01)
+        state.load_state_dict(copy.deepcopy(saved))
+        rng = torch.Generator().manual_seed(1)
+        for network in ("generator", "discriminator"):
+            optimizer = getattr(state, f"{network}_optimizer")
+            for weight in getattr(state, network).parameters():
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    assert optimizer.state[weight][moment].stride() == weight.stride()
+                weight.grad = torch.empty_like(weight).copy_(torch.randn(weight.shape, generator=rng))
+            optimizer.step()
+        updated.append([dict(getattr(state, network).named_parameters()) for network in ("generator", "discriminator")])
+    changed = 0
+    for one, other in zip(*updated, strict=True):
+        for name, weight in one.items():
+            assert torch.equal(weight, other[name]), name
+            changed += weight.stride() != other[name].stride()
+    assert changed > 2
+
+
+def test_how_adam_computes_is_a_setting_of_the_run_and_not_of_the_checkpoint():
+    state = tiny_state()
+    state.advance(noise(state))
+    saved, groups = state.state_dict(), copy.deepcopy(state.generator_optimizer.state_dict()["param_groups"])
+    (group,) = saved["generator_optimizer"]["param_groups"]
+    other = {
+        "fused": None,
+        "foreach": True,
+        "capturable": True,
+        "lr": torch.tensor(0.5),
+        "eps": 1.0,
+        "betas": (0.1, 0.2),
+    }
+    saved["generator_optimizer"]["param_groups"] = [group | other]
+    state.load_state_dict(saved)
+    assert state.generator_optimizer.state_dict()["param_groups"] == groups
 
 
 def test_auto_begins_goes_on_and_ends(tmp_path, capsys):

@@ -25,8 +25,10 @@ def update_average(average: nn.Module, model: nn.Module, *, decay: float, steps:
     decay = min(decay, (1 + steps) / (10 + steps)) if steps >= 0 else 0.0
     get_ema_multi_avg_fn(decay)(list(average.parameters()), list(model.parameters()), 0)
     # Buffers (u and v, batch-norm statistics) are copied: averaged ones would not belong to any weights.
-    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
-        ours.copy_(theirs)
+    buffers = list(zip(average.buffers(), model.buffers(), strict=True))
+    for dtype in {ours.dtype for ours, _ in buffers}:  # CUDA copies tensors of one type at once, mixed ones one by one
+        ours, theirs = zip(*(pair for pair in buffers if pair[0].dtype == dtype), strict=True)
+        torch._foreach_copy_(ours, theirs)
 
 
 def recalibrated(average: SAGANGenerator) -> SAGANGenerator:

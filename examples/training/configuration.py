@@ -53,6 +53,7 @@ class Config:
     device: str = option("auto", "speed", "cpu, cuda, cuda:1, mps …; auto takes a GPU if there is one")
     precision: str = option("float32", "speed", "bf16: autocast; weights stay float32", choices=("float32", "bf16"))
     compile: bool = option(False, "speed", "compile G and D with torch.compile (with a gradient penalty, G alone)")
+    cuda_graph: bool = option(False, "speed", "start a step's kernels at once, as a CUDA graph; one process, on CUDA")
     channels_last: str = option("auto", "speed", "layout of feature maps; auto: on CUDA", choices=("auto", "yes", "no"))
     grad_accum_steps: int = option(1, "speed", "passes that a step's images are divided among, to save memory", least=1)
     sync_batch_norm: bool = option(True, "speed", "batch norm over the images of all processes, on CUDA")
@@ -101,6 +102,10 @@ def check(config: Config, processes: int) -> None:
     if config.batch_size % (processes * config.grad_accum_steps):
         shares = f"{processes} × {config.grad_accum_steps}"
         fail(f"--batch-size {config.batch_size} cannot be divided evenly (processes × --grad-accum-steps: {shares})")
+    if config.cuda_graph and processes > 1:
+        fail(f"--cuda-graph: a graph is of one process, got {processes} (NCCL's part of a step is not captured)")
+    if config.cuda_graph and config.compile:
+        fail("--cuda-graph with --compile has not been tested: give one of the two")
     try:
         augmentation(config.augment)
     except ValueError as error:

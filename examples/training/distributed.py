@@ -33,8 +33,9 @@ Rows = TypeVar("Rows", Tensor, list[Any])
 # What gloo and NCCL report when another process has ended.
 LOST = re.compile(r"onnection closed by peer|onnection reset by peer|roken pipe|remote process exited")
 
-# The first process saves, draws and evaluates while the others wait.
-TIMEOUT = timedelta(hours=3)
+# The first process of each machine decodes the images, and the very first saves, draws and evaluates, while the others
+# wait.
+TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ class Ranks:
             return model
         # A weight with a dimension of size one has several equivalent strides, of which DDP warns.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        on_gpu = next(model.parameters()).is_cuda
-        return DistributedDataParallel(model, device_ids=[self.local_rank] if on_gpu else None)
+        device = next(model.parameters()).device
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     def synchronized_batch_norm(self, model: nn.Module) -> nn.Module:
         """Batch norm over the images of all processes, which PyTorch has on CUDA alone."""
@@ -232,17 +233,20 @@ def pick_device(name: str, ranks: Ranks) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cpu" if name == "mps" and ranks.world > 1 else name
-    if ranks.world > 1:
-        if name not in ("cpu", "cuda"):
-            fail(f"--device {name}: several processes cannot share it, give cuda (each takes its own) or cpu")
-        name = f"cuda:{ranks.local_rank}" if name == "cuda" else name
+    if ranks.world > 1 and name not in ("cpu", "cuda"):
+        fail(f"--device {name}: several processes cannot share it, give cuda (each takes its own) or cpu")
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", ranks.local_rank) if name == "cuda" else torch.device(name)
         torch.empty(0, device=device)
         torch.Generator(device)  # latent vectors will be drawn on it
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {name}: {str(error).splitlines()[0].split('. ')[0]}")  # torch's advice can fill a page
+        reason = str(error).splitlines()[0].split(". ")[0]  # torch's advice can fill a page
+        if "invalid device ordinal" in reason:
+            reason = f"expected a GPU below cuda:{torch.cuda.device_count()}, got {device}"
+            reason += f" for one of {ranks.world} processes, which take each its own" if ranks.world > 1 else ""
+        fail(f"--device {name}: {reason}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32: 10-bit products summed in float32, several times faster
+        torch.backends.cudnn.benchmark = True  # every step has the same sizes: the fastest algorithms are found once
     return device

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d
@@ -18,6 +20,7 @@ from training.average import update_average
 from training.checkpointing import versions
 from training.command_line import resolutions
 from training.configuration import Config
+from training.cuda_graph import GraphedStep
 from training.distributed import SINGLE_PROCESS, Ranks
 from training.image_folder import Batch
 from training.logging import Means
@@ -71,10 +74,17 @@ class TrainingState:
         self.best: dict[str, float] = {}  # the lowest score of an evaluation so far, by the score's name
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.means = Means({"G": self.generator, "D": self.discriminator}, ranks)
+        self.take_step = self.build_step()
+
+    def build_step(self) -> Callable[[Iterator[list[Piece]]], Tensor]:
+        """The training step of these networks and optimizers as they are now."""
+        if self.config.cuda_graph:
+            return GraphedStep(self.gan, d_steps=self.config.d_steps)
+        return partial(training_step, self.gan, d_steps=self.config.d_steps)
 
     def advance(self, batches: Iterator[list[Piece]]) -> Tensor:
         """One step of G and its steps of D. Returns the losses of D and G (2,), on the device."""
-        losses = training_step(self.gan, batches, d_steps=self.config.d_steps)
+        losses = self.take_step(batches)
         self.ranks.average_statistics(self.generator)
         steps = self.step - self.config.ema_start
         update_average(self.average, self.generator, decay=self.config.ema_decay, steps=steps)
@@ -159,13 +169,16 @@ class TrainingState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, on any device and any number of processes."""
         for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+            if isinstance(part, Optimizer):
+                load_moments(part, state[name])
+            else:
+                part.load_state_dict(state[name])
         for network, lr in (("generator", self.config.lr_g), ("discriminator", self.config.lr_d)):
-            # Rates, betas and length of the run are those of the command line, not of the checkpoint.
+            # Rates and length of the run are those of the command line, not of the checkpoint.
             getattr(self, f"{network}_scheduler").base_lrs = [lr]
             (group,) = getattr(self, f"{network}_optimizer").param_groups
             group["lr"] = lr * self.lr_factor(state["step"])
-            group["betas"] = (self.config.beta1, self.config.beta2)
+        self.take_step = self.build_step()  # a graph would have the moments from before
         self.step, self.images = state["step"], state["images"]
         self.best, self.scores = state["best"], state["scores"]
         self.means.losses = state["losses"].view(-1, 2)
@@ -213,3 +226,16 @@ def build_networks(
 def adam(model: nn.Module, lr: float, config: Config) -> torch.optim.Adam:
     """The optimiser of one network."""
     return torch.optim.Adam(model.parameters(), lr=lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def load_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Continue with a checkpoint's moments and counts of steps, but with this optimizer's settings.
+
+    `load_state_dict` keeps the layout that the moments had when they were saved. The fused update goes through the
+    memory of weight and moments in parallel, so each needs the layout of its weight, or elements would be mixed up.
+    """
+    optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
+    for weight, values in optimizer.state.items():
+        for name, value in values.items():
+            if name != "step":
+                values[name] = torch.empty_like(weight, requires_grad=False).copy_(value)

@@ -100,11 +100,11 @@ def discriminator_step(gan: GAN, batch: Sequence[Piece], fakes: Iterable[Tensor]
             # Outside autocast: a gradient of a gradient needs full precision.
             real, generated = images.chunk(2)
             loss = loss + gan.objective.penalty(unwrap(gan.discriminator), real, generated, piece.labels)
-            loss = loss / len(batch)
+            loss = share(loss, batch)
             loss.backward()
         losses.append(loss.detach())
     gan.discriminator_optimizer.step()
-    return torch.stack(losses).sum()
+    return total(losses)
 
 
 def generator_step(gan: GAN, batch: Sequence[Piece], fakes: Iterable[Tensor]) -> Tensor:
@@ -116,12 +116,25 @@ def generator_step(gan: GAN, batch: Sequence[Piece], fakes: Iterable[Tensor]) ->
     for piece, fake in zip(batch, fakes, strict=True):
         fake_logits = score(gan, discriminator, augment(fake), piece.labels)  # (B,)
         real_logits = partial(_score_augmented, gan, discriminator, piece)
-        loss = gan.objective.generator_loss(fake_logits, real_logits) / len(batch)
+        loss = share(gan.objective.generator_loss(fake_logits, real_logits), batch)
         loss.backward()
         losses.append(loss.detach())
     gan.generator_optimizer.step()
     discriminator.requires_grad_(True)
-    return torch.stack(losses).sum()
+    return total(losses)
+
+
+# A batch of one piece needs neither of the two, and on a GPU a launch takes longer than its arithmetic.
+
+
+def share(loss: Tensor, batch: Sequence[Piece]) -> Tensor:
+    """A piece's part of the mean over its batch."""
+    return loss if len(batch) == 1 else loss / len(batch)
+
+
+def total(losses: Sequence[Tensor]) -> Tensor:
+    """The sum of the parts of all pieces."""
+    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum()
 
 
 def score(gan: GAN, discriminator: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
