@@ -9,17 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import SCRIPT, TINY, checkpoint, lines, resume, train
 
 import train_celeba
 from training.configuration import Config
-from training.data import InfiniteBatchSampler, digits
+from training.data import InfiniteBatchSampler, digits, open_data
 from training.distributed import Ranks, ShardSampler, pick_device
+from training.image_cache import CHECKSUM
 from training.run_lock import RunLock
 from training.state import TrainingState
 
@@ -47,6 +50,27 @@ status = train_celeba.main(sys.argv[1:])
 threads = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
 Path(out + ".threads").write_text("".join(threads))
 sys.exit(status)
+"""
+
+
+# The trainer, and beside it what each process read to verify or build a cache, and the images that it mapped.
+READER = """
+import os, sys, zlib
+sys.path.insert(0, {examples!r})
+import train_celeba
+from pathlib import Path
+from types import SimpleNamespace
+from training import image_cache
+checked, open_data = [], train_celeba.open_data
+def crc32(data, value=0):
+    checked.append(len(data))
+    return zlib.crc32(data, value)
+def watched(*arguments, **more):
+    data = open_data(*arguments, **more)
+    Path({out!r} + os.environ["RANK"]).write_text(f"{{sum(checked)}} {{zlib.crc32(data.images)}}")
+    return data
+image_cache.zlib, train_celeba.open_data = SimpleNamespace(crc32=crc32), watched
+sys.exit(train_celeba.main(sys.argv[1:]))
 """
 
 
@@ -118,6 +142,31 @@ def test_two_processes(settings, tmp_path):
     d_steps = 2 if "--d-steps" in settings else 1
     assert checkpoint(tmp_path / "run")["images"] == (steps + 2) * 8 * d_steps
     assert [line["step"] for line in lines(tmp_path / "run")] == [steps, steps + 2]
+
+
+@pytest.mark.slow  # torchrun, and two processes that import torch
+@pytest.mark.parametrize("damaged", [False, True])
+def test_one_process_of_a_machine_verifies_the_cache_for_the_others(damaged, tmp_path):
+    images, cache = tmp_path / "images", tmp_path / "cache"
+    images.mkdir()
+    for i in range(9):
+        Image.new("RGB", (20, 20), (28 * i, 0, 0)).save(images / f"{i}.png")
+    expected = zlib.crc32(open_data(str(images), size=16, cache=cache).images)
+    (path,) = cache.glob("*.npy")
+    if damaged:
+        content = bytearray(path.read_bytes())
+        content[1000] ^= 1
+        path.write_bytes(content)
+    reader = tmp_path / "reader.py"
+    reader.write_text(READER.format(examples=str(Path(train_celeba.__file__).parent), out=str(tmp_path / "rank")))
+    command = [*TORCHRUN, str(reader), *TINY, "--no-tensorboard", "--data", str(images), "--out", str(tmp_path / "run")]
+    done = subprocess.run([*command, "--steps", "1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("damaged, decoded again") == damaged
+    (first, mapped), (second, seen) = ((tmp_path / f"rank{rank}").read_text().split() for rank in (0, 1))
+    assert int(first) == path.stat().st_size - CHECKSUM or damaged
+    assert int(second) == 0
+    assert int(mapped) == int(seen) == expected
 
 
 @pytest.mark.slow  # torchrun, and two processes that import torch

@@ -251,6 +251,33 @@ def test_a_disk_that_does_not_keep_what_is_written_is_an_error(folder, tmp_path,
         cached(folder, tmp_path / "cache")
 
 
+def test_beside_a_process_that_has_verified_it_nothing_is_read_again(folder, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    expected = cached(folder, cache).images.copy()
+    (path,) = caches(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_cache, "zlib", SimpleNamespace(crc32=lambda *_: pytest.fail("verified again")))
+        source = open_data(str(folder), size=16, crop=160, cache=cache, verify=False)
+    np.testing.assert_array_equal(source.images, expected)
+    for spoil in (lambda: os.truncate(path, 5000), lambda: path.unlink()):  # no process of this machine has verified it
+        spoil()
+        source = open_data(str(folder), size=16, crop=160, cache=cache, verify=False)
+        np.testing.assert_array_equal(source.images, expected)
+        np.testing.assert_array_equal(np.load(path), expected)
+
+
+def test_the_classes_of_an_unverified_cache_are_those_of_its_rows(folder, tmp_path):
+    for path in folder.glob("*.jpg"):
+        (folder / "some").mkdir(exist_ok=True)
+        path.rename(folder / "some" / path.name)
+    first, second = (
+        open_data(str(folder), size=16, cache=tmp_path / "cache", verify=verify, classes="own")
+        for verify in (True, False)
+    )
+    assert first.labels.classes == second.labels.classes == ("more", "some")
+    np.testing.assert_array_equal(first.labels.numbers, second.labels.numbers)
+
+
 def test_the_random_state_does_not_know_of_it(folder, tmp_path):
     before = torch.get_rng_state()
     cached(folder, tmp_path / "cache")

@@ -99,13 +99,14 @@ def open_data(
     size: int,
     crop: int | None = None,
     cache: Path | None = None,
+    verify: bool = True,
     classes: str = "none",
     attributes: str = "",
 ) -> DataSource:
     """The data set that `--data` names, with the classes that `--classes` names.
 
-    A folder of images is decoded once, into the folder `cache`, or in every epoch without one. All other data sets are
-    read into memory within seconds.
+    A folder of images is decoded once, into the folder `cache`, or in every epoch without one; `verify` says whether a
+    cache that is there has its checksum verified. All other data sets are read into memory within seconds.
 
     Every error is a ValueError or an OSError with one line.
     """
@@ -125,7 +126,7 @@ def open_data(
         source = mnist(root, size)
     else:
         labeling = _attribute_labeling(root, named, attributes) if named else from_folders if classes == "own" else None
-        return _open_folder(data, size, crop, cache, labeling)
+        return _open_folder(data, size, crop, cache, verify, labeling)
     if named:
         raise ValueError(f"--classes {classes}: {data} has no attributes, give own or none")
     assert source.labels is not None
@@ -193,7 +194,9 @@ def _attribute_labeling(root: Path, names: list[str], attributes: str) -> Labeli
     return partial(from_attributes, table=table, attributes=names)
 
 
-def _open_folder(data: str, size: int, crop: int | None, cache: Path | None, labeling: Labeling | None) -> DataSource:
+def _open_folder(
+    data: str, size: int, crop: int | None, cache: Path | None, verify: bool, labeling: Labeling | None
+) -> DataSource:
     root = Path(data)
     if not root.exists():
         raise ValueError(f"--data {data}: no such folder or zip archive (and neither 'faces' nor 'digits')")
@@ -217,7 +220,7 @@ def _open_folder(data: str, size: int, crop: int | None, cache: Path | None, lab
     folder.read(0)  # raises an error before the training starts if no image can be decoded
     if cache is None:
         return folder
-    images, sources = open_cache(folder, cache)
+    images, sources = open_cache(folder, cache, verify=verify)
     return ArrayDataset(images, folder.labels and folder.labels.only(sources.tolist()), folder=folder)
 
 

@@ -48,12 +48,16 @@ class Decoded(NamedTuple):
     sources: NDArray[np.int64]  # (N,) the number of the image in each row: its own, or of the one that replaces it
 
 
-def open_cache(folder: ImageFolder, directory: Path) -> Decoded:
-    """All images of a folder from its cache in `directory`, which is built if necessary."""
+def open_cache(folder: ImageFolder, directory: Path, *, verify: bool = True) -> Decoded:
+    """All images of a folder from its cache in `directory`, which is built if necessary.
+
+    Without `verify` only the length of a cache that is there is checked, in no time: for a process beside another one
+    that has just verified it.
+    """
     shape = (len(folder), 3, folder.size, folder.size)
     stem = _stem(folder)
     path = directory / f"{stem}-{_fingerprint(folder)}.npy"
-    images = _map(path, shape)
+    images = _map(path, shape, verify=verify)
     if images is not None:
         return images
     directory.mkdir(parents=True, exist_ok=True)
@@ -100,8 +104,8 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-def _map(path: Path, shape: tuple[int, ...]) -> Decoded | None:
-    """The cache, or None if there is none or its checksum is wrong."""
+def _map(path: Path, shape: tuple[int, ...], *, verify: bool = True) -> Decoded | None:
+    """The cache, or None if there is none, it has another length, or its checksum is wrong."""
     header = _header(shape)
     pixels = len(header) + math.prod(shape)
     end = pixels + 8 * shape[0]
@@ -111,10 +115,11 @@ def _map(path: Path, shape: tuple[int, ...]) -> Decoded | None:
                 return None
             # Read, not mapped: at a bad sector a read raises an error, while access to a mapping kills the process.
             checksum = 0
-            for start in range(0, pixels, CHUNK):
+            for start in range(0, pixels, CHUNK) if verify else ():
                 checksum = zlib.crc32(file.read(min(CHUNK, pixels - start)), checksum)
+            file.seek(pixels)
             sources = file.read(end - pixels)
-            if file.read() != zlib.crc32(sources, checksum).to_bytes(CHECKSUM, "little"):
+            if verify and file.read() != zlib.crc32(sources, checksum).to_bytes(CHECKSUM, "little"):
                 return None
             images = np.memmap(file, np.uint8, "r", offset=len(header), shape=shape)
             return Decoded(images, np.frombuffer(sources, np.dtype("<i8")).astype(np.int64))

@@ -42,6 +42,11 @@ class Batch(NamedTuple):
     labels: Tensor | None  # (B,), if the data set has classes
     unreadable: dict[str, str]  # files that could not be read, each with the reason
 
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, which a GPU reads while the program goes on."""
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return self._replace(images=self.images.pin_memory(), labels=labels)
+
 
 class ImageFolder(Dataset[Batch]):
     """The images below a folder, at any depth, cropped and resized. `others` are the files left out, each with the

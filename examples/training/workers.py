@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from training.prefetch import prefetched
+
 
 def usable_cores() -> int:
     """The number of cores that this process may use, which is also the most workers that make sense."""
@@ -25,9 +27,28 @@ def usable_cores() -> int:
 def decoded(source: Dataset[Any], batches: Iterable[Any], *, workers: int, pin_memory: bool = False) -> Iterator[Any]:
     """The items of `source` for each batch, in order, from `workers` processes, or from this one if there are 0.
 
+    With `pin_memory`, for a GPU, they are in page-locked memory, and a thread makes them ahead where no workers do.
+
     Raises:
         OSError: if a worker was killed, or its source can no longer be read.
     """
+    images: Iterator[Any]
+    if workers:
+        images = _from_workers(source, batches, workers, pin_memory)
+    elif pin_memory:
+        images = prefetched(source[batch].pin_memory() for batch in batches)
+    else:  # on the CPU a thread would only take a core from the step
+        images = map(source.__getitem__, batches)
+    try:
+        yield from images
+    except (RuntimeError, ValueError, OSError, EOFError) as error:
+        said = str(error).strip() or "a worker was killed while it transferred them"
+        said = said.splitlines()[-1 if workers else 0]  # a worker's begins with its traceback
+        reason = said.removeprefix(f"{type(error).__name__}: ")
+        raise OSError(f"no more images: {reason}") from None
+
+
+def _from_workers(source: Dataset[Any], batches: Iterable[Any], workers: int, pin_memory: bool) -> Iterator[Any]:
     loader = DataLoader(
         source,
         sampler=batches,
@@ -38,17 +59,12 @@ def decoded(source: Dataset[Any], batches: Iterable[Any], *, workers: int, pin_m
         worker_init_fn=obey_only_the_parent,
     )
     # The loader's handler of SIGCHLD raises an error as soon as a worker dies, perhaps in the middle of a save. Without
-    # the handler the error is raised here, some seconds after the worker's images are due.
+    # the handler the error is raised by `next`, some seconds after the worker's images are due.
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     images = iter(loader)
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)
-    try:
-        yield from images
-    except (RuntimeError, ValueError, OSError, EOFError) as error:
-        said = str(error).strip() or "a worker was killed while it transferred them"
-        reason = said.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")  # after a worker's traceback
-        raise OSError(f"no more images: {reason}") from None
+    return images
 
 
 def obey_only_the_parent(worker: int) -> None:
