@@ -108,8 +108,7 @@ def open_evaluator(config: Config, data: DataSource, device: torch.device) -> Ev
 
 def evaluate_average(state: TrainingState, evaluate: Evaluate) -> bool:
     """Score the averaged generator. Returns whether it is the best so far."""
-    with torch.random.fork_rng([state.device] if state.device.type == "cuda" else []):  # not the training's numbers
-        state.scores = evaluate(usable_average(state), state.config.seed)
+    state.scores = evaluate(usable_average(state), state.config.seed)
     name, score = next(iter(state.scores.items()))
     # On a machine without Inception another score selects; it is compared only with scores of the same name.
     best = score < state.best.get(name, math.inf)

@@ -137,7 +137,6 @@ def test_two_processes(settings, tmp_path):
         assert ours + theirs == [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in batch]
 
     # And one process continues.
-    assert len(checkpoint(tmp_path / "run")["random"]["ranks"]) == 2
     assert resume(tmp_path / "run", "--steps", str(steps + 2)) == 0
     d_steps = 2 if "--d-steps" in settings else 1
     assert checkpoint(tmp_path / "run")["images"] == (steps + 2) * 8 * d_steps
@@ -184,7 +183,6 @@ def test_two_processes_go_on_from_one_and_stop_at_the_same_step(tmp_path):
     assert out.count("stopped at step") == 1, err
     state = checkpoint(tmp_path)
     assert state["step"] >= 5
-    assert len(state["random"]["ranks"]) == 2
     assert f"checkpoint-{state['step']:06d}.pt" in out
     assert "rank1" not in err  # where torch begins the lines of a traceback
 

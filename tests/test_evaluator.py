@@ -421,7 +421,7 @@ def test_a_training_with_evaluation_ends_where_one_without_does(tmp_path):
     for name, every in (("evaluated", "2"), ("not", "0")):
         train(tmp_path / name, *settings, "--eval-every", every)
         end = checkpoint(tmp_path / name)
-        ends.append({part: end[part] for part in ("generator", "discriminator", "average", "random", "images")})
+        ends.append({part: end[part] for part in ("generator", "discriminator", "average", "images")})
     assert_same(*ends)
     scores = {line["step"]: line["scores"] for line in lines(tmp_path / "evaluated") if "scores" in line}
     assert scores.keys() == {2, 4}

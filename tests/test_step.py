@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sagan import hinge_discriminator_loss, hinge_generator_loss
+from training.configuration import Config
+from training.image_folder import Batch
 from training.objectives import LOSSES, hinge, objective
+from training.state import TrainingState, random_seed
 from training.step import GAN, Objective, Piece, share, total, training_step
 
 CLASSES, Z, PIXELS = 3, 5, 4
@@ -198,3 +201,23 @@ def test_a_batch_of_one_piece_has_no_operators_for_several() -> None:
         with Stacked() as stacked:
             training_step(gan(hinge(0.0, identity)), batches(1, pieces=pieces))
         assert stacked.count == expected
+
+
+def test_random_numbers_of_a_step_depend_on_seed_step_and_process_alone() -> None:
+    keys = [(rank, seed, step) for rank in range(3) for seed in (0, 1, 2**61) for step in (0, 1, 100_000)]
+    assert len({random_seed(*key) for key in keys}) == len(keys)
+    assert random_seed(1, 2, 3) == random_seed(1, 2, 3)
+    drawn = []
+    for noise_before in (0, 5):
+        state = TrainingState(
+            Config(image_size=8, base_channels=2, batch_size=2, noise=0.1), device=torch.device("cpu")
+        )
+        images = Batch(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), None, {})
+        batches = state.batches(iter([images] * 2))
+        state.advance(batches)
+        torch.randn(noise_before)  # by whatever runs between two steps
+        state.latents.seed()
+        state.advance(batches)
+        drawn.append(state.discriminator.state_dict())
+    for name, value in drawn[0].items():
+        assert torch.equal(value, drawn[1][name]), name

@@ -19,7 +19,7 @@ from training.tensor_files import read
 
 # What a checkpoint contains besides the state dicts.
 CONTENTS = {
-    "config": dict, "classes": dict, "random": dict, "versions": dict, "best": dict, "scores": dict,
+    "config": dict, "classes": dict, "versions": dict, "best": dict, "scores": dict,
     "step": int, "images": int, "losses": torch.Tensor,
 }  # fmt: skip
 

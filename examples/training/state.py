@@ -1,4 +1,7 @@
-"""The state of a training run, which a checkpoint stores: networks, optimisers, random states, counts."""
+"""The state of a training run, which a checkpoint stores: networks, optimizers, counts.
+
+Random numbers are not part of it: each step starts them anew from the run's seed and its own number.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -67,8 +71,7 @@ class TrainingState:
             objective(config.loss, config.penalty, augmentation(config.augment, config.noise)),
             self.autocast,
         )
-        self.latents = torch.Generator(device).manual_seed(config.seed + 1)  # the same numbers on every process
-        torch.manual_seed(config.seed + 3 + ranks.rank)  # others on each, for penalties, augmentation and noise
+        self.latents = torch.Generator(device)
         self.step = 0
         self.images = 0  # read from the data so far, by all processes together
         self.best: dict[str, float] = {}  # the lowest score of an evaluation so far, by the score's name
@@ -84,6 +87,9 @@ class TrainingState:
 
     def advance(self, batches: Iterator[list[Piece]]) -> Tensor:
         """One step of G and its steps of D. Returns the losses of D and G (2,), on the device."""
+        self.latents.manual_seed(random_seed(0, self.config.seed, self.step))  # the same numbers on every process
+        # Others on each, for penalties, augmentation and noise.
+        torch.manual_seed(random_seed(1 + self.ranks.rank, self.config.seed, self.step))
         losses = self.take_step(batches)
         self.ranks.average_statistics(self.generator)
         steps = self.step - self.config.ema_start
@@ -147,17 +153,9 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint: state dicts, tensors and plain values."""
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
         return {name: part.state_dict() for name, part in self.parts().items()} | {
             "config": asdict(self.config),
             "classes": self.classes,
-            "random": {
-                "device": self.device.type,
-                "latents": self.latents.get_state(),
-                "ranks": self.ranks.gather(random),
-            },
             "versions": versions(),
             "step": self.step,
             "images": self.images,
@@ -182,17 +180,11 @@ class TrainingState:
         self.step, self.images = state["step"], state["images"]
         self.best, self.scores = state["best"], state["scores"]
         self.means.losses = state["losses"].view(-1, 2)
-        random = state["random"]
-        if self.ranks.rank < len(random["ranks"]):
-            torch.set_rng_state(random["ranks"][self.ranks.rank]["cpu"])
-        else:  # the checkpoint is of fewer processes, so this process starts its own random numbers
-            torch.manual_seed(self.config.seed + 3 + self.ranks.rank + self.step)
-        if self.device.type != random["device"]:
-            self.latents.manual_seed(self.config.seed + 1 + self.step)  # states fit one kind of device
-            return
-        self.latents.set_state(random["latents"])
-        if self.device.type == "cuda" and self.ranks.rank < len(random["ranks"]):
-            torch.cuda.set_rng_state(random["ranks"][self.ranks.rank]["cuda"], self.device)
+
+
+def random_seed(*key: int) -> int:
+    """A seed for these numbers; keys that differ by one give seeds that have nothing in common."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
 def build_networks(
