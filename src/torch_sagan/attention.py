@@ -13,6 +13,7 @@ from torch.nn.modules import module as module_hooks
 
 from torch_sagan import functional
 from torch_sagan.arguments import at_least_one, one_of
+from torch_sagan.dispatch import on_device
 
 __all__ = ["AttentionRecord", "SelfAttention2d"]
 
@@ -54,6 +55,8 @@ class SelfAttention2d(nn.Module):
         projection: a function ``projection(in_channels, out_channels) -> Module`` that makes each projection. Default:
             1×1 convolutions. The modules must keep H×W.
         similarity: ``"dot"``, the product above, or ``"l2"``, the negative squared distance below.
+        device: where the parameters are made; default: PyTorch's default device.
+        dtype: of the parameters; default: PyTorch's default dtype.
 
     Attributes:
         query: the projection to queries.
@@ -96,6 +99,8 @@ class SelfAttention2d(nn.Module):
         bias: bool = True,
         projection: Callable[[int, int], nn.Module] | None = None,
         similarity: Literal["dot", "l2"] = "dot",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         one_of(("dot", "l2"), similarity=similarity)
@@ -121,23 +126,40 @@ class SelfAttention2d(nn.Module):
         self.channels = channels
         self.pool = pool
         self.similarity = similarity
-        self.query: nn.Module = projection(channels, qk_channels)
-        if similarity == "dot":
-            self.key: nn.Module = projection(channels, qk_channels)
-        self.value: nn.Module = projection(channels if similarity == "dot" else qk_channels, value_channels)
-        self.out: nn.Module = projection(value_channels, channels) if out_projection else nn.Identity()
-        self.gamma: nn.Parameter = nn.Parameter(torch.zeros(1))
+        with on_device(device):
+            self.query: nn.Module = projection(channels, qk_channels)
+            if similarity == "dot":
+                self.key: nn.Module = projection(channels, qk_channels)
+            self.value: nn.Module = projection(channels if similarity == "dot" else qk_channels, value_channels)
+            self.out: nn.Module = projection(value_channels, channels) if out_projection else nn.Identity()
+            self.gamma: nn.Parameter = nn.Parameter(torch.zeros(1))
+        if dtype is not None:
+            self.to(dtype)
 
     @classmethod
-    def paper(cls, channels: int) -> SelfAttention2d:
+    def paper(
+        cls, channels: int, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
+    ) -> SelfAttention2d:
         """The layer of the paper's text: value = C // 8 (at least 1), then the output projection back to C."""
-        return cls(channels, value_channels=max(1, channels // 8), out_projection=True)
+        value_channels = max(1, channels // 8)
+        return cls(channels, value_channels=value_channels, out_projection=True, device=device, dtype=dtype)
 
     @classmethod
-    def official(cls, channels: int) -> SelfAttention2d:
+    def official(
+        cls, channels: int, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
+    ) -> SelfAttention2d:
         """The layer of the paper's released code: keys and values max-pooled 2×2, value = C // 2 (at least 1),
         output projection, no biases."""
-        return cls(channels, value_channels=max(1, channels // 2), pool=2, out_projection=True, bias=False)
+        value_channels = max(1, channels // 2)
+        return cls(
+            channels,
+            value_channels=value_channels,
+            pool=2,
+            out_projection=True,
+            bias=False,
+            device=device,
+            dtype=dtype,
+        )
 
     @overload
     def forward(self, x: Tensor, *, return_attention: Literal[False] = False) -> Tensor: ...

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_sagan.arguments import at_least_one, check_labels
+from torch_sagan.dispatch import on_device
 from torch_sagan.spectral import spectral_norm
 
 __all__ = ["ConditionalBatchNorm2d", "ProjectionHead"]
@@ -28,6 +29,8 @@ class ConditionalBatchNorm2d(nn.Module):
         num_classes: how many classes there are.
         eps: added to the variance.
         momentum: weight of a new batch in the running statistics.
+        device: where the parameters are made; default: PyTorch's default device.
+        dtype: of the parameters; default: PyTorch's default dtype.
 
     Attributes:
         gamma: the scale of each class, (num_classes, C).
@@ -47,12 +50,24 @@ class ConditionalBatchNorm2d(nn.Module):
     torch.Size([2, 64, 8, 8])
     """
 
-    def __init__(self, channels: int, num_classes: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         at_least_one(channels=channels, num_classes=num_classes)
-        self.norm: nn.BatchNorm2d = nn.BatchNorm2d(channels, eps=eps, momentum=momentum, affine=False)
-        self.gamma: nn.Parameter = nn.Parameter(torch.ones(num_classes, channels))
-        self.beta: nn.Parameter = nn.Parameter(torch.zeros(num_classes, channels))
+        with on_device(device):
+            self.norm: nn.BatchNorm2d = nn.BatchNorm2d(channels, eps=eps, momentum=momentum, affine=False)
+            self.gamma: nn.Parameter = nn.Parameter(torch.ones(num_classes, channels))
+            self.beta: nn.Parameter = nn.Parameter(torch.zeros(num_classes, channels))
+        if dtype is not None:
+            self.to(dtype)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Normalise x (B, C, H, W), each sample with the scale and shift of its class; labels is (B,), of integers."""
@@ -75,6 +90,8 @@ class ProjectionHead(nn.Module):
         channels: the length of h, C.
         num_classes: how many classes there are, or None for the linear part alone.
         spectral_norm: ``spectral_norm(module) -> module``, or None to leave both plain.
+        device: where the parameters are made; default: PyTorch's default device.
+        dtype: of the parameters; default: PyTorch's default dtype.
 
     Raises:
         ValueError, TypeError: in ``forward``, for labels that are missing or given when not wanted, or of another
@@ -95,19 +112,24 @@ class ProjectionHead(nn.Module):
         num_classes: int | None = None,
         *,
         spectral_norm: Callable[[nn.Module], nn.Module] | None = spectral_norm,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         at_least_one(channels=channels, num_classes=num_classes)
         spectral_norm = spectral_norm or (lambda module: module)
-        linear = nn.Linear(channels, 1)
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        self.linear: nn.Module = spectral_norm(linear)
-        self.num_classes = num_classes
-        if num_classes is not None:
-            embedding = nn.Embedding(num_classes, channels)
-            nn.init.xavier_uniform_(embedding.weight)
-            self.embedding: nn.Module = spectral_norm(embedding)
+        with on_device(device):
+            linear = nn.Linear(channels, 1)
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            self.linear: nn.Module = spectral_norm(linear)
+            self.num_classes = num_classes
+            if num_classes is not None:
+                embedding = nn.Embedding(num_classes, channels)
+                nn.init.xavier_uniform_(embedding.weight)
+                self.embedding: nn.Module = spectral_norm(embedding)
+        if dtype is not None:
+            self.to(dtype)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """The logits (B,) of features (B, C); labels is (B,), of integers, or None without classes."""

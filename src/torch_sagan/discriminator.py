@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from torch_sagan.arguments import at_least_one, check_labels, one_of
@@ -27,6 +28,7 @@ from torch_sagan.blocks import (
     spectral_norm_attention,
     stage_widths,
 )
+from torch_sagan.dispatch import on_device
 from torch_sagan.spectral import iterate_together, spectral_norm
 
 __all__ = ["SAGANDiscriminator"]
@@ -68,6 +70,8 @@ class SAGANDiscriminator(nn.Module):
         spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalises, or
             None for no normalisation, as :func:`gradient_penalty` needs it. An ``attention`` of your own is not
             changed.
+        device: where the parameters are made; default: PyTorch's default device.
+        dtype: of the parameters; default: PyTorch's default dtype.
 
     Raises:
         ValueError: for a size that cannot be built, an unknown architecture, and attention resolutions that do not
@@ -97,6 +101,8 @@ class SAGANDiscriminator(nn.Module):
         attention_resolutions: Iterable[int] | None = None,
         attention: AttentionFactory | None = None,
         spectral_norm: Normalizer | None = spectral_norm,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         at_least_one(base_channels=base_channels, image_channels=image_channels, num_classes=num_classes)
@@ -105,36 +111,39 @@ class SAGANDiscriminator(nn.Module):
         sizes = feature_map_sizes(image_size)[::-1]
         widths = stage_widths(base_channels, len(sizes))[::-1]
 
-        if architecture == "dcgan":
-            blocks: list[nn.Module] = [
-                DownBlock(narrow, wide, spectral_norm) for narrow, wide in pairwise([image_channels, *widths])
-            ]
-            # Without the norm, the convolution would outgrow the class's part of the logit, which is normalised.
-            head: nn.Module = (
-                DCGANHead(widths[-1], sizes[-1])
-                if num_classes is None
-                else DCGANProjectionHead(widths[-1], sizes[-1], num_classes, spectral_norm)
-            )
-            default_resolutions = sizes[-2:]
-            default_attention: AttentionFactory = SelfAttention2d
-        else:
-            blocks = [FirstResidualDownBlock(image_channels, widths[0], spectral_norm)]
-            blocks += [ResidualDownBlock(narrow, wide, spectral_norm) for narrow, wide in pairwise(widths)]
-            head = ResidualHead(widths[-1], num_classes, spectral_norm)
-            default_resolutions = residual_resolutions(sizes)
-            default_attention = partial(spectral_norm_attention, spectral_norm=spectral_norm)
+        with on_device(device):
+            if architecture == "dcgan":
+                blocks: list[nn.Module] = [
+                    DownBlock(narrow, wide, spectral_norm) for narrow, wide in pairwise([image_channels, *widths])
+                ]
+                # Without the norm, the convolution would outgrow the class's part of the logit, which is normalised.
+                head: nn.Module = (
+                    DCGANHead(widths[-1], sizes[-1])
+                    if num_classes is None
+                    else DCGANProjectionHead(widths[-1], sizes[-1], num_classes, spectral_norm)
+                )
+                default_resolutions = sizes[-2:]
+                default_attention: AttentionFactory = SelfAttention2d
+            else:
+                blocks = [FirstResidualDownBlock(image_channels, widths[0], spectral_norm)]
+                blocks += [ResidualDownBlock(narrow, wide, spectral_norm) for narrow, wide in pairwise(widths)]
+                head = ResidualHead(widths[-1], num_classes, spectral_norm)
+                default_resolutions = residual_resolutions(sizes)
+                default_attention = partial(spectral_norm_attention, spectral_norm=spectral_norm)
 
-        self.image_shape: tuple[int, int, int] = (image_channels, image_size, image_size)
-        self.num_classes = num_classes
-        self.sizes = sizes
-        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
-        self.attention: nn.ModuleDict = attention_layers(
-            default_resolutions if attention_resolutions is None else attention_resolutions,
-            sizes,
-            widths,
-            attention or default_attention,
-        )
-        self.to_logit: nn.Module = head
+            self.image_shape: tuple[int, int, int] = (image_channels, image_size, image_size)
+            self.num_classes = num_classes
+            self.sizes = sizes
+            self.blocks: nn.ModuleList = nn.ModuleList(blocks)
+            self.attention: nn.ModuleDict = attention_layers(
+                default_resolutions if attention_resolutions is None else attention_resolutions,
+                sizes,
+                widths,
+                attention or default_attention,
+            )
+            self.to_logit: nn.Module = head
+        if dtype is not None:
+            self.to(dtype)
 
     @overload
     def forward(

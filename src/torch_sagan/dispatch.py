@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["is_autocast", "is_recorded", "is_transformed", "no_autocast"]
+__all__ = ["is_autocast", "is_recorded", "is_transformed", "no_autocast", "on_device"]
 
 
 def is_autocast(device_type: str) -> bool:
@@ -26,6 +26,11 @@ def _has_autocast(device_type: str) -> bool:
     if torch.compiler.is_compiling():
         return device_type != "meta"
     return torch.amp.is_autocast_available(device_type)
+
+
+def on_device(device: torch.device | str | int | None) -> AbstractContextManager[object]:
+    """Inside, tensors are made on this device; on the default one for None."""
+    return nullcontext() if device is None else torch.device(device)
 
 
 # The two below have no public form up to torch 2.13.

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from torch_sagan.arguments import at_least_one, check_labels, one_of
@@ -25,6 +26,7 @@ from torch_sagan.blocks import (
     stage_widths,
     to_image,
 )
+from torch_sagan.dispatch import on_device
 from torch_sagan.spectral import iterate_together, spectral_norm
 
 __all__ = ["SAGANGenerator"]
@@ -67,6 +69,8 @@ class SAGANGenerator(nn.Module):
         spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalises, or
             None to disable. An ``attention`` of your own is not changed.
         output_activation: makes the last activation. The default, tanh, gives images in [-1, 1].
+        device: where the parameters are made; default: PyTorch's default device.
+        dtype: of the parameters; default: PyTorch's default dtype.
 
     Raises:
         ValueError: for a size that cannot be built, an unknown architecture, and attention resolutions that do not
@@ -103,6 +107,8 @@ class SAGANGenerator(nn.Module):
         attention: AttentionFactory | None = None,
         spectral_norm: Normalizer | None = spectral_norm,
         output_activation: Callable[[], nn.Module] = nn.Tanh,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         at_least_one(z_dim=z_dim, base_channels=base_channels, image_channels=image_channels, num_classes=num_classes)
@@ -111,34 +117,39 @@ class SAGANGenerator(nn.Module):
         sizes = feature_map_sizes(image_size)
         widths = stage_widths(base_channels, len(sizes))
 
-        if architecture == "dcgan":
-            blocks: list[nn.Module] = [
-                UpBlock(z_dim, widths[0], num_classes, spectral_norm, kernel_size=sizes[0], stride=1, padding=0)
-            ]
-            blocks += [UpBlock(wide, narrow, num_classes, spectral_norm) for wide, narrow in pairwise(widths)]
-            last: nn.Module = nn.ConvTranspose2d(widths[-1], image_channels, kernel_size=4, stride=2, padding=1)
-            default_resolutions = [size for size in sizes if 16 <= size <= 32] or sizes[-1:]
-            default_attention: AttentionFactory = SelfAttention2d
-        else:
-            sizes, widths = [*sizes, image_size], [widths[0], *widths]
-            blocks = [LatentBlock(z_dim, widths[0], sizes[0], spectral_norm)]
-            blocks += [ResidualUpBlock(wide, narrow, num_classes, spectral_norm) for wide, narrow in pairwise(widths)]
-            last = to_image(widths[-1], image_channels, spectral_norm)
-            default_resolutions = residual_resolutions(sizes)
-            default_attention = partial(spectral_norm_attention, spectral_norm=spectral_norm)
+        with on_device(device):
+            if architecture == "dcgan":
+                blocks: list[nn.Module] = [
+                    UpBlock(z_dim, widths[0], num_classes, spectral_norm, kernel_size=sizes[0], stride=1, padding=0)
+                ]
+                blocks += [UpBlock(*pair, num_classes, spectral_norm) for pair in pairwise(widths)]
+                last: nn.Module = nn.ConvTranspose2d(widths[-1], image_channels, kernel_size=4, stride=2, padding=1)
+                default_resolutions = [size for size in sizes if 16 <= size <= 32] or sizes[-1:]
+                default_attention: AttentionFactory = SelfAttention2d
+            else:
+                sizes, widths = [*sizes, image_size], [widths[0], *widths]
+                blocks = [LatentBlock(z_dim, widths[0], sizes[0], spectral_norm)]
+                blocks += [
+                    ResidualUpBlock(wide, narrow, num_classes, spectral_norm) for wide, narrow in pairwise(widths)
+                ]
+                last = to_image(widths[-1], image_channels, spectral_norm)
+                default_resolutions = residual_resolutions(sizes)
+                default_attention = partial(spectral_norm_attention, spectral_norm=spectral_norm)
 
-        self.z_dim = z_dim
-        self.num_classes = num_classes
-        self.sizes = sizes
-        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
-        self.attention: nn.ModuleDict = attention_layers(
-            default_resolutions if attention_resolutions is None else attention_resolutions,
-            sizes,
-            widths,
-            attention or default_attention,
-        )
-        self.to_image: nn.Module = last
-        self.output_activation: nn.Module = output_activation()
+            self.z_dim = z_dim
+            self.num_classes = num_classes
+            self.sizes = sizes
+            self.blocks: nn.ModuleList = nn.ModuleList(blocks)
+            self.attention: nn.ModuleDict = attention_layers(
+                default_resolutions if attention_resolutions is None else attention_resolutions,
+                sizes,
+                widths,
+                attention or default_attention,
+            )
+            self.to_image: nn.Module = last
+            self.output_activation: nn.Module = output_activation()
+        if dtype is not None:
+            self.to(dtype)
 
     @overload
     def forward(
