@@ -27,7 +27,7 @@ from references import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_sagan import SelfAttention2d, apply_spectral_norm
+from torch_sagan import SelfAttention2d, apply_spectral_norm, spectral_norm
 
 pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 
@@ -392,9 +392,19 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+class Equalized(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, 2 * weight, bias)
+
+
 def doubled_forward(layer: SelfAttention2d) -> None:
     forward = layer.key.forward
     layer.key.forward = lambda x: 2 * forward(x)
+
+
+def doubled_convolution(layer: SelfAttention2d) -> None:
+    convolve = layer.key._conv_forward
+    layer.key._conv_forward = lambda x, weight, bias: convolve(x, 2 * weight, bias)
 
 
 CHANGES: dict[str, Callable[[SelfAttention2d], object]] = {
@@ -402,7 +412,10 @@ CHANGES: dict[str, Callable[[SelfAttention2d], object]] = {
     "forward pre-hook": lambda layer: layer.key.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
     "torch's older spectral norm": lambda layer: torch.nn.utils.spectral_norm(layer.key),
     "subclass": lambda layer: setattr(layer, "key", Doubled(16, 2, 1).double()),
+    "subclass that convolves otherwise": lambda layer: setattr(layer, "key", Equalized(16, 2, 1).double()),
+    "the same, parametrized": lambda layer: setattr(layer, "key", spectral_norm(Equalized(16, 2, 1).double())),
     "forward of the instance": doubled_forward,
+    "convolution of the instance": doubled_convolution,
     "3x3": lambda layer: setattr(layer, "key", nn.Conv2d(16, 2, 3, padding=1).double()),
     "grouped": lambda layer: setattr(layer, "key", nn.Conv2d(16, 2, 1, groups=2).double()),
     "another module": lambda layer: setattr(layer, "key", nn.Sequential(nn.Conv2d(16, 2, 1), nn.ReLU()).double()),
