@@ -5,6 +5,12 @@
 #   DEMO         the arguments of the demo
 #   PYTEST_ARGS  further arguments for pytest, e.g. make test PYTEST_ARGS="-k attention"
 #   WORKERS      processes that run tests, 0 for none but make's own (for a debugger)
+#
+# make gpu:
+#
+#   DEVICE       cuda; cpu rehearses it, in tiny sizes
+#   RUN_WITH     an interpreter that has torch and pytest, to take instead of making .venv
+#   BUDGET       seconds for the tests and the table, about
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -12,6 +18,9 @@ DEMO ?= --data faces --image-size 64 --base-channels 16 --batch-size 16 --g-atte
 	--ema-decay 0.998 --steps 1200 --out runs/demo
 PYTEST_ARGS ?=
 WORKERS ?= 2
+DEVICE ?= cuda
+RUN_WITH ?=
+BUDGET ?= 480
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +32,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if
 .DELETE_ON_ERROR:
 # The checks share two or so cores and print in order.
 .NOTPARALLEL:
-.PHONY: help demo test check lint format types docs package coverage clean
+.PHONY: help demo test gpu check lint format types docs package coverage clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +44,22 @@ demo: $(VENV)/.stamp-examples ## set up, train on procedural faces, name the fil
 test: $(VENV)/.stamp-dev ## set up and run the tests and the docstring examples
 	@echo "==> tests and docstring examples"
 	@$(PYTEST) $(PYTEST_ARGS)
+
+# Tests have half of the time, where there is a command to end them. The table has what they leave; what it has begun when
+# its time is over, it finishes, for which a minute is kept.
+gpu: export PYTHONPATH := $(CURDIR)/src
+gpu: RUN = $(if $(filter cpu,$(DEVICE)),CUDA_VISIBLE_DEVICES=) $(or $(RUN_WITH),$(BIN)/python)
+gpu: $(if $(RUN_WITH),,$(VENV)/.stamp-dev) ## test on this machine's GPU, and print tables to paste into an issue (minutes)
+	@$(RUN) -c 'import sys, torch; sys.exit("$(DEVICE)" != "cpu" and not torch.cuda.is_available() and \
+		"no CUDA device is available to this torch, " + torch.__version__ + "; make gpu DEVICE=cpu rehearses")'
+	@mkdir -p build && rm -f build/gpu-tests.xml
+	@echo "==> tests on $(DEVICE)"
+	@start=$$(date +%s); \
+	$(if $(shell command -v timeout),timeout -k 9 $$(($(BUDGET) / 2))) env $(RUN) -m pytest -q -p no:benchmark -n $(WORKERS) -m gpu tests/gpu \
+		--junitxml build/gpu-tests.xml; status=$$?; \
+	echo "==> tables to paste into an issue"; \
+	$(RUN) examples/gpu_table.py --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--tiny) --tests build/gpu-tests.xml \
+		--budget $$(($(BUDGET) - 60 - $$(date +%s) + start)) && exit $$status
 
 check: lint types docs package coverage ## everything that CI runs: lint, types, docs, package, tests with coverage
 	@echo "==> all checks passed"

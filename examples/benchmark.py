@@ -5,9 +5,10 @@
     python examples/benchmark.py --device cuda --json benchmark.json --plot growth.svg
 
 Each number is the median of repeats that take turns with the baseline's, so that a machine whose speed drifts does not
-favour either. A ratio above 1 means that the library is so many times as fast. The plain implementations are those
+favor either. A ratio above 1 means that the library is so many times as fast. The plain implementations are those
 of the public PyTorch repositories: two ``bmm`` and a softmax; power iterations with a dozen small operations; a graph
-of the generated images in the discriminator's step.
+of the generated images in the discriminator's step. On CUDA attention has more peers, and a floor that the card's own
+rates give; precision and layout there are the trainer's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import training.threads  # noqa: F401  before torch  # isort: skip
 
 import argparse
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -22,80 +24,60 @@ import platform
 import statistics
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torch_sagan
-from measurement.passes import attention_layers, forward_backward, forward_only, gradient_penalty
+from measurement.contenders import CUDA_SHAPES, compare, small_matrix
+from measurement.floors import Rates, attention_work, layer_work, measure_rates, times
+from measurement.passes import (
+    attention_layers,
+    feature_map,
+    forward_backward,
+    forward_only,
+    gradient_penalty,
+    in_trained_layout,
+)
 from measurement.peak_memory import can_measure_memory, peak_memory, peak_of_this_process
-from measurement.stopwatch import Run, Stopwatch
+from measurement.photographs import photographs
+from measurement.stopwatch import CALLS, Run, Stopwatch, on_device
 from measurement.tables import draw_growth, print_rows
 from networks.plain import plain_step
-from torch_sagan import SAGANDiscriminator, SAGANGenerator, spectral_norm
-from training.objectives import objective
-from training.step import GAN, Piece, no_augmentation, training_step
+from torch_sagan import SAGANDiscriminator, spectral_norm
+from training.configuration import Config
+from training.distributed import SINGLE_PROCESS, pick_device
+from training.state import TrainingState
+from training.step import Piece
 
 ATTENTION_SHAPES = [(16, 256, 8), (16, 128, 16), (16, 64, 32), (4, 64, 64), (1, 32, 128)]  # B, C, H = W
 PENALTY_SHAPES = [(16, 128, 16), (16, 64, 32), (1, 32, 64), (4, 64, 64)]
+ON_DEVICE = f"; time of the kernels, from replays of a CUDA graph of {CALLS} calls"  # in a table's header
 MEMORY_FROM = 32 * 32  # positions; with fewer, the noise of the process is larger than the attention matrix
 
 
-def rates(watch: Stopwatch) -> dict[str, float]:
-    """The best rates of this machine: products (GFLOP/s), exponentials (G/s) and copies (GB/s, read and written)."""
-    n = 2048 if watch.device.type == "cpu" else 8192
-    matrix = torch.randn(n, n, device=watch.device)
-    cached = torch.rand(2**18 if watch.device.type == "cpu" else 2**26, device=watch.device)
-    large = torch.randn(2**25, device=watch.device)
-    into, target = torch.empty_like(cached), torch.empty_like(large)
-    seconds = watch(
-        product=lambda: matrix @ matrix,
-        exponential=lambda: torch.exp2(cached, out=into),
-        copy=lambda: target.copy_(large),
-    )
-    return {
-        "product": 2 * n**3 / seconds["product"] / 1e9,
-        "exponential": cached.numel() / seconds["exponential"] / 1e9,
-        "copy": 2 * 4 * large.numel() / seconds["copy"] / 1e9,
-    }
-
-
-def bound(shape: tuple[int, int, int], rate: dict[str, float]) -> tuple[float, float]:
-    """The least seconds for forward, and forward + backward with recomputation: products, exponentials, and reading or
-    writing each tensor of the layer once."""
-    batch, channels, size = shape
-    d, e, n = max(1, channels // 8), channels, size * size
-    maps, projections = batch * n * n, 2 * batch * n * channels * (2 * d + e)
-    tensors = 4 * batch * n * (2 * d + 4 * e)
-
-    def seconds(flops: float, exponentials: float, moved: float) -> float:
-        return (flops / rate["product"] + exponentials / rate["exponential"] + moved / rate["copy"]) / 1e9
-
-    forward = seconds(2 * maps * (d + e) + projections, maps, tensors)
-    backward = seconds(2 * maps * (3 * d + 2 * e) + 2 * projections, maps, 2 * tensors)
-    return forward, forward + backward
-
-
-def attention(watch: Stopwatch, dtype: torch.dtype, rate: dict[str, float]) -> list[dict[str, Any]]:
+def attention(watch: Stopwatch, dtype: torch.dtype, rates: Rates) -> list[dict[str, Any]]:
     """The layer at five shapes: time forward, forward + backward, and memory."""
     rows = []
     for shape in ATTENTION_SHAPES:
         batch, channels, size = shape
         layers = attention_layers(channels, watch.device)
-        x = torch.randn(batch, channels, size, size, device=watch.device)
+        x = feature_map(batch, channels, size, watch.device)
         gradient = torch.randn_like(x)
         with autocast(watch.device, dtype):
             forward = watch(**{name: forward_only(layer, x) for name, layer in layers.items()})
             both = watch(**{name: forward_backward(layer, x, gradient) for name, layer in layers.items()})
         row: dict[str, Any] = {"B, C, H×W": f"{batch}, {channels}, {size}×{size}"}
-        for what, seconds, least in zip(("forward", "both"), (forward, both), bound(shape, rate), strict=True):
+        # On a CPU the three kinds of work follow each other.
+        bounds = [sum(times(work, rates).values()) for work in layer_work(*shape)]
+        least_of = bounds[0], sum(bounds)
+        for what, seconds, least in zip(("forward", "both"), (forward, both), least_of, strict=True):
             row |= {
                 f"{what}: plain ms": 1e3 * seconds["plain"],
                 "ours ms" if what == "forward" else "ours  ms": 1e3 * seconds["ours"],
@@ -114,6 +96,22 @@ def attention(watch: Stopwatch, dtype: torch.dtype, rate: dict[str, float]) -> l
     return rows
 
 
+def attention_on_cuda(watch: Stopwatch, dtype: torch.dtype, rates: Rates) -> list[dict[str, Any]]:
+    """Attention alone against all that PyTorch offers, and against the least time that this card would need."""
+    rows = []
+    for shape in CUDA_SHAPES:
+        floors = [times(work, rates) for work in attention_work(shape, dtype.itemsize)]
+        limits = [max(floor, key=floor.__getitem__) for floor in floors]
+        least = [f"{1e6 * floor[limit]:.3g} µs ({limit})" for floor, limit in zip(floors, limits, strict=True)]
+        print(f"\nB, D, E, N, M = {str(shape)[1:-1]}: floor {least[0]} forward, {least[1]} backward")
+        found = compare(watch, shape, dtype, rates)
+        print_rows(found)
+        rows += [{"B, D, E, N, M": shape} | row for row in found]
+        gc.collect()
+        torch.cuda.empty_cache()  # of the graphs
+    return rows
+
+
 def penalty(watch: Stopwatch) -> list[dict[str, Any]]:
     """WGAN-GP's penalty through the layer, which differentiates attention twice: time and memory."""
     rows = []
@@ -121,9 +119,10 @@ def penalty(watch: Stopwatch) -> list[dict[str, Any]]:
         batch, channels, size = shape
         layers = attention_layers(channels, watch.device)
         del layers["sdpa"], layers["padded"]  # PyTorch's fused kernels have no second derivative
-        x = torch.randn(batch, channels, size, size, device=watch.device)
+        x = feature_map(batch, channels, size, watch.device)
         gradient = torch.randn_like(x)
-        seconds = watch(**{name: gradient_penalty(layer, x, gradient) for name, layer in layers.items()})
+        runs = {name: gradient_penalty(layer, x, gradient) for name, layer in layers.items()}
+        seconds = watch(**{name: on_device(run, watch.device) for name, run in runs.items()})
         row: dict[str, Any] = {"B, C, H×W": f"{batch}, {channels}, {size}×{size}"}
         row |= {f"{name} ms": 1e3 * value for name, value in seconds.items()}
         row["plain/ours"] = seconds["plain"] / seconds["ours"]
@@ -143,8 +142,9 @@ def growth(watch: Stopwatch) -> list[dict[str, Any]]:
     for shape in [(1, 64, size) for size in sizes] + [(b, 64, 32) for b in (4, 16)] + [(1, c, 64) for c in (16, 256)]:
         batch, channels, size = shape
         layers = attention_layers(channels, watch.device)
-        x = torch.randn(batch, channels, size, size, device=watch.device)
-        seconds = watch(**{name: forward_backward(layer, x, torch.ones_like(x)) for name, layer in layers.items()})
+        x = feature_map(batch, channels, size, watch.device)
+        runs = {name: forward_backward(layer, x, torch.ones_like(x)) for name, layer in layers.items()}
+        seconds = watch(**{name: on_device(run, watch.device) for name, run in runs.items()})
         memory = {name: peak_memory(name, shape, watch.device) for name in layers if can_measure_memory(watch.device)}
         rows.append(
             {"B": batch, "C": channels, "N": size * size}
@@ -175,6 +175,8 @@ def spectral(watch: Stopwatch) -> list[dict[str, Any]]:
     ]
     rows = []
     for title, modules, x in comparisons:
+        x = in_trained_layout(x, watch.device)
+        modules = {name: in_trained_layout(module, watch.device) for name, module in modules.items()}
         gradient = torch.ones_like(modules["none"](x))
         seconds = watch(**{name: forward_backward(module, x, gradient) for name, module in modules.items()})
         extra = {name: seconds[name] - seconds["none"] for name in ("torch", "ours")}
@@ -188,53 +190,35 @@ def spectral(watch: Stopwatch) -> list[dict[str, Any]]:
     return rows
 
 
-def our_step(
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    compiled: bool = False,
-    image_size: int = 64,
-    num_classes: int | None = None,
-    architecture: Literal["dcgan", "resnet"] = "dcgan",
-) -> Run:
-    """The step of the examples: images generated once, one pass of D, no unused gradients."""
-    generator = SAGANGenerator(image_size, num_classes=num_classes, architecture=architecture).to(device)
-    discriminator = SAGANDiscriminator(image_size, num_classes=num_classes, architecture=architecture).to(device)
-    real = torch.randn(batch, 3, image_size, image_size, device=device).clamp(-1, 1)
-    labels = None if num_classes is None else torch.randint(num_classes, (batch,), device=device)
-    if compiled:
-        generator.compile()
-        discriminator.compile()
-    gan = GAN(
-        generator,
-        discriminator,
-        adam(generator, 1e-4),
-        adam(discriminator, 4e-4),
-        objective("hinge", 0.0, no_augmentation),
-        partial(autocast, device, dtype),
-    )
+def our_step(batch: int, device: torch.device, *, num_classes: int = 0, **settings: Any) -> Run:
+    """The step of the trainer with these settings: images generated once, one pass of D, no unused gradients."""
+    config = Config(batch_size=batch, classes="own" if num_classes else "none", **settings)
+    state = TrainingState(config, classes={str(i): 1 for i in range(num_classes)}, device=device)
+    real = state.to_device(torch.randint(256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8))
+    labels = torch.randint(num_classes, (batch,), device=device) if num_classes else None
+    take_step = state.take_step  # nothing else of the state is kept
 
     def run() -> None:
-        training_step(gan, iter([[Piece(real, torch.randn(batch, 128, device=device), labels)]]))
+        take_step(iter([[Piece(real, torch.randn(batch, config.z_dim, device=device), labels)]]))
 
     return run
 
 
+def step_variants(device: torch.device) -> dict[str, Callable[[int], Run]]:
+    """The steps that are compared, by name, from the batch size."""
+    variants: dict[str, Callable[[int], Run]] = {}
+    for name, dtype in precisions(device).items():
+        ours = partial(our_step, device=device, precision=name)
+        variants[f"plain, {name}"] = partial(plain_step, device=device, dtype=dtype)
+        variants |= {f"ours, {name}": ours, f"ours, {name}, compiled": partial(ours, compile=True)}
+        if device.type == "cuda":
+            variants[f"ours, {name}, CUDA graph"] = partial(ours, cuda_graph=True)
+    return variants
+
+
 def step(watch: Stopwatch, batch: int) -> list[dict[str, Any]]:
     """One discriminator step and one generator step of the 64-pixel networks."""
-    make: dict[str, Callable[[], Run]] = {
-        "plain, float32": partial(plain_step, batch, watch.device, torch.float32),
-        "ours, float32": partial(our_step, batch, watch.device, torch.float32),
-        "ours, float32, compiled": partial(our_step, batch, watch.device, torch.float32, compiled=True),
-    }
-    if multiplies_bfloat16(watch.device):
-        make |= {
-            "plain, bf16": partial(plain_step, batch, watch.device, torch.bfloat16),
-            "ours, bf16": partial(our_step, batch, watch.device, torch.bfloat16),
-            "ours, bf16, compiled": partial(our_step, batch, watch.device, torch.bfloat16, compiled=True),
-        }
-    seconds = watch(**{name: build() for name, build in make.items()})
+    seconds = watch(**{name: build(batch) for name, build in step_variants(watch.device).items()})
     rows = [
         {f"D + G step, batch {batch}": name, "ms": 1e3 * value, "images/s": batch / value}
         | {"plain float32 / this": seconds["plain, float32"] / value}
@@ -244,37 +228,48 @@ def step(watch: Stopwatch, batch: int) -> list[dict[str, Any]]:
     return rows
 
 
-def residual(watch: Stopwatch) -> list[dict[str, Any]]:
-    """One step of the paper's own network at 128 pixels, in a process of its own."""
-    batch = 8 if watch.device.type == "cpu" else 64
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        seconds, peak = pool.apply(_residual_step, (batch, watch.device))
-    row = {"D + G step": "resnet, 128 px, 1000 classes", "batch": batch, "s": seconds, "images/s": batch / seconds}
-    if peak is not None:
-        row["peak of the process, GiB"] = peak
-    print_rows([row])
-    return [row]
+def residual(watch: Stopwatch, batch: int) -> list[dict[str, Any]]:
+    """One step of the paper's own network at 128 pixels: on a CPU once, in a process of its own."""
+    measured = {}
+    if watch.device.type == "cuda":
+        for name in precisions(watch.device):
+            for graph in (False, True):
+                measured[name + ", CUDA graph" * graph] = _residual_step(batch, watch, name, graph)
+    else:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            once = Stopwatch(watch.device, 0.0, at_least=1)
+            measured["float32"] = pool.apply(_residual_step, (batch, once, "float32", False))
+    rows = [
+        {
+            "D + G step": f"resnet, 128 px, 1000 classes, {name}",
+            "batch": batch,
+            "s": seconds,
+            "images/s": batch / seconds,
+        }
+        | ({} if peak is None else {"peak, GiB": peak})
+        for name, (seconds, peak) in measured.items()
+    ]
+    print_rows(rows)
+    return rows
 
 
-def _residual_step(batch: int, device: torch.device) -> tuple[float, float | None]:
-    run = our_step(batch, device, torch.float32, image_size=128, num_classes=1000, architecture="resnet")
-    run()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
-    seconds = time.perf_counter() - start
-    return seconds, peak_of_this_process() / 2**10 if can_measure_memory(device) else None
+def _residual_step(batch: int, watch: Stopwatch, precision: str, graph: bool) -> tuple[float, float | None]:
+    network: dict[str, Any] = {"image_size": 128, "architecture": "resnet", "num_classes": 1000}
+    if watch.device.type == "cuda":
+        gc.collect()  # the networks of the step before
+        torch.cuda.reset_peak_memory_stats()
+    run = our_step(batch, watch.device, precision=precision, cuda_graph=graph, **network)
+    seconds = watch(step=run)["step"]
+    if watch.device.type == "cuda":
+        return seconds, torch.cuda.max_memory_allocated() / 2**30
+    return seconds, peak_of_this_process() / 2**10 if can_measure_memory(watch.device) else None
 
 
 def data(watch: Stopwatch) -> list[dict[str, Any]]:
     """How fast the trainer's loader gives batches of 64: from JPEGs, from a zip of them, and from their cache."""
     # Imported here, because only this part reads images.
     from train_celeba import read_images
-    from training.configuration import Config
     from training.data import open_data
-    from training.distributed import SINGLE_PROCESS
 
     config = Config(data="photographs")
 
@@ -305,36 +300,13 @@ def data(watch: Stopwatch) -> list[dict[str, Any]]:
     return rows
 
 
-def photographs(at: Path) -> tuple[Path, Path]:
-    """A folder and a zip of 2000 JPEGs of the size of aligned CelebA's, cropped from scikit-learn's photographs."""
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    folder, archive = at / "photographs", at / "photographs.zip"
-    folder.mkdir()
-    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    corners = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0)).tolist()
-    with zipfile.ZipFile(archive, "w") as zipped:
-        for number, (scale, x, y) in enumerate(corners):
-            original, file = originals[number % 2], folder / f"{number:06d}.jpg"
-            height = 218 + scale * (original.height - 218)
-            width = height * 178 / 218
-            left, top = x * (original.width - width), y * (original.height - height)
-            box = (left, top, left + width, top + height)
-            original.resize((178, 218), Image.Resampling.BICUBIC, box).save(file, quality=90)
-            zipped.write(file, file.name)
-    return folder, archive
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is worth timing: processors that emulate it take a minute instead of a second."""
+def precisions(device: torch.device) -> dict[str, torch.dtype]:
+    """Those worth timing, by their `--precision`: devices that emulate bfloat16 take a minute instead of a second."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
-    return torch.optim.Adam(module.parameters(), lr, betas=(0.0, 0.9), fused=True)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = torch.cpu._is_avx512_bf16_supported()
+    return {"float32": torch.float32} | ({"bf16": torch.bfloat16} if bf16 else {})
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
@@ -346,8 +318,8 @@ def main() -> None:
     parts = ("rates", "attention", "penalty", "growth", "spectral", "step", "residual", "data")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each comparison (default: 5)")
-    parser.add_argument("--batch-size", type=int, help="images in a step (default: 32, on CUDA 64)")
+    parser.add_argument("--seconds", type=float, help="time for each comparison (default: 5, on CUDA 1)")
+    parser.add_argument("--batch-size", type=int, help="images in a step (default: 32, residual 8; on CUDA 64)")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--plot", type=Path, help="also draw the part growth to this SVG or PNG (needs matplotlib)")
     arguments = parser.parse_args()
@@ -358,34 +330,42 @@ def main() -> None:
         parser.error("--plot draws the part growth: add it to the parts")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed")
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is available")
+    if not arguments.device.startswith(("cpu", "cuda")):
+        parser.error(f"--device {arguments.device}: expected cpu or cuda")
+    device = pick_device(arguments.device, SINGLE_PROCESS)  # with the trainer's settings of matrix products and cuDNN
+    cuda = device.type == "cuda"
     chosen = arguments.parts or parts
-    watch = Stopwatch(device, arguments.seconds)
+    watch = Stopwatch(device, arguments.seconds or (1.0 if cuda else 5.0))
     torch.manual_seed(0)
 
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name() if cuda else platform.machine()
     results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name,
+        "device": name if cuda else f"{name}, {torch.get_num_threads()} threads",
         "versions": f"torch {torch.__version__}, torch-sagan {torch_sagan.__version__}",
     }
     print(*results.values(), sep="; ")
-    rate = results["rates"] = rates(watch)
-    print(
-        "at best: product {product:.0f} GFLOP/s, exponential {exponential:.2f} G/s, copy {copy:.1f} GB/s".format(**rate)
-    )
-    for dtype in (torch.float32, torch.bfloat16) if multiplies_bfloat16(device) else (torch.float32,):
-        if "attention" in chosen:
-            label = str(dtype).removeprefix("torch.")
-            print(f"\nSelfAttention2d, {label} (both = forward + backward)")
-            results[f"attention, {label}"] = attention(watch, dtype, rate)
+    dtypes = precisions(device)
+    # The bound of a CPU is of float32 alone.
+    rates = {name: measure_rates(watch, dtype) for name, dtype in dtypes.items() if cuda or name == "float32"}
+    results["rates"] = {name: best._asdict() for name, best in rates.items()}
+    for name, best in rates.items():
+        product, exponential, copy = (value / 1e9 for value in best)
+        print(f"at best: product {product:.0f} GFLOP/s ({name}), exp {exponential:.2f} G/s, copy {copy:.1f} GB/s")
+    for name, dtype in dtypes.items() if "attention" in chosen else ():
+        if cuda:
+            print(f"\nAttention, {name} (both = forward + backward{ON_DEVICE})")
+            found = attention_on_cuda(watch, dtype, rates[name])
+            print(small_matrix(found))
+        else:
+            print(f"\nSelfAttention2d, {name} (both = forward + backward)")
+            found = attention(watch, dtype, rates["float32"])
+        results[f"attention, {name}"] = found
     if "penalty" in chosen:
-        print("\nWGAN-GP's penalty through SelfAttention2d, float32")
+        print(f"\nWGAN-GP's penalty through SelfAttention2d, float32{ON_DEVICE * cuda}")
         results["penalty"] = penalty(watch)
     if "growth" in chosen:
-        print("\nGrowth of one training pass, float32")
+        print(f"\nGrowth of one training pass, float32{ON_DEVICE * cuda}")
         results["growth"] = growth(watch)
         if arguments.plot:
             draw_growth(results["growth"], arguments.plot)
@@ -394,10 +374,10 @@ def main() -> None:
         results["spectral"] = spectral(watch)
     if "step" in chosen:
         print("\nThe whole training step, 64-pixel networks")
-        results["step"] = step(watch, arguments.batch_size or (64 if device.type == "cuda" else 32))
+        results["step"] = step(watch, arguments.batch_size or (64 if cuda else 32))
     if "residual" in chosen:
         print("\nThe paper's own network")
-        results["residual"] = residual(watch)
+        results["residual"] = residual(watch, arguments.batch_size or (64 if cuda else 8))
     if "data" in chosen:
         print("\nReading images, as the trainer does")
         results["data"] = data(watch)

@@ -1,9 +1,10 @@
-"""Estimate the cost of each recipe from its networks, and write it into the recipe.
+"""Estimate the cost of each recipe on a GPU from its networks, and write it into the recipe.
 
     python examples/recipe_costs.py           # print the estimates
     python examples/recipe_costs.py --write   # and write them into examples/recipes/*.txt
 
-Nothing is trained: a step runs on the meta device, where tensors have shapes but no values.
+Nothing is trained: steps run on the meta device, where tensors have shapes but no values, and attention takes the
+branch of CUDA.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import training.threads  # noqa: F401  before torch  # isort: skip
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from measurement.operators import OperatorCounter
 from training.checkpointing import write
 from training.command_line import read_arguments, resolve_config, script
 from training.configuration import Config
@@ -29,9 +31,13 @@ from training.state import build_networks
 from training.step import GAN, Piece, no_augmentation, training_step
 
 RECIPES = Path(__file__).parent / "recipes"
-GPU, UTILIZATION = 312e12, 0.3  # an A100's bf16 operations per second, and the share of them that a training reaches
+# Assumed: an A100's operations per second, by `--precision` (float32 is multiplied in TF32), and the share of them that
+# a training reaches, since it also waits for memory.
+GPU, UTILIZATION = {"bf16": 312e12, "float32": 156e12}, 0.3
+# Measured: the default step at 64 pixels, 282 operators as they are counted here, takes 27 ms on an H200 that computes
+# for 4 of them. It includes what is not counted: Adam, the average, casts of autocast, and Python itself.
+LAUNCH = 95e-6
 FIRST, LAST = "# Estimated by recipe_costs.py, not measured:", "# End of the estimate."
-BATCH = 2  # batch size of the counted step, whose costs are proportional to it
 
 
 class Data(NamedTuple):
@@ -55,14 +61,21 @@ DATA = {
 
 
 class Costs(NamedTuple):
-    """The costs of training a recipe."""
+    """The costs of training a recipe on one GPU."""
 
     operations: float  # multiplications and additions for an image of a step
+    launches: int  # operators of a step that start kernels, in float32, without the few of Adam and of the average
     gradients: int  # bytes that a step's gradients take, which several processes exchange
-    state: int  # bytes of weights, their average, gradients and Adam's means
-    activations: int  # bytes that D keeps for its backward pass, for a real and a generated image
-    checkpoint: int  # bytes
+    state: int  # bytes of weights, their average and Adam's means: also the size of a checkpoint
+    peak: int  # bytes of all else at its peak in a step: activations of both networks, gradients; in float32
     cache: int  # bytes of decoded images
+
+
+class Idle(torch.optim.SGD):
+    """An optimizer whose update costs nothing."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Nothing."""
 
 
 def read_recipe(path: Path) -> Config:
@@ -72,52 +85,70 @@ def read_recipe(path: Path) -> Config:
 
 
 def costs(config: Config, data: Data) -> Costs:
-    """The costs of one step, counted on the meta device."""
+    """The costs, counted on the meta device in the layout of CUDA."""
+    size, steps = (config.batch_size, data.channels, config.image_size, config.image_size), 2
     with torch.device("meta"):
         generator, discriminator = build_networks(config, data.channels, data.classes or None)
-        g_optimizer, d_optimizer = (torch.optim.SGD(network.parameters()) for network in (generator, discriminator))
+        for network in (generator, discriminator):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Augmentation and the penalty's random numbers cost almost nothing, but need tensors with values.
-        minimised = objective(config.loss, config.penalty, no_augmentation)
-        gan = GAN(generator, discriminator, g_optimizer, d_optimizer, minimised)
-        labels = torch.zeros(BATCH, dtype=torch.int64) if data.classes else None
-        real = torch.zeros(BATCH, data.channels, config.image_size, config.image_size)
-        piece = Piece(real, torch.zeros(BATCH, config.z_dim), labels)
-        with FlopCounterMode(display=False) as counter:
-            training_step(gan, iter([[piece]] * config.d_steps), d_steps=config.d_steps)
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-            return tensor
-
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = discriminator(real.repeat(2, 1, 1, 1), None if labels is None else labels.repeat(2))
-        del logits
+        minimized = objective(config.loss, config.penalty, no_augmentation)
+        gan = GAN(generator, discriminator, idle(generator), idle(discriminator), minimized)
+        labels = torch.zeros(config.batch_size, dtype=torch.int64) if data.classes else None
+        real = torch.zeros(size).to(memory_format=torch.channels_last)
+        batch = [Piece(real, torch.zeros(config.batch_size, config.z_dim), labels)]
+        step = partial(training_step, gan, d_steps=config.d_steps)
+        with FlopCounterMode(display=False) as flops:  # alone, because it takes some operators apart
+            step(iter([batch] * config.d_steps))
+        with OperatorCounter() as counter:
+            for _ in range(steps):  # from the second on, G's last gradients are in memory while D learns
+                step(iter([batch] * config.d_steps))
     g, d = (4 * sum(p.numel() for p in network.parameters()) for network in (generator, discriminator))
     return Costs(
-        operations=counter.get_total_flops() / BATCH,
+        operations=flops.get_total_flops() / config.batch_size,
+        launches=counter.launches // steps,
         gradients=g + config.d_steps * d,
-        state=5 * g + 4 * d,
-        activations=(sum(kept.values()) - d) // BATCH,
-        checkpoint=4 * g + 3 * d,
+        state=4 * g + 3 * d,
+        peak=counter.peak,
         cache=data.images * data.channels * config.image_size**2 if data.decoded else 0,
     )
 
 
+def idle(network: nn.Module) -> Idle:
+    return Idle(network.parameters())
+
+
 def estimate(config: Config, data: Data) -> Iterator[str]:
     """The lines of a recipe that state its costs."""
-    cost = costs(config, data)
-    hours = cost.operations * config.batch_size * config.steps / (GPU * UTILIZATION) / 3600
+    cost, gpu = costs(config, data), GPU[config.precision]
+    arithmetic = cost.operations * config.batch_size * config.steps / (gpu * UTILIZATION)
+    launches = cost.launches * LAUNCH * config.steps
+    one, eight = (longest(arithmetic=arithmetic / gpus, launches=launches) for gpus in (1, 8))
     step = f"{config.batch_size} images in a step"
+    rate = f"{gpu / 1e12:.0f} TFLOP/s ({config.precision}) used to {UTILIZATION:.0%}"
     yield FIRST
     yield f"#   {cost.operations / 1e9:.3g} GFLOP for an image ({step}, {config.d_steps} of D), {config.steps} steps"
-    yield f"#   {hours:.3g} hours on one GPU of 312 TFLOP/s used to {UTILIZATION:.0%}, {hours / 8:.2g} on eight"
+    yield f"#   time: {one} on one GPU, {eight} on eight, the longer of"
+    yield f"#     arithmetic, {duration(arithmetic)} on a GPU of {rate}, an eighth on eight"
+    each = f"{cost.launches} operators in a step, {LAUNCH * 1e6:.0f} µs each"
+    yield f"#     launches, {duration(launches)} on any number: {each}; on one GPU --cuda-graph removes them"
     yield f"#   gradients exchanged per step by several GPUs: {readable(cost.gradients)} on each"
-    activations = readable(cost.activations * config.batch_size)
-    yield f"#   memory: {readable(cost.state)} for networks and optimisers, about {activations} for D's activations"
-    yield f"#   disk: {readable(cost.checkpoint)} a checkpoint, {readable(cost.cache)} of decoded images"
+    rest = f"{readable(cost.peak)} more in a step (float32{'; bf16 about half' if config.precision == 'bf16' else ''})"
+    yield f"#   memory: {readable(cost.state)} for networks, average and Adam, {rest}"
+    yield f"#   disk: {readable(cost.state)} a checkpoint, {readable(cost.cache)} of decoded images"
     yield LAST
+
+
+def longest(**bounds: float) -> str:
+    """The largest of several seconds, and what it is for."""
+    name = max(bounds, key=bounds.__getitem__)
+    return f"{duration(bounds[name])} ({name})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest unit that makes them at least 1."""
+    size, unit = (3600, "h") if seconds >= 3600 else (60, "min") if seconds >= 60 else (1, "s")
+    return f"{float(f'{seconds / size:.2g}'):g} {unit}"
 
 
 def with_estimate(recipe: str, lines: Sequence[str]) -> str:

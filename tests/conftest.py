@@ -24,6 +24,7 @@ from torch import Tensor
 # The examples that read checkpoints refuse a torch that cannot do so safely.
 if torch.__version__ < "2.6":
     collect_ignore = [
+        "test_benchmark.py",
         "test_checkpointing.py",
         "test_conditional_training.py",
         "test_cuda.py",

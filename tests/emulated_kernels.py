@@ -1,4 +1,4 @@
-"""The CUDA branch of attention on the CPU: PyTorch's memory-efficient kernels, computed there with real values.
+"""The CUDA branch of attention on the CPU: PyTorch's fused kernels, computed there with real values.
 
 The operators are PyTorch's own, which on CUDA alone have a kernel. Here each gets one for CPU tensors, in plain
 arithmetic. It refuses what the real kernels refuse (channels with gaps, unaligned lengths and addresses, dtypes that
@@ -89,10 +89,7 @@ def backward(
     check(query, key, value, out, grad_out)
     n = query.shape[2]
     assert logsumexp.shape[2] == 32 * math.ceil(n / 32)
-    q, k, v, d, o = map(accumulated, (query, key, value, grad_out, out))
-    weights = (q @ k.mT - logsumexp[..., :n, None]).exp()  # (B, 1, N, M)
-    d_logits = weights * (d @ v.mT - (d * o).sum(dim=3, keepdim=True))
-    gradients = d_logits @ k, d_logits.mT @ q, weights.mT @ d
+    gradients = derivatives(query, key, value, grad_out, out, logsumexp[..., :n])
     into = like_kernel(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
     for target, gradient in zip(into, gradients, strict=True):
         target.copy_(gradient.transpose(1, 2))
@@ -112,6 +109,73 @@ def like_kernel(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]
     return tuple(strided)
 
 
+@torch.autocast("cpu", enabled=False)
+def flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor | int | None, ...]:
+    check_flash(query, key, value)
+    assert (dropout_p, is_causal, return_debug_mask, scale) == (0.0, False, False, 1.0)
+    logits = accumulated(query) @ accumulated(key).mT  # (B, heads, N, M)
+    batch, heads, n = logits.shape[:3]
+    rows = value.new_empty(batch, n, heads, value.shape[3])
+    rows.copy_((torch.softmax(logits, dim=3) @ accumulated(value)).transpose(1, 2))
+    random = torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64)
+    return rows.transpose(1, 2), logits.logsumexp(dim=3), None, None, n, key.shape[2], *random, value.new_empty(0)
+
+
+@torch.autocast("cpu", enabled=False)
+def flash_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    philox_seed: Tensor,
+    philox_offset: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, ...]:
+    check_flash(query, key, value, out, grad_out)
+    assert (dropout_p, is_causal, scale) == (0.0, False, 1.0)
+    assert (max_q, max_k) == (query.shape[2], key.shape[2])
+    assert logsumexp.shape == query.shape[:3]
+    gradients = derivatives(query, key, value, grad_out, out, logsumexp)
+    # Each in memory of its own, in the order (B, N, heads, channels).
+    into = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value)]
+    return tuple(target.copy_(gradient) for target, gradient in zip(into, gradients, strict=True))
+
+
+def check_flash(*tensors: Tensor) -> None:
+    check(*tensors)
+    (width,) = {tensor.shape[3] for tensor in tensors}
+    assert width <= 256
+    assert width % 8 == 0
+    assert tensors[0].dtype in (torch.float16, torch.bfloat16)
+
+
+def derivatives(q: Tensor, k: Tensor, v: Tensor, d: Tensor, o: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
+    q, k, v, d, o = map(accumulated, (q, k, v, d, o))
+    weights = (q @ k.mT - logsumexp[..., None]).exp()  # (B, heads, N, M)
+    d_logits = weights * (d @ v.mT - (d * o).sum(dim=3, keepdim=True))
+    return d_logits @ k, d_logits.mT @ q, weights.mT @ d
+
+
+KERNELS.impl("_scaled_dot_product_flash_attention", flash_forward, "CPU")
+KERNELS.impl("_scaled_dot_product_flash_attention_backward", flash_backward, "CPU")
 KERNELS.impl("_scaled_dot_product_efficient_attention", forward, "CPU")
 KERNELS.impl("_scaled_dot_product_efficient_attention_backward", backward, "CPU")
 
@@ -119,7 +183,7 @@ KERNELS.impl("_scaled_dot_product_efficient_attention_backward", backward, "CPU"
 def emulate(patch: pytest.MonkeyPatch) -> None:
     """Send tensors on the CPU to the kernel for CUDA."""
     patch.setitem(functional.KERNELS, "cpu", fused_attention.fused_attention)
-    patch.setitem(functional.SMALL_MATRIX, "cpu", functional.SMALL_MATRIX["cuda"])
+    patch.setitem(functional.SMALL_MATRIX, "cpu", 0)  # as on CUDA without TF32
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -121,7 +121,7 @@ def test_no_module_for_leftovers() -> None:
 def test_tests_and_examples_use_the_public_names(folder: str) -> None:
     # Which path attention takes is chosen by size and device; its tests have to reach each of them at small sizes, on
     # the CPU.
-    own = {ROOT / "tests" / name for name in ("test_fast_attention.py", "emulated_kernels.py")}
+    own = {ROOT / "tests" / name for name in ("test_fast_attention.py", "test_variants.py", "emulated_kernels.py")}
     paths = sorted(set((ROOT / folder).rglob("*.py")) - own)
     assert paths
     for path in paths:
@@ -142,9 +142,10 @@ EXAMPLES = ROOT / "examples"
 # As above, from the bottom up. On top are the scripts, of which two use the trainer itself.
 EXAMPLE_LAYERS = [
     {"networks.dcgan", "networks.cyclegan", "networks.plain"},
-    {"measurement.stopwatch", "measurement.tables"},
-    {"measurement.passes"},
+    {"measurement.operators", "measurement.photographs", "measurement.stopwatch", "measurement.tables"},
+    {"measurement.floors", "measurement.passes"},
     {"measurement.peak_memory"},
+    {"measurement.contenders"},
     {"training.prefetch"},
     {
         "training.threads", "training.memory", "training.command_line", "training.tensor_files", "training.signals",
@@ -167,8 +168,8 @@ EXAMPLE_LAYERS = [
     },
     {"evaluation.evaluator"},
     {
-        "attention_in_cyclegan", "attention_in_dcgan", "average_drift", "generate", "long_range", "minimal",
-        "recipe_costs", "report", "show_attention", "train_celeba",
+        "attention_in_cyclegan", "attention_in_dcgan", "average_drift", "generate", "gpu_table", "long_range",
+        "minimal", "recipe_costs", "report", "show_attention", "train_celeba",
     },
     {"benchmark", "train_digits"},
 ]  # fmt: skip

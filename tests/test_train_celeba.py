@@ -870,20 +870,3 @@ def test_a_step_reads_no_number_back(pieces):
     with Readings() as readings:
         state.numbers()
     assert readings.count == len(state.numbers()["gamma"]) > 0
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_step_never_waits_for_the_gpu(precision):
-    config = Config(image_size=32, base_channels=8, batch_size=8, precision=precision)
-    state = TrainingState(config, device=torch.device("cuda"))
-    images = [torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8).pin_memory() for _ in range(4)]
-    batches = state.batches(Batch(part, None, {}) for part in images)
-    state.advance(batches)  # the first one allocates and chooses kernels
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in images[1:]:
-            state.advance(batches)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

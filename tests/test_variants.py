@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, spectral_norms
+from torch_sagan.blocks import PooledConv2d, UpsampledConv2d
 
 pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 
@@ -155,6 +156,11 @@ def test_the_shortcut_and_the_blocks_are_the_released_codes(architecture: str) -
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
 
+def plain(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A convolution that keeps the size, whatever the block's own does besides."""
+    return nn.functional.conv2d(x, conv.weight, conv.bias, padding=conv.padding)
+
+
 def conditional_norm(norm: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     mean, var = norm.norm.running_mean, norm.norm.running_var
     rows = []
@@ -181,8 +187,8 @@ def released_generator(g: nn.Module, z: torch.Tensor, labels: torch.Tensor, arch
     x = g.blocks[0].linear(z).reshape(len(z), -1, 4, 4)
     for block in g.blocks[1:]:
         y = twice(conditional_norm(block.norm1, x, labels).clamp(min=0))
-        y = conditional_norm(block.norm2, block.conv1(y), labels).clamp(min=0)
-        x = block.shortcut(twice(x)) + block.conv2(y)
+        y = conditional_norm(block.norm2, plain(block.conv1, y), labels).clamp(min=0)
+        x = plain(block.shortcut, twice(x)) + plain(block.conv2, y)
     norm, _, last = g.to_image
     x = (x - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + 1e-5).sqrt()
     x = norm.weight[:, None, None] * x + norm.bias[:, None, None]
@@ -197,10 +203,10 @@ def released_discriminator(d: nn.Module, x: torch.Tensor, labels: torch.Tensor, 
             x = torch.where(y > 0, y, 0.1 * y)
         return projected(head.projection, x.reshape(len(x), -1), labels)
     first, *others = d.blocks
-    x = half(first.conv2(first.conv1(x).clamp(min=0))) + first.shortcut(half(x))
+    x = half(plain(first.conv2, plain(first.conv1, x).clamp(min=0))) + plain(first.shortcut, half(x))
     for block in others:
-        y = block.conv2(block.conv1(x.clamp(min=0)).clamp(min=0))
-        x = half(block.shortcut(x)) + half(y)
+        y = plain(block.conv2, plain(block.conv1, x.clamp(min=0)).clamp(min=0))
+        x = half(plain(block.shortcut, x)) + half(y)
     x = x + head.conv2(head.conv1(x.clamp(min=0)).clamp(min=0))
     return projected(head.projection, x.clamp(min=0).sum((2, 3)), labels)
 
@@ -208,3 +214,26 @@ def released_discriminator(d: nn.Module, x: torch.Tensor, labels: torch.Tensor, 
 def projected(head: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     linear, embedding = head.linear, head.embedding
     return features @ linear.weight[0] + linear.bias + (embedding.weight[labels] * features).sum(1)
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (3, 1)])
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)])
+@pytest.mark.parametrize("kind", ["pooled", "upsampled"])
+def test_a_convolution_and_a_change_of_size_in_one(kind: str, size: tuple[int, int], kernel: int, padding: int) -> None:
+    """The result and its gradients, first and second, at the border too, and where a row is left over."""
+    conv = (PooledConv2d if kind == "pooled" else UpsampledConv2d)(3, 4, kernel, padding=padding).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+
+    def two_steps(x: torch.Tensor) -> torch.Tensor:
+        if kind == "pooled":
+            return nn.functional.avg_pool2d(plain(conv, x), 2)
+        return plain(conv, nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
+
+    results = []
+    for function in (conv, two_steps):
+        y = function(x)
+        first = torch.autograd.grad(y.square().sum(), (x, conv.weight, conv.bias), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, conv.weight, conv.bias))
+        results.append([y, *first, *second])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from measurement.stopwatch import Run
 from networks.plain import PaddedSDPAttention, PlainAttention, SDPAttention
 from torch_sagan import SelfAttention2d
+
+Placed = TypeVar("Placed", Tensor, nn.Module)
 
 
 def attention_layers(channels: int, device: torch.device) -> dict[str, nn.Module]:
@@ -23,10 +26,22 @@ def attention_layers(channels: int, device: torch.device) -> dict[str, nn.Module
     layers = {}
     for name, kind in kinds.items():
         torch.manual_seed(0)
-        layers[name] = kind(channels).to(device)
+        layers[name] = in_trained_layout(kind(channels).to(device), device)
         with torch.no_grad():
             layers[name].gamma.fill_(0.5)  # type: ignore[operator]
     return layers
+
+
+def feature_map(batch: int, channels: int, size: int, device: torch.device) -> Tensor:
+    """A random input of these layers."""
+    return in_trained_layout(torch.randn(batch, channels, size, size, device=device), device)
+
+
+def in_trained_layout(thing: Placed, device: torch.device) -> Placed:
+    """A feature map or a module in the memory format that the trainer has on this device."""
+    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    placed: Placed = thing.to(memory_format=memory_format)  # type: ignore[call-overload]
+    return placed
 
 
 def forward_backward(module: nn.Module, x: Tensor, gradient: Tensor) -> Run:

@@ -54,7 +54,9 @@ class Config:
     precision: str = option("float32", "speed", "bf16: autocast; weights stay float32", choices=("float32", "bf16"))
     compile: bool = option(False, "speed", "compile G and D with torch.compile (with a gradient penalty, G alone)")
     cuda_graph: bool = option(False, "speed", "start a step's kernels at once, as a CUDA graph; one process, on CUDA")
-    channels_last: str = option("auto", "speed", "layout of feature maps; auto: on CUDA", choices=("auto", "yes", "no"))
+    channels_last: str = option(
+        "auto", "speed", "layout of feature maps; auto: on CUDA, without --compile", choices=("auto", "yes", "no")
+    )
     grad_accum_steps: int = option(1, "speed", "passes that a step's images are divided among, to save memory", least=1)
     sync_batch_norm: bool = option(True, "speed", "batch norm over the images of all processes, on CUDA")
 

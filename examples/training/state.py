@@ -46,7 +46,9 @@ class TrainingState:
     ) -> None:
         torch.manual_seed(config.seed)  # the same weights on every process
         self.config, self.device, self.ranks, self.classes = config, device, ranks, classes or {}
-        channels_last = device.type == "cuda" if config.channels_last == "auto" else config.channels_last == "yes"
+        # Compiled, a convolution's backward on CUDA returns a weight of one output in another layout than promised.
+        automatic = device.type == "cuda" and not config.compile
+        channels_last = automatic if config.channels_last == "auto" else config.channels_last == "yes"
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         generator, discriminator = build_networks(config, image_channels, len(self.classes) or None)
         for network in (generator, discriminator):

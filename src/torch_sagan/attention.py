@@ -10,7 +10,6 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
-from torch.nn.utils import parametrize
 
 from torch_sagan import functional
 from torch_sagan.arguments import at_least_one, one_of
@@ -280,12 +279,11 @@ def _output(y: Tensor, attention: Tensor | None) -> Tensor | tuple[Tensor, Tenso
 
 def _is_plain_1x1_convolution(module: nn.Module) -> bool:
     """Whether calling the module computes a 1×1 convolution and nothing else. Its weight may be parametrized."""
-    # A subclass may compute anything, in any of its methods; parametrizations make one of their own.
-    kind = type(module).__base__ if parametrize.is_parametrized(module) else type(module)
     return (
         isinstance(module, nn.Conv2d)
-        and kind is nn.Conv2d
-        and vars(module).keys().isdisjoint(("forward", "_conv_forward"))
+        # Neither the class nor the instance has methods of its own for it.
+        and getattr(module.forward, "__func__", None) is nn.Conv2d.forward
+        and getattr(module._conv_forward, "__func__", None) is nn.Conv2d._conv_forward
         and (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
         # No hooks on this module, and no global ones. Up to torch 2.13 this has no public API.
         and not (module._forward_pre_hooks or module._forward_hooks)

@@ -21,10 +21,12 @@ __all__ = [
     "DownBlock",
     "FirstResidualDownBlock",
     "LatentBlock",
+    "PooledConv2d",
     "ResidualDownBlock",
     "ResidualHead",
     "ResidualUpBlock",
     "UpBlock",
+    "UpsampledConv2d",
     "attend",
     "attention_layers",
     "feature_map_sizes",
@@ -131,22 +133,46 @@ class LatentBlock(nn.Module):
         return x.view(x.shape[0], *self.shape)  # (B, out, size, size)
 
 
+# A convolution and the change of size beside it are one convolution of a kernel that is wider by one. It does less than
+# half of the multiplications, and on a GPU the two other passes over the feature map took a third of a training step.
+
+
+class UpsampledConv2d(nn.Conv2d):
+    """Nearest ×2, then a convolution that keeps the size: a transposed convolution of stride 2.
+
+    A pixel is repeated in 2×2 places, so each weight of the wider kernel is the sum of those that meet it there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 4 * F.avg_pool2d(self.weight, 2, stride=1, padding=1)  # (out, in, k + 1, k + 1)
+        weight = weight.flip(2, 3).transpose(0, 1)  # (in, out, k + 1, k + 1)
+        padding = self.kernel_size[0] // 2
+        return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=padding)  # (B, out, 2H, 2W)
+
+
+class PooledConv2d(nn.Conv2d):
+    """A convolution that keeps the size, then the mean of 2×2: one of stride 2 with the mean of four shifted weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.avg_pool2d(self.weight, 2, stride=1, padding=1)  # (out, in, k + 1, k + 1)
+        return F.conv2d(x, weight, self.bias, stride=2, padding=self.padding)  # (B, out, H // 2, W // 2)
+
+
 class ResidualUpBlock(nn.Module):
     """Twice the size: norm, ReLU, nearest ×2, 3×3, norm, ReLU, 3×3. The shortcut is nearest ×2, 1×1."""
 
     def __init__(self, in_channels: int, out_channels: int, num_classes: int | None, spectral_norm: Normalizer) -> None:
         super().__init__()
         self.norm1: nn.Module = _batch_norm(in_channels, num_classes)
-        self.conv1: nn.Module = spectral_norm(_conv3x3(in_channels, out_channels))
+        self.conv1: nn.Module = spectral_norm(_xavier(UpsampledConv2d(in_channels, out_channels, 3, padding=1)))
         self.norm2: nn.Module = _batch_norm(out_channels, num_classes)
         self.conv2: nn.Module = spectral_norm(_conv3x3(out_channels, out_channels))
-        self.shortcut: nn.Module = spectral_norm(_conv1x1(in_channels, out_channels))
+        self.shortcut: nn.Module = spectral_norm(_xavier(UpsampledConv2d(in_channels, out_channels, 1)))
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        y = _upsample2x(F.relu(_apply_norm(self.norm1, x, labels)))  # (B, in, 2H, 2W)
-        y = F.relu(_apply_norm(self.norm2, self.conv1(y), labels))  # (B, out, 2H, 2W)
-        # A 1×1 convolution and a repetition commute: before the repetition it costs a quarter.
-        residual: Tensor = self.conv2(y) + _upsample2x(self.shortcut(x))  # (B, out, 2H, 2W)
+        y = self.conv1(F.relu(_apply_norm(self.norm1, x, labels)))  # (B, out, 2H, 2W)
+        y = self.conv2(F.relu(_apply_norm(self.norm2, y, labels)))  # (B, out, 2H, 2W)
+        residual: Tensor = y + self.shortcut(x)  # (B, out, 2H, 2W)
         return residual
 
 
@@ -156,26 +182,23 @@ class ResidualDownBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, spectral_norm: Normalizer) -> None:
         super().__init__()
         self.conv1: nn.Module = spectral_norm(_conv3x3(in_channels, out_channels))
-        self.conv2: nn.Module = spectral_norm(_conv3x3(out_channels, out_channels))
-        self.shortcut: nn.Module = spectral_norm(_conv1x1(in_channels, out_channels))
+        self.conv2: nn.Module = spectral_norm(_xavier(PooledConv2d(out_channels, out_channels, 3, padding=1)))
+        self.shortcut: nn.Module = spectral_norm(_xavier(PooledConv2d(in_channels, out_channels, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.avg_pool2d(self.conv2(F.relu(self.conv1(F.relu(x)))), 2)  # (B, out, H/2, W/2)
-        # A 1×1 convolution and a mean commute: after the mean it costs a quarter.
-        residual: Tensor = y + self.shortcut(F.avg_pool2d(x, 2))  # (B, out, H/2, W/2)
-        return residual
+        y: Tensor = self.conv2(F.relu(self.conv1(F.relu(x)))) + self.shortcut(x)  # (B, out, H/2, W/2)
+        return y
 
 
 class FirstResidualDownBlock(ResidualDownBlock):
-    """Half the size of an image: 3×3, ReLU, 3×3, mean of 2×2. The shortcut is mean of 2×2, 1×1.
+    """Half the size of an image: 3×3, ReLU, 3×3, mean of 2×2. The shortcut is 1×1, mean of 2×2.
 
     There is no ReLU in front, because it would set an image's negative values to zero.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.avg_pool2d(self.conv2(F.relu(self.conv1(x))), 2)  # (B, out, H/2, W/2)
-        residual: Tensor = y + self.shortcut(F.avg_pool2d(x, 2))  # (B, out, H/2, W/2)
-        return residual
+        y: Tensor = self.conv2(F.relu(self.conv1(x))) + self.shortcut(x)  # (B, out, H/2, W/2)
+        return y
 
 
 class ResidualHead(nn.Module):
@@ -300,16 +323,8 @@ def _apply_norm(norm: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
     return y
 
 
-def _upsample2x(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
 def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return _xavier(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1))
-
-
-def _conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return _xavier(nn.Conv2d(in_channels, out_channels, kernel_size=1))
 
 
 def _xavier(layer: Layer) -> Layer:

@@ -21,9 +21,10 @@ __all__ = ["attention", "attention_map", "l2_as_dot_product", "power_iteration",
 # is computed, operations and costs are counted as on CUDA.
 KERNELS = {"cpu": tiled_attention, "cuda": fused_attention, "meta": fused_attention}
 
-# Attention matrices of up to this many entries in the whole batch are faster than the kernel. Measured on the CPU; on
-# CUDA not yet: `make gpu` prints the times that decide it.
-SMALL_MATRIX = {"cpu": 2**20, "cuda": 0, "meta": 0}
+# Attention matrices of up to this many entries in the whole batch are faster than the kernel (measured). On CUDA that
+# holds for float32 alone, and where its products may be TF32: the kernel makes three of them for each. Larger matrices
+# would be faster too, by up to a half, but this many take 256 MiB, and the backward needs several.
+SMALL_MATRIX = {"cpu": 2**20, "cuda": 2**26, "meta": 0}
 
 # Before PyTorch 2.7 exporting cannot be told from compiling: there, both materialise the matrix.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -50,8 +51,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     r"""Exact softmax attention over positions: :math:`o_j = \sum_i \beta_{ji} h_i`.
 
     On the CPU and on CUDA the attention matrix is not materialized, so memory grows with N + M. The exceptions are
-    small matrices on the CPU, which are faster that way; float64 on CUDA; other devices, AMD's GPUs among them;
-    exported programs; and where only plain operations work (``torch.func``, forward-mode derivatives,
+    matrices so small that they are faster, on the CPU, and on CUDA with TF32; float64 on CUDA; other devices, AMD's
+    GPUs among them; exported programs; and where only plain operations work (``torch.func``, forward-mode derivatives,
     ``torch.jit.trace``). Differentiable twice.
 
     The weights :math:`\beta_{ji}` are those of :func:`attention_map`, and :math:`h_i` is column i of ``value``.
@@ -242,6 +243,8 @@ def _should_materialize(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return True
     if KERNELS[device] is fused_attention and not has_kernel(query.dtype):
         return True
+    if device == "cuda" and (query.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"):
+        return False
     return query.shape[0] * query.shape[2] * key.shape[2] <= SMALL_MATRIX[device]
 
 
