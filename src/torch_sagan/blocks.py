@@ -151,7 +151,7 @@ class UpsampledConv2d(nn.Conv2d):
 
 
 class PooledConv2d(nn.Conv2d):
-    """A convolution that keeps the size, then the mean of 2×2: one of stride 2 with the mean of four shifted weights."""
+    """A convolution that keeps the size, then the mean of 2×2: one of stride 2 with the mean of four shifts."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = F.avg_pool2d(self.weight, 2, stride=1, padding=1)  # (out, in, k + 1, k + 1)
