@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_sagan import functional, fused_attention
+from torch_sagan.attention import cuda, equation
 
 KERNELS = torch.library.Library("aten", "IMPL")
 ALIGNMENT = 16  # bytes
@@ -182,8 +182,8 @@ KERNELS.impl("_scaled_dot_product_efficient_attention_backward", backward, "CPU"
 
 def emulate(patch: pytest.MonkeyPatch) -> None:
     """Send tensors on the CPU to the kernel for CUDA."""
-    patch.setitem(functional.KERNELS, "cpu", fused_attention.fused_attention)
-    patch.setitem(functional.SMALL_MATRIX, "cpu", 0)  # as on CUDA without TF32
+    patch.setitem(equation.KERNELS, "cpu", cuda.fused_attention)
+    patch.setitem(equation.SMALL_MATRIX, "cpu", 0)  # as on CUDA without TF32
 
 
 @pytest.fixture(params=["cpu", "cuda"])

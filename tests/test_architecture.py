@@ -1,14 +1,14 @@
-"""Which module may import which, in the package and in the examples; what is public; what importing costs."""
+"""Imports run downwards, in the package and in the examples; what is public; what importing costs."""
 
 from __future__ import annotations
 
 import ast
-import inspect
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
@@ -19,22 +19,11 @@ import torch_sagan
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(torch_sagan.__file__).parent
+EXAMPLES = ROOT / "examples"
 
-# From the bottom up. Imports run downwards only; modules of one layer never import each other.
-LAYERS = [
-    {"dispatch", "grouped_iteration", "inserted", "legacy_spectral_norm", "modes"},
-    {"double_backward", "example_pass"},
-    {"fused_attention", "tiled_attention"},
-    {"arguments", "functional"},
-    {"attention", "layer_selection", "losses", "spectral"},
-    {"conditional", "recording", "spectral_models", "surgery", "visualization"},
-    {"blocks", "explorer", "insertion", "recalibration"},
-    {"generator", "discriminator"},
-    {"checkpoints"},
-    {"__init__"},
-]
-LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+# From the bottom up: folders, and modules beside them. What is not listed is above all others.
+PACKAGE_ORDER = ["_torch", "_modes", "_checks", "losses", "attention", "surgery", "spectral", "networks", "maps"]
+EXAMPLES_ORDER = ["networks", "measurement", "training", "evaluation"]
 
 
 def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -44,71 +33,68 @@ def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
             for alias in node.names:
                 yield alias.name, []
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(part for part in ("torch_sagan" if node.level else "", node.module) if part)
-            yield module, [alias.name for alias in node.names]
+            assert not node.level, f"{path} has a relative import"
+            yield node.module or "", [alias.name for alias in node.names]
 
 
-def modules_imported(path: Path) -> set[str]:
-    found = set()
-    for module, names in imports(path):
-        top, _, inner = module.partition(".")
-        if top != "torch_sagan":
-            continue
-        # ``from torch_sagan import x`` means the module x, or else the package itself.
-        found |= {inner.split(".")[0]} if inner else {name if name in LAYER else "__init__" for name in names or [""]}
-    return found
+def modules_in(folder: Path, prefix: str = "") -> dict[str, Path]:
+    """The Python modules below a folder by their dotted names; a package by the name of its folder."""
+    paths = {path: path.relative_to(folder).with_suffix("").parts for path in sorted(folder.rglob("*.py"))}
+    return {prefix + ".".join(part for part in parts if part != "__init__"): path for path, parts in paths.items()}
 
 
-def imports_of_modules() -> dict[str, set[str]]:
-    """Of every module of the package but ``__init__``, the others that it imports."""
-    return {module: modules_imported(PACKAGE / f"{module}.py") for module in MODULES if module != "__init__"}
+MODULES = {name.rstrip("."): path for name, path in modules_in(PACKAGE, "torch_sagan.").items()}
+EXAMPLE_MODULES = modules_in(EXAMPLES)
 
 
-# --- the package ---------------------------------------------------------------------------------------------------
+def imported(path: Path, modules: dict[str, Path]) -> set[str]:
+    """Those of the modules that a file imports."""
+    named = {name for module, names in imports(path) for name in (module, *(f"{module}.{name}" for name in names))}
+    found = named & set(modules)
+    # `from a.b import c` imports the module a.b.c, not the package a.b whose docstring is all that it holds.
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
 
 
-def test_every_module_has_a_layer() -> None:
-    assert set(MODULES) <= set(LAYER)
-    assert not [path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"]
-    assert {"__init__", "functional", "attention", "spectral", "generator", "discriminator", "losses"} <= set(MODULES)
+def upward_imports(modules: dict[str, Path], order: list[str], root: str = "") -> list[str]:
+    """Imports of a folder further up, and cycles."""
+
+    def level(name: str) -> int:
+        top = name.removeprefix(root).split(".")[0]
+        return order.index(top) if top in order else len(order) + (name.rstrip(".") == root.rstrip("."))
+
+    graph = {name: imported(path, modules) - {name} for name, path in modules.items()}
+    list(TopologicalSorter(graph).static_order())  # raises an error if there is a cycle
+    return [f"{name} imports {other}" for name in graph for other in graph[name] if level(other) > level(name)]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_run_downwards(module: str) -> None:
-    for other in modules_imported(PACKAGE / f"{module}.py"):
-        assert LAYER[other] < LAYER[module], f"{module} imports {other}"
+def test_imports_of_the_package_run_downwards() -> None:
+    assert not upward_imports(MODULES, PACKAGE_ORDER, "torch_sagan.")
 
 
-def test_the_diagram_of_modules_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    from draw_modules import draw
-
-    drawn = draw(LAYERS[:-1], imports_of_modules())  # __init__ imports nearly all of them
-    committed = (ROOT / "docs" / "images" / "modules.svg").read_text(encoding="utf-8")
-    assert committed == drawn, "run python docs/draw_modules.py"
+def test_imports_of_examples_run_downwards() -> None:
+    assert not upward_imports(EXAMPLE_MODULES, EXAMPLES_ORDER)
 
 
 def test_the_check_sees_imports_in_every_form(tmp_path: Path) -> None:
-    source = tmp_path / "source.py"
-    source.write_text(
-        "import torch_sagan.blocks\n"
-        "from torch_sagan import functional\n"
-        "from . import generator\n"
-        "def f():\n    from .attention import SelfAttention2d\n    from torch_sagan import spectral_norm\n"
-    )
-    assert modules_imported(source) == {"blocks", "functional", "generator", "attention", "__init__"}
+    files = {
+        "low/a.py": "",
+        "high/b.py": "def f():\n    from low import a\n",
+        "low/c.py": "import high.b",
+        "script.py": "from high.b import x",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    modules = modules_in(tmp_path)
+    assert upward_imports(modules, ["low", "high"]) == ["low.c imports high.b"]
+    (tmp_path / "low/a.py").write_text("from low import c")
+    with pytest.raises(ValueError, match="cycle"):
+        upward_imports(modules, ["low", "high"])
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_torch_is_the_only_requirement(module: str) -> None:
-    for imported, _ in imports(PACKAGE / f"{module}.py"):
-        top = imported.split(".")[0]
-        assert top in {"torch", "torch_sagan"} or top in sys.stdlib_module_names, f"{module} imports {imported}"
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_no_star_imports(module: str) -> None:
-    assert not [name for name, names in imports(PACKAGE / f"{module}.py") if "*" in names]
+def test_torch_is_the_only_requirement() -> None:
+    needed = {module.split(".")[0] for path in MODULES.values() for module, _ in imports(path)}
+    assert needed - sys.stdlib_module_names == {"torch", "torch_sagan"}
 
 
 def test_no_module_for_leftovers() -> None:
@@ -117,14 +103,10 @@ def test_no_module_for_leftovers() -> None:
         assert names.isdisjoint({"utils", "util", "misc", "helpers", "common"})
 
 
-@pytest.mark.parametrize("folder", ["tests", "examples"])
-def test_tests_and_examples_use_the_public_names(folder: str) -> None:
-    # Which path attention takes is chosen by size and device; its tests have to reach each of them at small sizes, on
-    # the CPU.
-    own = {ROOT / "tests" / name for name in ("test_fast_attention.py", "test_variants.py", "emulated_kernels.py")}
-    paths = sorted(set((ROOT / folder).rglob("*.py")) - own)
-    assert paths
-    for path in paths:
+def test_examples_use_the_public_names() -> None:
+    for name, path in EXAMPLE_MODULES.items():
+        if name == "measurement.contenders":  # which measures a kernel, whatever attention would take
+            continue
         for module, names in imports(path):
             if module.split(".")[0] == "torch_sagan":
                 assert module == "torch_sagan", f"{path.name} imports {module}"
@@ -133,83 +115,10 @@ def test_tests_and_examples_use_the_public_names(folder: str) -> None:
 
 
 def test_references_do_not_import_what_they_verify() -> None:
-    assert not modules_imported(Path(__file__).parent / "references.py")
+    assert not any(module.startswith("torch_sagan") for module, _ in imports(ROOT / "tests" / "references.py"))
 
 
 # --- the examples --------------------------------------------------------------------------------------------------
-
-EXAMPLES = ROOT / "examples"
-# As above, from the bottom up. On top are the scripts, of which two use the trainer itself.
-EXAMPLE_LAYERS = [
-    {"networks.dcgan", "networks.cyclegan", "networks.plain"},
-    {"measurement.operators", "measurement.photographs", "measurement.stopwatch", "measurement.tables"},
-    {"measurement.floors", "measurement.passes"},
-    {"measurement.peak_memory"},
-    {"measurement.contenders"},
-    {"training.prefetch"},
-    {
-        "training.threads", "training.memory", "training.command_line", "training.tensor_files", "training.signals",
-        "training.workers", "training.faces", "training.cifar10", "training.mnist", "training.labels",
-        "training.latents", "training.augmentation", "training.average", "training.architectures",
-    },
-    {
-        "training.checkpointing", "training.distributed", "training.image_folder", "training.published",
-        "training.run_lock",
-    },
-    {"training.image_cache", "training.image_io", "training.logging", "training.model_card", "training.step"},
-    {"training.cuda_graph", "training.data", "training.objectives"},
-    {"training.configuration"},
-    {"training.state"},
-    {"training.sampling"},
-    {"evaluation.inception", "evaluation.precision_recall", "evaluation.sliced_wasserstein"},
-    {
-        "evaluation.class_agreement", "evaluation.color_agreement", "evaluation.fid", "evaluation.kid",
-        "evaluation.inception_score",
-    },
-    {"evaluation.evaluator"},
-    {
-        "attention_in_cyclegan", "attention_in_dcgan", "average_drift", "generate", "gpu_table", "long_range",
-        "minimal", "recipe_costs", "report", "show_attention", "train_celeba",
-    },
-    {"benchmark", "train_digits"},
-]  # fmt: skip
-EXAMPLE_LAYER = {module: layer for layer, modules in enumerate(EXAMPLE_LAYERS) for module in modules}
-
-
-def example_name(path: Path) -> str:
-    return ".".join(path.relative_to(EXAMPLES).with_suffix("").parts)
-
-
-EXAMPLE_MODULES = {example_name(path): path for path in sorted(EXAMPLES.rglob("*.py"))}
-SCRIPTS = [name for name in EXAMPLE_MODULES if "." not in name]
-
-
-def examples_imported(path: Path) -> set[str]:
-    """The modules of the examples that a file imports."""
-    named = {name for module, names in imports(path) for name in (module, *(f"{module}.{name}" for name in names))}
-    return named & set(EXAMPLE_MODULES)
-
-
-def test_every_example_has_a_layer() -> None:
-    assert set(EXAMPLE_MODULES) == set(EXAMPLE_LAYER)
-    folders = {path.name for path in EXAMPLES.iterdir() if path.is_dir()}
-    assert {"training", "evaluation", "measurement", "networks", "recipes"} <= folders
-
-
-@pytest.mark.parametrize("module", EXAMPLE_MODULES)
-def test_imports_of_examples_run_downwards(module: str) -> None:
-    for other in examples_imported(EXAMPLE_MODULES[module]):
-        assert EXAMPLE_LAYER[other] < EXAMPLE_LAYER[module], f"{module} imports {other}"
-
-
-def test_the_check_sees_imports_of_examples_in_every_form(tmp_path: Path) -> None:
-    source = tmp_path / "source.py"
-    source.write_text(
-        "import training.step, train_celeba\n"
-        "from training import faces, nothing\n"
-        "def f():\n    from evaluation.fid import fid\n    import torch\n"
-    )
-    assert examples_imported(source) == {"training.step", "train_celeba", "training.faces", "evaluation.fid"}
 
 
 def test_networks_know_nothing_of_us() -> None:
@@ -220,14 +129,10 @@ def test_networks_know_nothing_of_us() -> None:
             assert ours <= ({"torch_sagan"} if name == "networks.plain" else set()), f"{name} imports {sorted(ours)}"
 
 
-def is_main_guard(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-
-
-@pytest.mark.parametrize("module", EXAMPLE_MODULES)
-def test_scripts_alone_are_at_the_top(module: str) -> None:
-    body = ast.parse(EXAMPLE_MODULES[module].read_text(encoding="utf-8")).body
-    assert any(map(is_main_guard, body)) == (module in SCRIPTS)
+def test_scripts_alone_are_at_the_top() -> None:
+    for name, path in EXAMPLE_MODULES.items():
+        runs = '\nif __name__ == "__main__":\n' in path.read_text(encoding="utf-8")
+        assert runs == ("." not in name), name
 
 
 def calls_backward(path: Path) -> bool:
@@ -256,11 +161,13 @@ def test_minimal_is_small_and_stands_alone() -> None:
 
 def test_all_is_what_is_there() -> None:
     """Every public name of the package is in ``__all__``, and everything in ``__all__`` is there."""
-    # Modules become attributes when they are imported; only functional is public as a module.
-    modules = set(MODULES) - {"functional"}
-    here = {name for name in vars(torch_sagan) if not name.startswith("_")}
-    own = {name for name in here if not (name in modules and isinstance(getattr(torch_sagan, name), ModuleType))}
-    assert own == set(torch_sagan.__all__) - {"__version__"}
+    # Sub-packages become attributes when they are imported; of all modules only functional is public.
+    here = {
+        name
+        for name, thing in vars(torch_sagan).items()
+        if not name.startswith("_") and (name == "functional" or not isinstance(thing, ModuleType))
+    }
+    assert here == set(torch_sagan.__all__) - {"__version__"}
     assert len(torch_sagan.__all__) == len(set(torch_sagan.__all__))
 
 
@@ -276,36 +183,13 @@ def test_names_that_are_promised() -> None:
     assert promised <= set(torch_sagan.__all__)
 
 
-def public_objects() -> Iterator[tuple[str, object]]:
+def test_classes_do_not_inherit_their_documentation() -> None:
     for name in torch_sagan.__all__:
         thing = getattr(torch_sagan, name)
-        yield name, thing
-        members = vars(thing).items() if inspect.isclass(thing) or inspect.ismodule(thing) else ()
-        for member, value in members:
-            if isinstance(value, classmethod | staticmethod):
-                value = value.__func__
-            own = inspect.isfunction(value) and value.__module__.startswith("torch_sagan")
-            if own and not member.startswith("_"):
-                yield f"{name}.{member}", value
+        assert not isinstance(thing, type) or thing.__doc__, f"{name} only inherits its docstring"
 
 
-@pytest.mark.parametrize(("name", "thing"), list(public_objects()), ids=lambda x: x if isinstance(x, str) else "")
-def test_documented_and_typed(name: str, thing: object) -> None:
-    if name != "__version__":
-        documentation = inspect.getdoc(thing)
-        assert documentation, f"{name} has no docstring"
-        if inspect.isclass(thing):
-            assert thing.__doc__, f"{name} only inherits its docstring"
-    if inspect.isfunction(thing):
-        signature = inspect.signature(thing)
-        assert signature.return_annotation is not inspect.Signature.empty
-        for parameter in signature.parameters.values():
-            assert parameter.name in ("self", "cls") or parameter.annotation is not inspect.Parameter.empty
-
-
-def test_modules_are_documented_and_marked_as_typed() -> None:
-    for path in [*map(PACKAGE.joinpath, (f"{module}.py" for module in MODULES)), *EXAMPLE_MODULES.values()]:
-        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+def test_marked_as_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
@@ -340,8 +224,19 @@ def test_importing_loads_torch_and_nothing_else() -> None:
     assert torchvision == "False"
 
 
-def test_importing_leaves_the_random_state_alone() -> None:
-    code = "import torch; s = torch.get_rng_state(); import torch_sagan; assert torch.equal(s, torch.get_rng_state())"
+def test_importing_changes_nothing_outside() -> None:
+    """No random number is drawn, and no hook is registered for the modules of the process."""
+    code = (
+        "import torch\n"
+        "from torch.nn.modules import module\n"
+        "def hooks():\n"
+        "    return {name: len(value) for name, value in vars(module).items() if name.endswith('_hooks')}\n"
+        "before, random = hooks(), torch.get_rng_state()\n"
+        "import torch_sagan\n"
+        "assert '_global_module_registration_hooks' in before, before\n"
+        "assert hooks() == before, hooks()\n"
+        "assert torch.equal(random, torch.get_rng_state())\n"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)})
 
 

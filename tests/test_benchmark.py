@@ -235,7 +235,7 @@ def test_a_comparison_on_cuda(gpu):
 
 
 def test_ours_may_not_refuse(gpu, monkeypatch):
-    monkeypatch.setitem(contenders.functional.KERNELS, "cuda", lambda *_: 1 / 0)
+    monkeypatch.setitem(contenders.equation.KERNELS, "cuda", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compare(Stopwatch(CUDA, 0.0), (1, 8, 8, 4, 4), torch.float32, RATES)
 

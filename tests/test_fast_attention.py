@@ -19,15 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from torch_sagan import (
-    SAGANDiscriminator,
-    double_backward,
-    functional,
-    fused_attention,
-    gradient_penalty,
-    tiled_attention,
-)
-from torch_sagan.attention import SelfAttention2d
+from torch_sagan import SAGANDiscriminator, gradient_penalty
+from torch_sagan.attention import cuda, equation, second_derivative, tiles
+from torch_sagan.attention.layer import SelfAttention2d
 
 TILE = 16  # in most tests, so that small maps straddle the borders of tiles
 
@@ -52,19 +46,19 @@ def inputs(
     return [t.to(dtype).requires_grad_() for t in tensors]
 
 
-tiled = tiled_attention.tiled_attention
+tiled = tiles.tiled_attention
 
 
-fused = fused_attention.fused_attention  # on the CPU by the kernels of emulated_kernels
+fused = cuda.fused_attention  # on the CPU by the kernels of emulated_kernels
 
 paths = pytest.mark.parametrize("attention", [tiled, fused], ids=["tiled", "fused"])
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled_attention, "TILE_QUERIES", TILE)
-    monkeypatch.setattr(tiled_attention, "TILE_KEYS", TILE)
-    monkeypatch.setattr(double_backward, "BLOCK_QUERIES", 3)
+    monkeypatch.setattr(tiles, "TILE_QUERIES", TILE)
+    monkeypatch.setattr(tiles, "TILE_KEYS", TILE)
+    monkeypatch.setattr(second_derivative, "BLOCK_QUERIES", 3)
 
 
 @pytest.fixture
@@ -103,8 +97,8 @@ def test_equals_the_equation_across_tile_borders() -> None:
 
 @paths
 def test_large_maps_with_the_real_tiles(attention: Callable[..., Tensor]) -> None:
-    ours = inputs(3, 4, 7, tiled_attention.TILE_QUERIES + 90, tiled_attention.TILE_KEYS + 1)
-    gradient = torch.randn(3, 7, tiled_attention.TILE_QUERIES + 90, dtype=torch.float64)
+    ours = inputs(3, 4, 7, tiles.TILE_QUERIES + 90, tiles.TILE_KEYS + 1)
+    gradient = torch.randn(3, 7, tiles.TILE_QUERIES + 90, dtype=torch.float64)
     y = attention(*ours)
     torch.testing.assert_close(y, plain(*ours), rtol=1e-10, atol=1e-10)
     for mine, other in zip(
@@ -273,7 +267,7 @@ def test_a_gradient_penalty_never_materializes_the_attention_matrix() -> None:
             sum(g.square().sum() for g in gradients).backward(inputs=tensors)
         largest[path] = seen.numel
     assert largest[plain] == n * n
-    assert largest[tiled] == double_backward.BLOCK_QUERIES * n
+    assert largest[tiled] == second_derivative.BLOCK_QUERIES * n
 
 
 def test_blocks_of_the_second_derivative_are_as_large_as_memory_allows() -> None:
@@ -281,10 +275,10 @@ def test_blocks_of_the_second_derivative_are_as_large_as_memory_allows() -> None
     with torch.device("meta"):
         tensors = [torch.empty(1, c, 128 * 128, requires_grad=True) for c in (4, 4, 32)]
         with LargestTensor() as seen:
-            gradients = torch.autograd.grad(functional.attention(*tensors).sum(), tensors, create_graph=True)
+            gradients = torch.autograd.grad(equation.attention(*tensors).sum(), tensors, create_graph=True)
             sum(g.square().sum() for g in gradients).backward(inputs=tensors)
-    assert seen.numel == double_backward.BLOCK_ENTRIES
-    assert seen.operations["_softmax"] == 128**4 / double_backward.BLOCK_ENTRIES
+    assert seen.numel == second_derivative.BLOCK_ENTRIES
+    assert seen.operations["_softmax"] == 128**4 / second_derivative.BLOCK_ENTRIES
 
 
 @paths
@@ -459,7 +453,7 @@ def test_memory_formats_and_strides_make_no_difference(
 def test_aligned_rows_are_read_in_place() -> None:
     """Channels-last query, key and value, slices of the result of one convolution, are not copied for the forward."""
     for part in packed([torch.randn(2, c, 9) for c in (8, 8, 64)], 0):
-        rows = fused_attention._rows(part)
+        rows = cuda._rows(part)
         assert (rows.data_ptr(), rows.shape, rows.stride(2)) == (part.data_ptr(), (2, 1, 9, part.shape[1]), 80)
 
 
@@ -494,9 +488,9 @@ def test_not_a_number_is_not_hidden() -> None:
 def test_a_large_attention_matrix_is_not_materialized(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small one is materialised, and so is one that is returned. This tests the choice, not the arithmetic."""
     taken = []
-    monkeypatch.setitem(functional.KERNELS, "cpu", lambda *tensors: (taken.append(1), tiled(*tensors))[1])
+    monkeypatch.setitem(equation.KERNELS, "cpu", lambda *tensors: (taken.append(1), tiled(*tensors))[1])
     layer = SelfAttention2d(8)
-    side = int(functional.SMALL_MATRIX["cpu"] ** 0.25) + 1
+    side = int(equation.SMALL_MATRIX["cpu"] ** 0.25) + 1
     x = torch.randn(1, 8, side, side)
     large = layer(x)
     assert len(taken) == 1
@@ -524,7 +518,7 @@ def test_compiled_without_a_graph_break() -> None:
 
 def test_an_export_holds_plain_operators() -> None:
     layer = SelfAttention2d(8).eval()
-    side = int(functional.SMALL_MATRIX["cpu"] ** 0.25) + 1
+    side = int(equation.SMALL_MATRIX["cpu"] ** 0.25) + 1
     x = torch.randn(1, 8, side, side)
     with torch.no_grad():
         layer.gamma.fill_(0.5)
@@ -540,13 +534,11 @@ def test_an_export_holds_plain_operators() -> None:
 def test_operators_keep_pytorchs_contract() -> None:
     """Schema, shapes without data, and autograd registration, as PyTorch itself checks them."""
     tensors = inputs(1, 2, 3, 9, 7, dtype=torch.float32)
-    torch.library.opcheck(tiled_attention._tiled, tuple(tensors))
-    y, *sums = tiled_attention._tiled(*(t.detach() for t in tensors))
-    torch.library.opcheck(
-        tiled_attention._tiled_backward, (torch.randn_like(y), *(t.detach() for t in tensors), y, *sums)
-    )
+    torch.library.opcheck(tiles._tiled, tuple(tensors))
+    y, *sums = tiles._tiled(*(t.detach() for t in tensors))
+    torch.library.opcheck(tiles._tiled_backward, (torch.randn_like(y), *(t.detach() for t in tensors), y, *sums))
     gradients = [torch.randn_like(t) for t in tensors]
-    torch.library.opcheck(double_backward._with_derivative, (*gradients, torch.randn_like(y), *tensors))
+    torch.library.opcheck(second_derivative._with_derivative, (*gradients, torch.randn_like(y), *tensors))
 
 
 def test_flops_of_tiled_attention() -> None:
@@ -564,7 +556,7 @@ def test_flops_of_tiled_attention() -> None:
 def test_flops_of_a_network_are_proportional_to_the_batch() -> None:
     """The attention matrix of one sample is materialised, those of a batch are not."""
     side = 20
-    assert side**4 < functional.SMALL_MATRIX["cpu"] < 8 * side**4
+    assert side**4 < equation.SMALL_MATRIX["cpu"] < 8 * side**4
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), SelfAttention2d.official(8), SelfAttention2d(8))
     counts = []
     for batch in (1, 8, 16):
@@ -588,7 +580,7 @@ def test_the_profiler_names_the_operators() -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_gradient_penalty_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifty WGAN-GP steps reduce a large penalty to less than a tenth."""
-    monkeypatch.setitem(functional.SMALL_MATRIX, "cpu", 0)
+    monkeypatch.setitem(equation.SMALL_MATRIX, "cpu", 0)
     torch.manual_seed(0)
     layer = SelfAttention2d(4)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from references import attention_by_loops, largest_singular_value, power_iterati
 from torch import Tensor
 
 from torch_sagan import functional
+from torch_sagan.attention import equation
 
 pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 
@@ -93,7 +94,7 @@ def test_keeps_the_dtype(dtype: torch.dtype) -> None:
 def attention_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
     """Attention on each of the paths that an input can take on the CPU, and on the meta device."""
     small = 0 if request.param in ("kernel", "compiled") else 2**40
-    monkeypatch.setitem(functional.SMALL_MATRIX, "cpu", small)
+    monkeypatch.setitem(equation.SMALL_MATRIX, "cpu", small)
     if request.param == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             yield functional.attention

@@ -53,7 +53,7 @@ def each_alone() -> Iterator[None]:
     """Every weight iterates when it is read."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("generator", "discriminator"):
-            patch.setattr(f"torch_sagan.{module}.iterate_together", lambda network: None)
+            patch.setattr(f"torch_sagan.networks.{module}.iterate_together", lambda network: None)
         yield
 
 

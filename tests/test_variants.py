@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, spectral_norms
-from torch_sagan.blocks import PooledConv2d, UpsampledConv2d
+from torch_sagan.networks.blocks import PooledConv2d, UpsampledConv2d
 
 pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 

@@ -8,7 +8,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 # The type variable of functions that return the module that they get.
-MODULE = re.compile(r"~torch_sagan\.\w+\.M\b")
+MODULE = re.compile(r"~torch_sagan(?:\.\w+)+\.M\b")
 
 
 def readable(

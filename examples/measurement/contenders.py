@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from measurement.floors import Rates, attention_work, times
 from measurement.peak_memory import allocated_by
 from measurement.stopwatch import Run, Stopwatch, on_device
-from torch_sagan import functional
+from torch_sagan.attention import equation
 
 # B, D, E, N, M as the networks have them: those of D and G by default, of D and G of the paper's at 128 pixels (with
 # pooled keys) and of that G with attention at 64×64; then single images and larger maps.
@@ -71,7 +71,7 @@ def sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tens
 
 def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """This library's kernel, also for small matrices, from rows that it takes as they are."""
-    kernel = functional.KERNELS["cuda"]
+    kernel = equation.KERNELS["cuda"]
     return kernel(*(rows.squeeze(1).mT for rows in (query, key, value))).mT.unsqueeze(1)
 
 
@@ -130,7 +130,7 @@ def compare(
 
 
 def small_matrix(rows: Iterable[dict[str, Any]]) -> str:
-    """Which ``functional.SMALL_MATRIX`` rows of `compare` suggest, each with its shape B, D, E, N, M."""
+    """Which ``equation.SMALL_MATRIX`` rows of `compare` suggest, each with its shape B, D, E, N, M."""
     ratios = []
     for row in rows:
         if row["by"] == "plain" and not row["refused"]:
@@ -138,7 +138,7 @@ def small_matrix(rows: Iterable[dict[str, Any]]) -> str:
             ratios.append((b * n * m, row["this/ours"]))
     largest = max((entries for entries, ratio in ratios if ratio < 1), default=0)
     return (
-        f'SMALL_MATRIX["cuda"] is {functional.SMALL_MATRIX["cuda"]}; these times suggest {materialize_up_to(ratios)}.'
+        f'SMALL_MATRIX["cuda"] is {equation.SMALL_MATRIX["cuda"]}; these times suggest {materialize_up_to(ratios)}.'
         " Up to so many entries B·N·M the plain equation, forward + backward, was faster in every shape."
         f" The largest at which it was faster in one: {largest}."
     )

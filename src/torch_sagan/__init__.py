@@ -1,14 +1,7 @@
 """Self-attention and spectral normalisation for GANs (arXiv:1805.08318)."""
 
 from torch_sagan import functional
-from torch_sagan.attention import AttentionRecord, SelfAttention2d
-from torch_sagan.checkpoints import load_reference_state_dict
-from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
-from torch_sagan.discriminator import SAGANDiscriminator
-from torch_sagan.explorer import AttentionExplorer, explore_attention
-from torch_sagan.generator import SAGANGenerator
-from torch_sagan.insertion import InsertionPoint, InsertionPoints, insertion_points
-from torch_sagan.legacy_spectral_norm import convert_legacy_spectral_norm
+from torch_sagan.attention.layer import AttentionRecord, SelfAttention2d
 from torch_sagan.losses import (
     gradient_penalty,
     hinge_discriminator_loss,
@@ -19,17 +12,24 @@ from torch_sagan.losses import (
     wasserstein_generator_loss,
     zero_centered_gradient_penalty,
 )
-from torch_sagan.recalibration import recalibrate
-from torch_sagan.recording import record_attention
-from torch_sagan.spectral import SpectralNorm, spectral_norm
-from torch_sagan.spectral_models import (
+from torch_sagan.maps.explorer import AttentionExplorer, explore_attention
+from torch_sagan.maps.overlay import attention_overlay, mark_queries
+from torch_sagan.maps.record import record_attention
+from torch_sagan.networks.conditional import ConditionalBatchNorm2d, ProjectionHead
+from torch_sagan.networks.discriminator import SAGANDiscriminator
+from torch_sagan.networks.generator import SAGANGenerator
+from torch_sagan.networks.published import load_reference_state_dict
+from torch_sagan.spectral.legacy import convert_legacy_spectral_norm
+from torch_sagan.spectral.models import (
     apply_spectral_norm,
     remove_spectral_norm,
     reset_power_iteration,
     spectral_norms,
 )
-from torch_sagan.surgery import insert_self_attention, remove_self_attention
-from torch_sagan.visualization import attention_overlay, mark_queries
+from torch_sagan.spectral.norm import SpectralNorm, spectral_norm
+from torch_sagan.spectral.recalibration import recalibrate
+from torch_sagan.surgery.insert import insert_self_attention, remove_self_attention
+from torch_sagan.surgery.points import InsertionPoint, InsertionPoints, insertion_points
 
 __version__ = "0.1.0"
 

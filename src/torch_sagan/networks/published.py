@@ -11,11 +11,11 @@ from typing import Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from torch_sagan.arguments import one_of
-from torch_sagan.attention import SelfAttention2d
-from torch_sagan.blocks import FirstResidualDownBlock, LatentBlock
-from torch_sagan.discriminator import SAGANDiscriminator
-from torch_sagan.generator import SAGANGenerator
+from torch_sagan._checks import one_of
+from torch_sagan.attention.layer import SelfAttention2d
+from torch_sagan.networks.blocks import FirstResidualDownBlock, LatentBlock
+from torch_sagan.networks.discriminator import SAGANDiscriminator
+from torch_sagan.networks.generator import SAGANGenerator
 
 __all__ = ["load_reference_state_dict"]
 

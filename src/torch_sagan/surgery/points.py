@@ -13,11 +13,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.flop_counter import FlopCounterMode
 
-from torch_sagan.attention import SelfAttention2d
-from torch_sagan.example_pass import ExampleInput, outputs_of_a_pass
-from torch_sagan.functional import SMALL_MATRIX
-from torch_sagan.surgery import channels_of, check_insertable, check_target
-from torch_sagan.tiled_attention import TILE_KEYS, TILE_QUERIES
+from torch_sagan.attention.equation import SMALL_MATRIX
+from torch_sagan.attention.layer import SelfAttention2d
+from torch_sagan.attention.tiles import TILE_KEYS, TILE_QUERIES
+from torch_sagan.surgery.example_pass import ExampleInput, outputs_of_a_pass
+from torch_sagan.surgery.insert import channels_of, check_insertable, check_target
 
 __all__ = ["InsertionPoint", "InsertionPoints", "insertion_points"]
 

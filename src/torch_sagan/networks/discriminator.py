@@ -10,9 +10,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from torch_sagan.arguments import at_least_one, check_labels, one_of
-from torch_sagan.attention import SelfAttention2d
-from torch_sagan.blocks import (
+from torch_sagan._checks import at_least_one, check_labels, one_of
+from torch_sagan._torch import on_device
+from torch_sagan.attention.layer import SelfAttention2d
+from torch_sagan.networks.blocks import (
     AttentionFactory,
     DCGANHead,
     DCGANProjectionHead,
@@ -28,8 +29,7 @@ from torch_sagan.blocks import (
     spectral_norm_attention,
     stage_widths,
 )
-from torch_sagan.dispatch import on_device
-from torch_sagan.spectral import iterate_together, spectral_norm
+from torch_sagan.spectral.norm import iterate_together, spectral_norm
 
 __all__ = ["SAGANDiscriminator"]
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torch_sagan.double_backward import register_derivatives
+from torch_sagan.attention.second_derivative import register_derivatives
 
 __all__ = ["tiled_attention"]
 

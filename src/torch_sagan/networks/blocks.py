@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_sagan.attention import SelfAttention2d
-from torch_sagan.conditional import ConditionalBatchNorm2d, ProjectionHead
+from torch_sagan.attention.layer import SelfAttention2d
+from torch_sagan.networks.conditional import ConditionalBatchNorm2d, ProjectionHead
 
 __all__ = [
     "DCGANHead",

@@ -10,9 +10,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from torch_sagan.arguments import at_least_one, check_labels, one_of
-from torch_sagan.attention import SelfAttention2d
-from torch_sagan.blocks import (
+from torch_sagan._checks import at_least_one, check_labels, one_of
+from torch_sagan._torch import on_device
+from torch_sagan.attention.layer import SelfAttention2d
+from torch_sagan.networks.blocks import (
     AttentionFactory,
     LatentBlock,
     Normalizer,
@@ -26,8 +27,7 @@ from torch_sagan.blocks import (
     stage_widths,
     to_image,
 )
-from torch_sagan.dispatch import on_device
-from torch_sagan.spectral import iterate_together, spectral_norm
+from torch_sagan.spectral.norm import iterate_together, spectral_norm
 
 __all__ = ["SAGANGenerator"]
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from torch_sagan import functional
-from torch_sagan.arguments import at_least_one, one_of
-from torch_sagan.dispatch import on_device
+from torch_sagan._checks import at_least_one, one_of
+from torch_sagan._torch import on_device
+from torch_sagan.attention import equation
 
 __all__ = ["AttentionRecord", "SelfAttention2d"]
 
@@ -183,7 +183,7 @@ class SelfAttention2d(nn.Module):
             features = self.query(x)  # (B, D, H, W)
             query = _flatten_query(features, x)  # (B, D, N)
             value = self.value(features).flatten(2)  # (B, E, N)
-            query, key = functional.l2_as_dot_product(query, query)  # (B, D + 1, N)
+            query, key = equation.l2_as_dot_product(query, query)  # (B, D + 1, N)
         else:
             query, key, value = self._project(x)  # (B, D, H, W), (B, D, H, W), (B, E, H, W)
             query = _flatten_query(query, x)  # (B, D, N)
@@ -267,8 +267,8 @@ def _flatten_pooled(projected: Tensor, pool: int) -> Tensor:
 @torch.fx.wrap
 def _attend(query: Tensor, key: Tensor, value: Tensor, return_attention: bool) -> tuple[Tensor, Tensor | None]:
     if not return_attention:
-        return functional.attention(query, key, value), None  # (B, E, N)
-    attention = functional.attention_map(query, key)  # (B, N, M)
+        return equation.attention(query, key, value), None  # (B, E, N)
+    attention = equation.attention_map(query, key)  # (B, N, M)
     return torch.bmm(attention, value.mT).mT, attention  # (B, E, N), (B, N, M)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from torch_sagan.dispatch import is_recorded, is_transformed
+from torch_sagan._torch import is_recorded, is_transformed
 
 __all__ = ["at_least_one", "check_labels", "nearest_names", "one_of"]
 

@@ -7,13 +7,13 @@ from typing import Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
 
-from torch_sagan import functional
-from torch_sagan.arguments import at_least_one, one_of
-from torch_sagan.dispatch import no_autocast
-from torch_sagan.grouped_iteration import Iterated, Member, iterate
-from torch_sagan.legacy_spectral_norm import LegacySpectralNorm, legacy_hooks
+from torch_sagan._checks import at_least_one, one_of
+from torch_sagan._torch import TorchSpectralNorm, no_autocast, runs_custom_operations
+from torch_sagan.spectral import iteration
+from torch_sagan.spectral.grouped import Iterated, Member, iterate
+from torch_sagan.spectral.legacy import LegacySpectralNorm, legacy_hooks
 
 __all__ = ["Norm", "SpectralNorm", "as_matrix", "find_norm", "iterate_together", "make_norm", "spectral_norm"]
 
@@ -77,7 +77,7 @@ class SpectralNorm(nn.Module):
         dtype = weight.dtype
         prepared, self._prepared = self._prepared, None
         if prepared and self.training and prepared[0] == weight._version:
-            return functional.divide_by_sigma(weight, *prepared[1], dim=self.dim, eps=self.eps)
+            return iteration.divide_by_sigma(weight, *prepared[1], dim=self.dim, eps=self.eps)
         if weight.ndim == 1:
             sigma = torch.linalg.vector_norm(weight)
             return weight / torch.where(sigma > self.eps, sigma, 1.0)
@@ -85,7 +85,7 @@ class SpectralNorm(nn.Module):
         with no_autocast(weight.device.type):
             weight = _half_to_float32(weight)
             u, v, sigma = self._iterate(weight, self.n_power_iterations if self.training else 0)
-            normalized = functional.spectral_normalize(weight, u, v, sigma, dim=self.dim, eps=self.eps)
+            normalized = iteration.spectral_normalize(weight, u, v, sigma, dim=self.dim, eps=self.eps)
         return normalized.to(dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class SpectralNorm(nn.Module):
         if self._u.dtype != weight.dtype:  # they are stored in half precision: rounding lost their unit norm
             u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
         matrix = as_matrix(weight, self.dim)  # (h, w)
-        u, v, sigma = functional.power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
+        u, v, sigma = iteration.power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
         if n_iterations:
             self._u.copy_(u)
             self._v.copy_(v)
@@ -136,7 +136,7 @@ def iterate_together(model: nn.Module) -> None:
     own, when they are read, as all do under a compiler or a transform.
     """
     groups: dict[tuple[torch.device, torch.dtype, int, float], list[tuple[SpectralNorm, Tensor]]] = {}
-    for module in model.modules() if functional.runs_custom_operations() else ():
+    for module in model.modules() if runs_custom_operations() else ():
         if isinstance(module, parametrize.ParametrizationList) and len(module) == 1:
             norm, weight = module[0], module.original
             if isinstance(norm, SpectralNorm) and norm.training and _can_be_grouped(norm, weight):
@@ -156,9 +156,8 @@ def _can_be_grouped(norm: SpectralNorm, weight: Tensor) -> bool:
     return whole and weight.dtype in (torch.float32, torch.float64) and norm._u.dtype == weight.dtype
 
 
-# A weight may be normalised by our parametrization, by PyTorch's (a class without a public name), or by its older hook.
-TorchSpectralNorm = parametrizations._SpectralNorm
-Norm: TypeAlias = SpectralNorm | parametrizations._SpectralNorm | LegacySpectralNorm
+# A weight may be normalized by our parametrization, by PyTorch's, or by its older hook.
+Norm: TypeAlias = SpectralNorm | TorchSpectralNorm | LegacySpectralNorm
 
 
 def spectral_norm(

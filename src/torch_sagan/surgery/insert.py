@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
-from torch_sagan.arguments import nearest_names
-from torch_sagan.attention import SelfAttention2d
-from torch_sagan.example_pass import ExampleInput, outputs_of_a_pass
-from torch_sagan.inserted import MARK, NAME
+from torch_sagan._checks import nearest_names
+from torch_sagan.attention.layer import SelfAttention2d
+from torch_sagan.surgery.example_pass import ExampleInput, outputs_of_a_pass
+from torch_sagan.surgery.mark import MARK, NAME, inserted_layer
 
 __all__ = ["insert_self_attention", "remove_self_attention"]
 
@@ -94,10 +93,13 @@ def insert_self_attention(
         like = next((p for part in (module, model) for p in part.parameters() if p.is_floating_point()), None)
         layers[path] = (layer if like is None else layer.to(like.device, like.dtype)).train(module.training)
 
+    # Here, because it registers itself for every module of the process.
+    from torch_sagan.surgery.hook import keep_own_weights
+
     for path, module in targets.items():  # nothing fails from here on
-        layers[path].register_load_state_dict_pre_hook(_keep_own_weights)
+        layers[path].register_load_state_dict_pre_hook(keep_own_weights)
         setattr(layers[path], MARK, True)
-        module.add_module(NAME, layers[path])  # _on_registration then makes the module call the layer
+        module.add_module(NAME, layers[path])  # the hook then makes the module call the layer
     return model
 
 
@@ -113,64 +115,21 @@ def remove_self_attention(model: M) -> M:
     Raises:
         ValueError: when nothing was inserted.
     """
+    from torch_sagan.surgery.hook import attend  # not before it is needed, see there
+
     found = False
     for module in list(model.modules()):
-        if _inserted_layer(module) is not None:
+        if inserted_layer(module) is not None:
             delattr(module, NAME)
             found = True
         # PyTorch lists a module's hooks nowhere else, and handles are lost where a conversion copies the hooks alone.
         for handle, hook in list(module._forward_hooks.items()):
-            if hook is _attend:
+            if hook is attend:
                 del module._forward_hooks[handle]
                 found = True
     if not found:
         raise ValueError(f"{type(model).__name__} has no inserted attention")
     return model
-
-
-def _attend(module: nn.Module, args: Any, output: Tensor) -> Any:
-    # It looks the layer up in the module that is called, so that copies of a model call their own.
-    layer = _inserted_layer(module)
-    if layer is None:
-        raise RuntimeError(
-            f"{type(module).__name__} has lost the attention that was inserted after it, to a conversion that does not "
-            "keep children: convert first and insert then (remove_self_attention removes what is left of it)"
-        )
-    return layer(output)
-
-
-def _on_registration(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """When any module gets a child: let it call an inserted layer, and do not let it replace one by something else.
-
-    Conversions make a new module and give it the old one's children, but not its hooks.
-    """
-    if name == NAME and hasattr(module, MARK):
-        runs_children = type(parent).forward is nn.Sequential.forward  # and the layer as the last one
-        if not runs_children and _attend not in parent._forward_hooks.values():
-            parent.register_forward_hook(_attend)
-        return
-    # Not by getattr: this runs in every model of the process, and the __getattr__ of some is not ready at this time.
-    drops = _inserted_layer(parent._modules.get(name)) is not None
-    if drops and not (module is not None and any(hasattr(part, MARK) for part in module.modules())):
-        raise RuntimeError(
-            f"{name!r} of {type(parent).__name__} has inserted attention, which its replacement "
-            f"({type(module).__name__}) lacks: call remove_self_attention first, and insert it again afterwards"
-        )
-
-
-# For every module of the process, because the modules that a conversion will make are not known in advance.
-register_module_module_registration_hook(_on_registration)
-
-
-def _inserted_layer(module: object) -> nn.Module | None:
-    layer = getattr(module, NAME, None)
-    return layer if hasattr(layer, MARK) else None
-
-
-def _keep_own_weights(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let a checkpoint without any of the layer's keys, from before the insertion, load strictly."""
-    if not any(key.startswith(prefix) for key in state_dict):
-        state_dict.update(layer.state_dict(prefix=prefix))
 
 
 def _find(model: nn.Module, after: object) -> dict[str, nn.Module]:
@@ -206,7 +165,7 @@ def check_insertable(model: nn.Module) -> None:
 
 def check_target(path: str, module: nn.Module) -> None:
     """Refuse a module after which no layer can be inserted, whatever it returns."""
-    if _inserted_layer(module) is not None:
+    if inserted_layer(module) is not None:
         raise ValueError(f"{path!r} has an inserted attention layer already")
     if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
         raise ValueError(

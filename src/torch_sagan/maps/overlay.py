@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_sagan.attention import AttentionRecord
+from torch_sagan.attention.layer import AttentionRecord
 
 __all__ = ["attention_overlay", "mark_queries"]
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_sagan.arguments import at_least_one, check_labels
-from torch_sagan.dispatch import on_device
-from torch_sagan.spectral import spectral_norm
+from torch_sagan._checks import at_least_one, check_labels
+from torch_sagan._torch import on_device
+from torch_sagan.spectral.norm import spectral_norm
 
 __all__ = ["ConditionalBatchNorm2d", "ProjectionHead"]
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torch_sagan import functional
-from torch_sagan.arguments import at_least_one, one_of
-from torch_sagan.layer_selection import Layers, select_layers
-from torch_sagan.legacy_spectral_norm import LegacySpectralNorm, legacy_hooks, remove_legacy_hook
-from torch_sagan.modes import evaluation_mode
-from torch_sagan.spectral import Norm, SpectralNorm, as_matrix, find_norm, make_norm
+from torch_sagan._checks import at_least_one, one_of
+from torch_sagan._modes import evaluation_mode
+from torch_sagan.spectral.iteration import power_iteration
+from torch_sagan.spectral.legacy import LegacySpectralNorm, legacy_hooks, remove_legacy_hook
+from torch_sagan.spectral.norm import Norm, SpectralNorm, as_matrix, find_norm, make_norm
+from torch_sagan.spectral.selection import Layers, select_layers
 
 __all__ = [
     "align_power_iteration",
@@ -213,7 +213,7 @@ def align_power_iteration(model: nn.Module) -> None:
         (small, large), matrix = ((u, v), matrix) if wide else ((v, u), matrix.mH)
         eigenvector = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]  # eigenvalues ascend
         # One step gives the other vector, `large`; if the weight is zero, `large` stays as it is.
-        new_small, new_large, _ = functional.power_iteration(matrix, eigenvector, large.to(matrix), eps=weight.norm.eps)
+        new_small, new_large, _ = power_iteration(matrix, eigenvector, large.to(matrix), eps=weight.norm.eps)
         small.copy_(new_small)
         large.copy_(new_large)
 

@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 from torch import nn
 
-from torch_sagan.arguments import nearest_names
-from torch_sagan.inserted import MARK, NAME
+from torch_sagan._checks import nearest_names
+from torch_sagan.surgery.mark import MARK, NAME
 
 __all__ = ["Layers", "select_layers"]
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_sagan.attention import AttentionRecord
-from torch_sagan.visualization import MARKS, RAMP, check_images, keys_extent, map_size
+from torch_sagan.attention.layer import AttentionRecord
+from torch_sagan.maps.overlay import MARKS, RAMP, check_images, keys_extent, map_size
 
 __all__ = ["AttentionExplorer", "explore_attention"]
 
@@ -91,7 +91,7 @@ def explore_attention(images: Tensor, records: Records, *, max_bytes: int = 32_0
     layers = list(_layers(images, records))
     if not len(images) or not layers:
         raise ValueError(f"nothing to explore: {len(images)} images and {len(layers)} attention maps")
-    template = resources.files("torch_sagan").joinpath("explorer.html").read_text(encoding="utf-8")
+    template = resources.files("torch_sagan.maps").joinpath("explorer.html").read_text(encoding="utf-8")
     data: dict[str, Any] = {"size": list(images.shape[2:]), "ramp": RAMP, "marks": MARKS, "images": [], "layers": []}
     for name, record in layers:
         extent = keys_extent(record.query_size, record.key_size)

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from torch_sagan.modes import evaluation_mode
-from torch_sagan.spectral_models import align_power_iteration
+from torch_sagan._modes import evaluation_mode
+from torch_sagan._torch import BatchNorm
+from torch_sagan.spectral.models import align_power_iteration
 
 __all__ = ["recalibrate"]
 
@@ -48,11 +48,10 @@ def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None
     >>> generator = SAGANGenerator(16)  # with averaged weights
     >>> generator = recalibrate(generator, [torch.randn(64, 128) for _ in range(16)])
     """
-    # The base class has no public name; synchronised batch norms of other libraries derive from it, too.
     norms = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, BatchNorm) and module.running_mean is not None
     }
     kind = type(model).__name__
     if isinstance(inputs, Tensor):

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torch_sagan.modes import evaluation_mode
+from torch_sagan._modes import evaluation_mode
 
 __all__ = ["ExampleInput", "outputs_of_a_pass"]
 

@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef  # without a public name up to torch 2.13
 from torch.utils.flop_counter import register_flop_formula
 
-from torch_sagan.dispatch import no_autocast
+from torch_sagan._torch import CustomOpDef, no_autocast
 
 __all__ = ["differentiable_gradients", "register_derivatives"]
 

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_sagan.dispatch import is_autocast
-from torch_sagan.double_backward import register_derivatives
+from torch_sagan._torch import is_autocast
+from torch_sagan.attention.second_derivative import register_derivatives
 
 __all__ = ["fused_attention", "has_kernel"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_sagan.attention import AttentionRecord, SelfAttention2d
+from torch_sagan.attention.layer import AttentionRecord, SelfAttention2d
 
 __all__ = ["record_attention"]
 

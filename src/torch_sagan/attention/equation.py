@@ -1,0 +1,128 @@
+"""Exact softmax attention over positions, as pure functions, and which kernel computes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_sagan._torch import is_autocast, is_exporting, only_plain_operations
+from torch_sagan.attention.cuda import fused_attention, has_kernel
+from torch_sagan.attention.tiles import tiled_attention
+
+__all__ = ["attention", "attention_map", "l2_as_dot_product"]
+
+# The kernels that do not materialize the attention matrix, by the type of the device. On the meta device, where nothing
+# is computed, operations and costs are counted as on CUDA.
+KERNELS = {"cpu": tiled_attention, "cuda": fused_attention, "meta": fused_attention}
+
+# Attention matrices of up to this many entries in the whole batch are faster than the kernel (measured). On CUDA that
+# holds for float32 alone, and where its products may be TF32: the kernel makes three of them for each. Larger matrices
+# would be faster too, by up to a half, but this many take 256 MiB, and the backward needs several.
+SMALL_MATRIX = {"cpu": 2**20, "cuda": 2**26, "meta": 0}
+
+
+def attention_map(query: Tensor, key: Tensor) -> Tensor:
+    r"""What every query position attends to: :math:`\beta_{ji} = \operatorname{softmax}_i(f_i^\top g_j)`.
+
+    There is no :math:`1/\sqrt{D}`: the paper has none.
+
+    Args:
+        query: g, (B, D, N), one column per query position j.
+        key: f, (B, D, M), one column per key position i.
+
+    Returns:
+        (B, N, M); each row is a distribution over the keys and sums to 1.
+
+    Source: Zhang et al., arXiv:1805.08318, equation 1.
+    """
+    return torch.softmax(torch.bmm(query.mT, key), dim=2)  # (B, N, M)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    r"""Exact softmax attention over positions: :math:`o_j = \sum_i \beta_{ji} h_i`.
+
+    On the CPU and on CUDA the attention matrix is not materialized, so memory grows with N + M. The exceptions are
+    matrices so small that they are faster, on the CPU, and on CUDA with TF32; float64 on CUDA; other devices, AMD's
+    GPUs among them; exported programs; and where only plain operations work (``torch.func``, forward-mode derivatives,
+    ``torch.jit.trace``). Differentiable twice.
+
+    The weights :math:`\beta_{ji}` are those of :func:`attention_map`, and :math:`h_i` is column i of ``value``.
+
+    Args:
+        query: g, (B, D, N).
+        key: f, (B, D, M).
+        value: h, (B, E, M). E may differ from D.
+
+    Returns:
+        (B, E, N).
+
+    Raises:
+        ValueError: for shapes that do not match.
+        TypeError: for integers, or for different dtypes outside of autocast.
+
+    Source: Zhang et al., arXiv:1805.08318, equation 2 without the output projection.
+    """
+    _check(query, key, value)
+    if _should_materialize(query, key, value):
+        # In this order of the factors PyTorch's backward needs no transposed copies of the matrix.
+        return torch.bmm(attention_map(query, key), value.mT).mT  # (B, E, N)
+    return KERNELS[query.device.type](query, key, value)  # (B, E, N)
+
+
+def l2_as_dot_product(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The query and key for :func:`attention` that give the softmax of :math:`-\lVert f_i - g_j \rVert^2`.
+
+    .. math::
+        (2 g_j, 1) \cdot (f_i, -\lVert f_i \rVert^2) \allowbreak = \lVert g_j \rVert^2 - \lVert f_i - g_j \rVert^2
+
+    Softmax over i ignores the first term on the right. The mean key is subtracted from both beforehand: distances stay
+    the same, and an offset that all positions share costs no precision.
+
+    Args:
+        query: g, (B, D, N).
+        key: f, (B, D, M).
+
+    Returns:
+        Query (B, D + 1, N) and key (B, D + 1, M).
+
+    Source: Kim, Papamakarios and Mnih, *The Lipschitz Constant of Self-Attention*, arXiv:2006.04710, section 3.2.
+    """
+    mean = key.mean(dim=2, keepdim=True)  # (B, D, 1)
+    query, key = query - mean, key - mean
+    squared_norm = key.square().sum(dim=1, keepdim=True).to(key.dtype)  # (B, 1, M); autocast sums in float32
+    return (
+        torch.cat([2 * query, torch.ones_like(query[:, :1])], dim=1),  # (B, D + 1, N)
+        torch.cat([key, -squared_norm], dim=1),  # (B, D + 1, M)
+    )
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
+    if not (
+        all(len(shape) == 3 for shape in shapes)
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[1] == key.shape[1]
+        and key.shape[2] == value.shape[2]
+    ):
+        raise ValueError(
+            f"expected query (B, D, N), key (B, D, M) and value (B, E, M), got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+        )
+    dtypes = [tensor.dtype for tensor in (query, key, value)]
+    # Autocast casts all of them to one dtype, except float64.
+    alike = len(set(dtypes)) == 1 or (is_autocast(query.device.type) and torch.float64 not in dtypes)
+    if not (alike and all(dtype.is_floating_point for dtype in dtypes)):
+        raise TypeError(
+            f"expected query, key and value in one floating-point dtype, got {dtypes[0]}, {dtypes[1]} and {dtypes[2]}"
+        )
+
+
+def _should_materialize(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    device = query.device.type
+    # An exported program should hold plain operators that every runtime knows.
+    if is_exporting() or device not in KERNELS or only_plain_operations(query, key, value):
+        return True
+    if KERNELS[device] is fused_attention and not has_kernel(query.dtype):
+        return True
+    if device == "cuda" and (query.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"):
+        return False
+    return query.shape[0] * query.shape[2] * key.shape[2] <= SMALL_MATRIX[device]
