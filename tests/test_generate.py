@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -171,6 +172,17 @@ def test_images_of_a_run_go_into_its_folder(name, tmp_path, monkeypatch):
     assert generate.main([str(Path("faces", name)), "--count", "1"]) == 0
     assert Path("faces/generated/grid.png").exists()
     assert not Path("runs").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_as_by_resume(tmp_path, capsys):
+    """The newest that can be read; where none can, the error names the oldest."""
+    old, new = (checkpoint(tmp_path / "run" / f"checkpoint-{step:06d}.pt", shaken()) for step in (9, 1000))
+    new.write_bytes(new.read_bytes()[:1000])
+    assert generate.main([str(tmp_path / "run"), "--count", "1"]) == 0
+    assert f"{new}: it cannot be read as a checkpoint; trying the one before" in capsys.readouterr().err
+    old.write_bytes(b"")
+    with pytest.raises(SystemExit, match=rf"generate\.py: {re.escape(str(old))}: it cannot be read as a checkpoint"):
+        generate.main([str(tmp_path / "run"), "--count", "1"])
 
 
 def test_images_of_a_generator_without_a_run_go_into_runs(tmp_path, monkeypatch):
@@ -460,7 +472,7 @@ def test_agreement_is_with_the_classes_that_are_requested(trained, tmp_path, mon
 
 def test_the_newest_checkpoint_of_a_folder(tmp_path):
     for step in (90, 100, 1000):
-        checkpoint(tmp_path / f"checkpoint-{step}.pt", shaken(image_channels=1 if step == 1000 else 3))
+        checkpoint(tmp_path / f"checkpoint-{step:06d}.pt", shaken(image_channels=1 if step == 1000 else 3))
     _, card = model_card.from_checkpoint(tmp_path)
     assert card["generator"]["image_channels"] == 1
 

@@ -142,8 +142,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def newest(out: Path) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, or None without any; unreadable ones are reported."""
-    found = _numbered(out, CHECKPOINT)
-    for _, path in reversed(found):
+    found = checkpoints(out)
+    for path in found:
         try:
             return load(path)
         except SystemExit as unreadable:
@@ -151,6 +151,11 @@ def newest(out: Path) -> dict[str, Any] | None:
     if found:
         raise SystemExit(f"cannot resume from {out}: none of its {len(found)} checkpoints can be read")
     return None
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The numbered checkpoints in a run's folder, the newest first."""
+    return [path for _, path in reversed(_numbered(out, CHECKPOINT))]
 
 
 def _numbered(out: Path, name: re.Pattern[str]) -> list[tuple[int, Path]]:

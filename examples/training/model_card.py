@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,25 @@ def from_checkpoint(path: Path, *, average: bool = True) -> tuple[Weights, Card]
 
 
 def _read(path: Path) -> tuple[Path, Any]:
-    file = _newest(path) if path.is_dir() else path
+    """A file and what it holds; of a run's folder the newest checkpoint that can be read, as `--resume` takes it."""
+    if not path.is_dir():
+        return path, _content(path)
+    files = checkpointing.checkpoints(path) or [file for file in [path / "checkpoint.pt"] if file.exists()]
+    if not files:
+        raise ValueError(f"{path}: no checkpoint in this folder")
+    for file in files[:-1]:
+        try:
+            return file, _content(file)
+        except ValueError as unreadable:
+            print(f"{unreadable}; trying the one before", file=sys.stderr, flush=True)
+    return files[-1], _content(files[-1])
+
+
+def _content(file: Path) -> Any:
     if not file.is_file():
-        raise ValueError(f"{path}: no checkpoint in this folder" if path.is_dir() else f"{path}: no such file")
+        raise ValueError(f"{file}: no such file")
     try:
-        return file, read(file)
+        return read(file)
     except Exception as error:  # whatever a damaged or foreign file makes the reader raise
         found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
         reason = f", because it holds a {found[1]} (see docs/pretrained.md)" if found else ""
@@ -160,12 +175,6 @@ def open_generator(path: Path, *, average: bool = True) -> tuple[SAGANGenerator,
     weights, card = _trained(file, state, average=average)
     generator = build(weights, card)
     return (recalibrated(generator) if average else generator), card
-
-
-def _newest(folder: Path) -> Path:
-    named = folder / "checkpoint.pt"
-    numbered = sorted(folder.glob("checkpoint-[0-9]*.pt"), key=lambda path: (len(path.name), path.name))
-    return named if named.exists() or not numbered else numbered[-1]
 
 
 def image_channels(weights: Weights) -> int:

@@ -35,7 +35,7 @@ ALIGNMENT = 16  # rows of channels have a length and an address in multiples of 
 WIDEST = 256  # the most channels that FlashAttention takes
 AMPERE = (8, 0)  # the first compute capability with FlashAttention, and whose tensor cores multiply bfloat16
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
 
 def has_kernel(dtype: torch.dtype) -> bool:
@@ -66,10 +66,10 @@ def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     if _takes_flash(query):
         heads, width = _heads(query, value)
         q, k, v = (_padded(tensor, heads, width) for tensor in (query, key, value))  # (B, heads, N or M, width)
-        attended, logsumexp, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=1.0)
+        attended, logsumexp, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=1.0)
     else:
         q, k, v = (_rows(tensor) for tensor in (query, key, value))  # (B, 1, N, ≥ D), (B, 1, M, ≥ D), (B, 1, M, ≥ E)
-        attended, logsumexp, _, _ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=1.0)
+        attended, logsumexp, _, _ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=1.0)
     return _channels(attended, value), logsumexp
 
 
@@ -82,7 +82,7 @@ def _backward(
         heads, width = _heads(query, value)
         d_o, q, k, v, o = (_padded(tensor, heads, width) for tensor in given)
         unused = q.new_empty(2, dtype=torch.uint64)  # the random state of dropout, of which there is none
-        gradients = aten._scaled_dot_product_flash_attention_backward(
+        gradients = _aten._scaled_dot_product_flash_attention_backward(
             d_o, q, k, v, o, logsumexp, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused[0], scale=1.0
         )
         d_query, d_key = (gradient.sum(dim=1, keepdim=True) if heads > 1 else gradient for gradient in gradients[:2])
@@ -92,7 +92,7 @@ def _backward(
         # ones, such as the channels-last output of one convolution, would have gradients with gaps.
         d_o, q, k, v, o = (_rows(tensor).contiguous() for tensor in given)
         unused = q.new_empty((), dtype=torch.int64)
-        *gradients, _ = aten._scaled_dot_product_efficient_attention_backward(
+        *gradients, _ = _aten._scaled_dot_product_efficient_attention_backward(
             d_o, q, k, v, None, o, logsumexp, unused, unused, 0.0, [True, True, True, False], scale=1.0
         )
     d_query, d_key, d_value = (_channels(_unshared(d), x) for d, x in zip(gradients, (query, key, value), strict=True))
