@@ -108,7 +108,10 @@ register_derivatives(_fused, _fused_backward)
 
 
 def _takes_flash(query: Tensor) -> bool:
-    return query.dtype in (torch.float16, torch.bfloat16) and query.shape[1] <= WIDEST and not _before_ampere(query)
+    if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[1] > WIDEST:
+        return False
+    # Some builds of PyTorch leave it out.
+    return not (_before_ampere(query) or (query.is_cuda and not torch.backends.cuda.is_flash_attention_available()))
 
 
 def _before_ampere(tensor: Tensor) -> bool:
