@@ -21,7 +21,7 @@ from torch import nn
 from torch_sagan import SAGANGenerator, spectral_norms
 from training.average import recalibrated
 from training.command_line import script
-from training.model_card import build, from_checkpoint
+from training.output.model_card import build, from_checkpoint
 
 IMAGES, SEED = 256, 5  # not the latent vectors that the statistics come from
 

@@ -52,7 +52,7 @@ from measurement.tables import draw_growth, print_rows
 from networks.plain import plain_step
 from torch_sagan import SAGANDiscriminator, spectral_norm
 from training.configuration import Config
-from training.distributed import SINGLE_PROCESS, pick_device
+from training.runs.distributed import SINGLE_PROCESS, pick_device
 from training.state import TrainingState
 from training.step import Piece
 
@@ -269,7 +269,7 @@ def data(watch: Stopwatch) -> list[dict[str, Any]]:
     """How fast the trainer's loader gives batches of 64: from JPEGs, from a zip of them, and from their cache."""
     # Imported here, because only this part reads images.
     from train_celeba import read_images
-    from training.data import open_data
+    from training.data.sources import open_data
 
     config = Config(data="photographs")
 

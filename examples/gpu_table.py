@@ -37,12 +37,12 @@ from measurement.stopwatch import Run, Stopwatch, on_device
 from torch_sagan import functional, spectral_norms
 from training.average import recalibrated
 from training.configuration import Config
-from training.data import ArrayDataset, InfiniteBatchSampler
-from training.distributed import SINGLE_PROCESS, ShardSampler, pick_device
-from training.image_folder import Batch
-from training.sampling import draw
+from training.data.image_folder import Batch
+from training.data.sources import ArrayDataset, InfiniteBatchSampler
+from training.data.workers import decoded, usable_cores
+from training.output.sampling import draw
+from training.runs.distributed import SINGLE_PROCESS, ShardSampler, pick_device
 from training.state import TrainingState
-from training.workers import decoded, usable_cores
 
 # A row: its name, and what measures its cells, which is called only if there is time left.
 Row = tuple[str, Callable[[], Sequence[object]]]

@@ -48,12 +48,12 @@ from evaluation.color_agreement import PAIRS, ColorClassifiers
 from evaluation.evaluator import evaluation_mode
 from evaluation.sliced_wasserstein import sliced_wasserstein
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d
-from training import faces
 from training.average import recalibrated, update_average
-from training.checkpointing import write
 from training.command_line import Parser, script
-from training.image_io import save_grid
+from training.data import faces
 from training.objectives import objective
+from training.output.image_io import save_grid
+from training.runs.checkpointing import write
 from training.step import GAN, Piece, no_augmentation, training_step
 
 TRAINED_ON = 8192  # faces

@@ -22,11 +22,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from measurement.operators import OperatorCounter
-from training.checkpointing import write
 from training.command_line import read_arguments, resolve_config, script
 from training.configuration import Config
-from training.memory import readable
 from training.objectives import objective
+from training.runs.checkpointing import write
+from training.runs.memory import readable
 from training.state import build_networks
 from training.step import GAN, Piece, no_augmentation, training_step
 

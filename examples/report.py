@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
 
-from training.checkpointing import write
 from training.command_line import Parser, flag, script
 from training.configuration import Config
+from training.runs.checkpointing import write
 
 Item = TypeVar("Item")
 Points = list[tuple[float, float]]  # (step, value)

@@ -19,10 +19,10 @@ import torch
 
 from torch_sagan import record_attention
 from training.command_line import Parser, script
-from training.image_io import save_attention, save_explorer
-from training.labels import parse_labels
-from training.model_card import open_generator, output_folder
-from training.sampling import QUERIES
+from training.data.labels import parse_labels
+from training.output.image_io import save_attention, save_explorer
+from training.output.model_card import open_generator, output_folder
+from training.output.sampling import QUERIES
 
 
 def fraction(text: str, size: int) -> float:

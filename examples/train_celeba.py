@@ -37,21 +37,21 @@ from evaluation.class_agreement import class_agreement
 from evaluation.evaluator import Evaluator, Sampler, real_images
 from evaluation.sliced_wasserstein import COARSEST
 from torch_sagan import spectral_norms
-from training.checkpointing import archive_previous_run, load, newest, save, save_and_rotate, versions, write
 from training.command_line import fail, interpreter, read_arguments, resolve_config, script
 from training.configuration import Config, check, default_out
-from training.data import DataSource, InfiniteBatchSampler, crop_setting, open_data
-from training.distributed import Ranks, ShardSampler, pick_device, processes
-from training.image_folder import Batch, ImageFolder
-from training.logging import RunLog, one_report
-from training.memory import out_of_memory
-from training.model_card import image_channels
-from training.run_lock import RunLock
-from training.sampling import draw, redraw, save_reals, usable_average
-from training.signals import deferred_signals
+from training.data.image_folder import Batch, ImageFolder
+from training.data.sources import DataSource, InfiniteBatchSampler, crop_setting, open_data
+from training.data.workers import decoded, usable_cores
+from training.output.logging import RunLog, one_report
+from training.output.model_card import image_channels
+from training.output.sampling import draw, redraw, save_reals, usable_average
+from training.runs.checkpointing import archive_previous_run, load, newest, save, save_and_rotate, versions, write
+from training.runs.distributed import Ranks, ShardSampler, pick_device, processes
+from training.runs.memory import out_of_memory
+from training.runs.run_lock import RunLock
+from training.runs.signals import deferred_signals
+from training.runs.tensor_files import refuse_unsafe_torch
 from training.state import TrainingState
-from training.tensor_files import refuse_unsafe_torch
-from training.workers import decoded, usable_cores
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]  # a generator and a seed -> scores; the first one selects
 OpenEvaluator = Callable[[Config, DataSource, torch.device], Evaluate | None]

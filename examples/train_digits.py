@@ -27,9 +27,9 @@ import train_celeba
 from evaluation.class_agreement import ClassAgreement, kernel_classifier
 from training.command_line import read_arguments, script
 from training.configuration import Config, default_out
-from training.data import ArrayDataset, open_data
-from training.mnist import is_mnist
-from training.model_card import open_generator
+from training.data.mnist import is_mnist
+from training.data.sources import ArrayDataset, open_data
+from training.output.model_card import open_generator
 
 RECIPE = Path(__file__).parent / "recipes" / "digits.txt"
 SAMPLES = 1000  # that the classifier sees

@@ -21,8 +21,9 @@ from sklearn.datasets import load_sample_images
 from tiny_runs import SCRIPT, assert_same, checkpoint, lines, resume, train
 
 import train_celeba
-from training import checkpointing, step
-from training.signals import deferred_signals
+from training import step
+from training.runs import checkpointing
+from training.runs.signals import deferred_signals
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.cifar10 import is_cifar10, read_cifar10
+from training.data.cifar10 import is_cifar10, read_cifar10
 
 CLASSES = ["airplane", "cat", "truck"]
 

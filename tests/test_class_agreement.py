@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from evaluation import class_agreement as module
 from evaluation.class_agreement import ClassAgreement, class_agreement, kernel_classifier, linear_classifier
-from training.data import ArrayDataset, digits, procedural_faces
-from training.labels import Labels
+from training.data.labels import Labels
+from training.data.sources import ArrayDataset, digits, procedural_faces
 
 
 class Recorder:

@@ -20,9 +20,9 @@ from training import state as state_module
 from training.augmentation import POLICIES
 from training.command_line import read_arguments, resolve_config
 from training.configuration import Config
-from training.data import open_data
-from training.model_card import load
+from training.data.sources import open_data
 from training.objectives import LOSSES
+from training.output.model_card import load
 from training.state import TrainingState
 from training.step import Piece
 

@@ -11,9 +11,9 @@ from tiny_runs import lines, train
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from training import distributed
 from training.cuda_graph import WARM_UP
-from training.distributed import Ranks, pick_device
+from training.runs import distributed
+from training.runs.distributed import Ranks, pick_device
 
 NAMES = ("auto", "cuda", "cuda:0")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from training import cuda_graph
 from training.configuration import Config, check
 from training.cuda_graph import WARM_UP
-from training.image_folder import Batch
+from training.data.image_folder import Batch
 from training.state import TrainingState
 
 STEPS = WARM_UP + 3  # so that the graph is replayed more than once

@@ -20,10 +20,10 @@ from tiny_runs import SCRIPT, TINY, checkpoint, lines, resume, train
 
 import train_celeba
 from training.configuration import Config
-from training.data import InfiniteBatchSampler, digits, open_data
-from training.distributed import Ranks, ShardSampler, pick_device
-from training.image_cache import CHECKSUM
-from training.run_lock import RunLock
+from training.data.image_cache import CHECKSUM
+from training.data.sources import InfiniteBatchSampler, digits, open_data
+from training.runs.distributed import Ranks, ShardSampler, pick_device
+from training.runs.run_lock import RunLock
 from training.state import TrainingState
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -60,7 +60,7 @@ sys.path.insert(0, {examples!r})
 import train_celeba
 from pathlib import Path
 from types import SimpleNamespace
-from training import image_cache
+from training.data import image_cache
 checked, open_data = [], train_celeba.open_data
 def crc32(data, value=0):
     checked.append(len(data))

@@ -20,8 +20,8 @@ from evaluation.evaluator import Evaluator, Images, real_images
 from evaluation.inception import Features
 from evaluation.sliced_wasserstein import sliced_wasserstein
 from torch_sagan import SAGANGenerator
-from training.data import ArrayDataset, digits
-from training.model_card import open_generator
+from training.data.sources import ArrayDataset, digits
+from training.output.model_card import open_generator
 
 CPU = torch.device("cpu")
 needs_torchmetrics = pytest.mark.skipif(find_spec("torchmetrics") is None, reason="torchmetrics is not installed")

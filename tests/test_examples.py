@@ -18,10 +18,10 @@ import attention_in_dcgan
 import show_attention
 import train_celeba
 from torch_sagan import AttentionRecord, SAGANGenerator, explore_attention, record_attention
-from training import image_io, model_card
 from training.average import recalibrated
 from training.configuration import Config
-from training.image_io import GAP, TILE, save_attention
+from training.output import image_io, model_card
+from training.output.image_io import GAP, TILE, save_attention
 
 
 def sheet(columns: int, rows: int, tile: int = 128) -> tuple[int, int]:

@@ -10,8 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from training import faces
-from training.data import open_data
+from training.data import faces
+from training.data.sources import open_data
 
 PALETTES = [faces.EYES, faces.EARRINGS, faces.BANDS]
 

@@ -18,10 +18,11 @@ import average_drift
 import generate
 import train_celeba
 from torch_sagan import SAGANGenerator, spectral_norms
-from training import checkpointing, model_card, sampling
 from training.average import recalibrated
-from training.image_io import save_grid
 from training.latents import draw_latents, slerp, walk
+from training.output import model_card, sampling
+from training.output.image_io import save_grid
+from training.runs import checkpointing
 
 ANIMALS = {"cat": 20, "dog": 30, "3": 50}  # the last class has a number for a name
 TINY = {"image_size": 16, "z_dim": 8, "base_channels": 4, "attention_resolutions": [4, 8]}

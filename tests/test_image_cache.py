@@ -24,10 +24,10 @@ from sklearn.datasets import load_sample_images
 from tiny_runs import assert_same, checkpoint, resume, train
 from torch.utils.data import DataLoader
 
-from training import image_cache
-from training.data import ArrayDataset, InfiniteBatchSampler, open_data
-from training.image_folder import ImageFolder, ZippedImageFolder
-from training.memory import readable
+from training.data import image_cache
+from training.data.image_folder import ImageFolder, ZippedImageFolder
+from training.data.sources import ArrayDataset, InfiniteBatchSampler, open_data
+from training.runs.memory import readable
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COUNT = 12
@@ -289,7 +289,7 @@ def test_the_random_state_does_not_know_of_it(folder, tmp_path):
 SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from training import data
+from training.data import sources as data
 decode = data.ImageFolder._decode
 def slow(self, path):
     time.sleep(float(sys.argv[4]))

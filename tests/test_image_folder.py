@@ -17,9 +17,9 @@ from PIL import ExifTags, Image
 from tiny_runs import train
 
 import train_celeba
-from training import image_folder
-from training.data import crop_setting, open_data
-from training.image_folder import ImageFolder, ZippedImageFolder
+from training.data import image_folder
+from training.data.image_folder import ImageFolder, ZippedImageFolder
+from training.data.sources import crop_setting, open_data
 
 SIZE = 8
 RAMP = np.linspace(0, 1, SIZE * SIZE).reshape(SIZE, SIZE)  # every grey from black to white

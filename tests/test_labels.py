@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.labels import (
+from training.data.labels import (
     check_classes,
     find_attributes,
     from_attributes,

@@ -12,8 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import lines, resume, train
 
-from training.distributed import SINGLE_PROCESS
-from training.logging import Means, one_report
+from training.output.logging import Means, one_report
+from training.runs.distributed import SINGLE_PROCESS
 
 
 def events(out: Path) -> EventAccumulator:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.mnist import is_mnist, read_mnist
+from training.data.mnist import is_mnist, read_mnist
 
 PIXELS = np.arange(3 * 28 * 28).reshape(3, 28, 28).astype(np.uint8)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from torch_sagan import AttentionExplorer
-from training.model_card import load
+from training.output.model_card import load
 
 DOCS = Path(__file__).parent.parent / "docs"
 NOTEBOOK = json.loads((DOCS / "attention.ipynb").read_text(encoding="utf-8"))

@@ -18,10 +18,10 @@ from tqdm import TMonitor
 import train_celeba
 from training import step
 from training.configuration import Config
-from training.data import ArrayDataset, Indices, procedural_faces
-from training.distributed import Ranks
-from training.image_folder import Batch
-from training.prefetch import prefetched
+from training.data.image_folder import Batch
+from training.data.prefetch import prefetched
+from training.data.sources import ArrayDataset, Indices, procedural_faces
+from training.runs.distributed import Ranks
 
 PATIENCE = 60  # seconds for what takes milliseconds, and for ever when it is broken
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import generate
 from torch_sagan import SAGANGenerator, load_reference_state_dict
 from training.latents import draw_latents
-from training.model_card import open_generator
+from training.output.model_card import open_generator
 
 ENTRIES = {"meta": {"mmgen_version": "0.2.0", "iter": 826000, "config": "model = dict(...)"}, "optimizer": {}}
 

@@ -22,7 +22,7 @@ import train_celeba
 from measurement.operators import OperatorCounter
 from recipe_costs import DATA, RECIPES, estimate, read_recipe
 from training.configuration import Config, check
-from training.model_card import open_generator
+from training.output.model_card import open_generator
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.txt"))
 # Networks a fraction as wide, so that a step takes a second; nothing else of the recipe changes.

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from tiny_runs import checkpoint, lines, train
 
-from training import checkpointing, run_lock
+from training.runs import checkpointing, run_lock
 
 # Holds a folder until its input ends. It imports no torch, so it is there at once.
 HOLDER = """
 import sys
 sys.path.insert(0, {examples!r})
 from pathlib import Path
-from training.run_lock import RunLock
+from training.runs.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
@@ -28,7 +28,7 @@ sys.stdin.read()
 
 @contextmanager
 def another_process_in(out: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", HOLDER.format(examples=str(Path(run_lock.__file__).parents[1])), str(out)]
+    command = [sys.executable, "-c", HOLDER.format(examples=str(Path(run_lock.__file__).parents[2])), str(out)]
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from evaluation import sliced_wasserstein as sw
 from evaluation.sliced_wasserstein import distances, laplacian_pyramid, sliced_wasserstein, slices
-from training import faces
+from training.data import faces
 
 
 def portraits(count: int, size: int, first: int = 0) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sagan import hinge_discriminator_loss, hinge_generator_loss
 from training.configuration import Config
-from training.image_folder import Batch
+from training.data.image_folder import Batch
 from training.objectives import LOSSES, hinge, objective
 from training.state import TrainingState, random_seed
 from training.step import GAN, Objective, Piece, share, total, training_step

@@ -21,14 +21,16 @@ from torch.utils.data import DataLoader
 
 import train_celeba
 from torch_sagan import spectral_norms
-from training import checkpointing, model_card, objectives, sampling
+from training import objectives
 from training.average import update_average
 from training.command_line import interpreter, read_arguments, script
 from training.configuration import Config, default_out
-from training.data import InfiniteBatchSampler, digits
-from training.image_folder import Batch, ImageFolder
+from training.data.image_folder import Batch, ImageFolder
+from training.data.sources import InfiniteBatchSampler, digits
 from training.objectives import LOSSES
-from training.sampling import draw
+from training.output import model_card, sampling
+from training.output.sampling import draw
+from training.runs import checkpointing
 from training.state import TrainingState
 from training.step import Piece, discriminator_step, generate, generator_step, training_step
 

@@ -19,7 +19,7 @@ import train_digits
 from torch_sagan import spectral_norms
 from training.command_line import read_arguments, resolve_config
 from training.configuration import Config
-from training.model_card import open_generator
+from training.output.model_card import open_generator
 from training.state import build_networks
 
 TINY = ["--steps", "2", "--base-channels", "4", "--batch-size", "4", "--device", "cpu", "--no-tensorboard"]

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-import training.workers
-from training.workers import decoded
+import training.data.workers
+from training.data.workers import decoded
 
 
 class Numbers(Dataset[torch.Tensor]):
@@ -53,7 +53,7 @@ def check_that_one_sigterm_of_the_parent_ends_a_worker() -> None:
 
 def in_a_process_of_its_own(check: str) -> None:
     """As the trainer runs: a worker inherits the state of the process, which other tests have changed."""
-    paths = [str(Path(__file__).parent), str(Path(training.workers.__file__).parents[1])]
+    paths = [str(Path(__file__).parent), str(Path(training.data.workers.__file__).parents[2])]
     code = f"import sys; sys.path[:0] = {paths}; import test_workers; test_workers.{check}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data import ArrayDataset, DataSource
+from training.data.sources import ArrayDataset, DataSource
 
 READ = 10_000  # at most so many real images: more would take minutes
 LARGE = 32  # pixels; images of this size or more are halved until they are smaller

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from training import faces
+from training.data import faces
 
 Images = NDArray[np.uint8]  # (n, 3, size, size)
 FIRST_REAL = 1_000_000  # number of the first face for the classifiers, far from those that generators are trained on

@@ -28,7 +28,7 @@ from evaluation.inception_score import inception_score
 from evaluation.kid import kid
 from evaluation.precision_recall import NEIGHBOR, precision_recall
 from evaluation.sliced_wasserstein import distances, slices
-from training.data import DataSource
+from training.data.sources import DataSource
 
 SLICED = 2048  # at most so many images for the sliced Wasserstein distance, since their patches are kept
 

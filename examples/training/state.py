@@ -21,14 +21,14 @@ from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d
 from training.architectures import build_discriminator, build_generator
 from training.augmentation import augmentation
 from training.average import update_average
-from training.checkpointing import versions
 from training.command_line import resolutions
 from training.configuration import Config
 from training.cuda_graph import GraphedStep
-from training.distributed import SINGLE_PROCESS, Ranks
-from training.image_folder import Batch
-from training.logging import Means
+from training.data.image_folder import Batch
 from training.objectives import objective
+from training.output.logging import Means
+from training.runs.checkpointing import versions
+from training.runs.distributed import SINGLE_PROCESS, Ranks
 from training.step import GAN, Piece, training_step
 
 

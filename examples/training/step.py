@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from training.distributed import no_sync_unless, unwrap
+from training.runs.distributed import no_sync_unless, unwrap
 
 
 class Piece(NamedTuple):

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training.configuration import Config
 from training.cuda_graph import WARM_UP
-from training.distributed import processes
-from training.image_folder import Batch
+from training.data.image_folder import Batch
+from training.runs.distributed import processes
 from training.state import TrainingState
 from training.step import GAN, training_step
 

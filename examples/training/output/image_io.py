@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from torch_sagan import AttentionRecord, attention_overlay, explore_attention, mark_queries
-from training.checkpointing import write
+from training.runs.checkpointing import write
 
 GAP = 2  # pixels between two tiles
 TILE = 192  # least width of an overlay in pixels, so that its marks and positions are visible

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from training.prefetch import prefetched
+from training.data.prefetch import prefetched
 
 
 def usable_cores() -> int:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch_sagan import SAGANGenerator, record_attention
 from training.average import recalibrated
 from training.command_line import fail
-from training.data import DataSource, InfiniteBatchSampler
-from training.image_io import save_attention, save_explorer, save_grid
+from training.data.sources import DataSource, InfiniteBatchSampler
+from training.output.image_io import save_attention, save_explorer, save_grid
 from training.state import TrainingState
 
 COLUMNS = 8

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 import torch_sagan
-from training.tensor_files import read
+from training.runs.tensor_files import read
 
 # What a checkpoint contains besides the state dicts.
 CONTENTS = {

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from training import faces
-from training.cifar10 import is_cifar10, read_cifar10
-from training.image_cache import open_cache
-from training.image_folder import NO_CLASS, Batch, ImageFolder, Indices, Labeling, ZippedImageFolder
-from training.labels import Labels, check_classes, find_attributes, from_attributes, from_folders, read_attributes
-from training.mnist import is_mnist, read_mnist
+from training.data import faces
+from training.data.cifar10 import is_cifar10, read_cifar10
+from training.data.image_cache import open_cache
+from training.data.image_folder import NO_CLASS, Batch, ImageFolder, Indices, Labeling, ZippedImageFolder
+from training.data.labels import Labels, check_classes, find_attributes, from_attributes, from_folders, read_attributes
+from training.data.mnist import is_mnist, read_mnist
 
 FACES = 4096
 ATTRIBUTES = "attributes:"

@@ -28,11 +28,11 @@ from torch import Tensor
 
 import torch_sagan
 from torch_sagan import SAGANGenerator
-from training import checkpointing
 from training.architectures import build_generator
 from training.average import recalibrated
-from training.published import published_generator
-from training.tensor_files import read
+from training.output.published import published_generator
+from training.runs import checkpointing
+from training.runs.tensor_files import read
 
 Card = dict[str, Any]
 Weights = Mapping[str, Tensor]

@@ -23,8 +23,8 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, Unidentif
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from training.labels import UNLABELED, Labels
-from training.memory import readable
+from training.data.labels import UNLABELED, Labels
+from training.runs.memory import readable
 
 Indices = list[tuple[int, bool]]  # the images of a batch: each one's number, and whether it is mirrored
 Found = tuple[str, str, str]  # a file's path, a text that changes when the file does, and why it is left out, or ""

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.checkpointing import write
 from training.command_line import fail
-from training.distributed import Ranks
+from training.runs.checkpointing import write
+from training.runs.distributed import Ranks
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from training.image_folder import ImageFolder
-from training.memory import readable
-from training.workers import decoded, usable_cores
+from training.data.image_folder import ImageFolder
+from training.data.workers import decoded, usable_cores
+from training.runs.memory import readable
 
 DECODER = f"3, Pillow {PIL.__version__}"  # increase the number when `ImageFolder` returns other pixels for a file
 CHECKSUM = 4  # bytes at the end of a cache: the CRC-32 of all before them

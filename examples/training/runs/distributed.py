@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
 from training.command_line import fail, line
-from training.memory import out_of_memory
+from training.runs.memory import out_of_memory
 
 Rows = TypeVar("Rows", Tensor, list[Any])
 
