@@ -27,7 +27,7 @@ if torch.__version__ < "2.6":
         "test_benchmark.py",
         "test_checkpointing.py",
         "test_conditional_training.py",
-        "test_cuda.py",
+        "test_trainer_on_cuda.py",
         "test_cuda_graph.py",
         "test_distributed.py",
         "test_evaluator.py",

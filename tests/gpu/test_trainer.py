@@ -23,7 +23,7 @@ from training.runs.distributed import processes
 from training.state import TrainingState
 from training.step import GAN, training_step
 
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="without a GPU test_cuda.py does it with an emulated one")
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="without a GPU test_trainer_on_cuda.py does it with an emulated one")
 CUDA = ["--device", "cuda", "--log-every", "1"]
 
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -455,6 +456,25 @@ def test_aligned_rows_are_read_in_place() -> None:
     for part in packed([torch.randn(2, c, 9) for c in (8, 8, 64)], 0):
         rows = cuda._rows(part)
         assert (rows.data_ptr(), rows.shape, rows.stride(2)) == (part.data_ptr(), (2, 1, 9, part.shape[1]), 80)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "n", "plain_equation"),
+    [
+        ("high", torch.float32, 8192, True),
+        ("high", torch.float32, 8193, False),  # one entry more than 2**26 in the batch of one
+        ("highest", torch.float32, 16, False),
+        ("high", torch.float64, 16, True),
+    ],
+)
+def test_the_plain_equation_where_it_is_faster_on_cuda(
+    precision: str, dtype: torch.dtype, n: int, plain_equation: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With TF32, small matrices; without a kernel, all. On fake tensors, which have CUDA's device and no values."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    with FakeTensorMode():
+        tensors = [torch.empty(1, c, n, device="cuda", dtype=dtype) for c in (8, 8, 64)]
+        assert equation._should_materialize(*tensors) == plain_equation
 
 
 @paths
