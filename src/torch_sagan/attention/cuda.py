@@ -5,13 +5,13 @@ called by name, forward and backward:
 
 * Half precision on Ampere and later goes to FlashAttention. It wants query and value of one width, at most 256: the
   narrower ones are padded with zeros, and a wider value is split into heads that share query and key. On an H200 it is
-  2.0 to 2.9 times as fast as the memory-efficient kernel from 32×32 on, forward and backward, and for values of 256 and
-  512 channels 4 times.
+  1.4 to 3.0 times as fast as the memory-efficient kernel, forward and backward, and for values of 256 and 512 channels
+  4 times.
 * All else goes to the memory-efficient kernel, which takes any widths. It multiplies float32 as three products of TF32,
   which keep its precision.
-* cuDNN, which PyTorch prefers on Hopper, is never taken. It would be a third faster, but its backward returns NaN for
-  rows whose logits all lie below -88 if the keys are 64 more than a multiple of 128 (cudnn-frontend issue 628), which
-  logits without 1/√D reach, and some versions refuse it for values of 256 channels.
+* cuDNN, which PyTorch prefers on Hopper, is never taken. On large maps it takes a third to a half less time, but its
+  backward returns NaN for rows whose logits all lie below -88 if the keys are 64 more than a multiple of 128
+  (cudnn-frontend issue 628), which logits without 1/√D reach, and some versions refuse it for values of 256 channels.
 
 Both compute logits and softmax in float32, and subtract each row's maximum. A forward and a backward that are operators
 of our own have a second derivative and keep query, key and value once. Activation checkpointing and compilers take them
