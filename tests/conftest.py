@@ -6,9 +6,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-# The examples are scripts, not a package: they import one another by their bare names.
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import training.threads  # noqa: F401  before torch  # isort: skip
 
 if sys.platform != "win32":
@@ -18,36 +15,23 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from emulated_kernels import kernels  # noqa: F401  a fixture
 from torch import Tensor
+
+from emulated_kernels import kernels  # noqa: F401  a fixture
 
 # The examples that read checkpoints refuse a torch that cannot do so safely.
 if torch.__version__ < "2.6":
-    collect_ignore = [
-        "test_benchmark.py",
-        "test_checkpointing.py",
-        "test_conditional_training.py",
-        "test_trainer_on_cuda.py",
-        "test_cuda_graph.py",
-        "test_distributed.py",
-        "test_evaluator.py",
-        "test_examples.py",
-        "test_explorer.py",
-        "test_generate.py",
-        "test_image_cache.py",
-        "test_image_folder.py",
-        "test_logging.py",
-        "test_minimal.py",
-        "test_prefetch.py",
-        "test_published.py",
-        "test_recipes.py",
-        "test_run_lock.py",
-        "test_train_celeba.py",
-        "test_train_digits.py",
-    ]
+    collect_ignore = ["benchmarks", "examples", "maps/test_explorer.py"]
 
 hypothesis.settings.register_profile("sagan", deadline=None, max_examples=25, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("sagan")
+
+WITH_SCRIPTS = [Path(__file__).parent / name for name in ("benchmarks", "docs", "examples")]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if any(folder in item.path.parents for folder in WITH_SCRIPTS):
+        item.add_marker(pytest.mark.examples)
 
 
 @pytest.fixture(autouse=True)

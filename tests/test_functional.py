@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from references import attention_by_loops, largest_singular_value, power_iteration_by_numpy
 from torch import Tensor
 
+from references import attention_by_loops, largest_singular_value, power_iteration_by_numpy
 from torch_sagan import functional
 from torch_sagan.attention import equation
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from emulated_cuda import emulate_cuda, emulate_graphs
 from emulated_kernels import emulate
 from numerics import HAS_GPU

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from numerics import HAS_GPU, TOLERANCE, dtypes, error, plain, reference, taken
 from torch import Tensor
 
+from numerics import HAS_GPU, TOLERANCE, dtypes, error, plain, reference, taken
 from torch_sagan import functional
 
 

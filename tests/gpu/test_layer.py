@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from numerics import HAS_GPU, TOLERANCE, captured, error, taken
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from numerics import HAS_GPU, TOLERANCE, captured, error, taken
 from torch_sagan import SelfAttention2d, gradient_penalty
 
 Layer = Callable[[int], SelfAttention2d]
@@ -76,7 +76,7 @@ def test_autocast(kind: str, dtype: torch.dtype, device: torch.device) -> None:
     assert_close(ours, exact(layer, x), dtype, pooled=kind == "official")
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="test_kernels.py and test_ecosystem.py compile on the CPU")
+@pytest.mark.skipif(not HAS_GPU, reason="tests/attention and tests/ecosystem compile on the CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 def test_compiled(dtype: torch.dtype, device: torch.device) -> None:
     """As one graph, forward and backward."""

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from numerics import HAS_GPU, captured, error
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from numerics import HAS_GPU, captured, error
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SpectralNorm, functional, recalibrate, spectral_norms
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from numerics import HAS_GPU
-from tiny_runs import SCRIPT, checkpoint, lines, train
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from numerics import HAS_GPU
+from tiny_runs import SCRIPT, checkpoint, lines, train
 from training.configuration import Config
 from training.cuda_graph import WARM_UP
 from training.data.image_folder import Batch

@@ -1,0 +1,584 @@
+"""``SelfAttention2d`` against nested loops and two other implementations; gamma ≠ 0, since 0 hides every error."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from references import (
+    assert_all_close,
+    attention_by_loops,
+    attention_shapes,
+    filled,
+    l2_self_attention_by_loops,
+    largest_singular_value,
+    max_pool_by_loops,
+    official_attention_shapes,
+    rand,
+    self_attention_by_loops,
+)
+from torch_sagan import SelfAttention2d, apply_spectral_norm, spectral_norm
+
+pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
+
+Build = Callable[[int], SelfAttention2d]
+
+VARIANTS: dict[str, Build] = {
+    "default": SelfAttention2d,
+    "paper": SelfAttention2d.paper,
+    "official": SelfAttention2d.official,
+    "pooled": lambda channels: SelfAttention2d(channels, pool=2),
+    "no bias": lambda channels: SelfAttention2d(channels, bias=False),
+    "own sizes": lambda channels: SelfAttention2d(channels, qk_channels=3, value_channels=5),
+    "projected": lambda channels: SelfAttention2d(channels, out_projection=True),
+    "l2": partial(SelfAttention2d, similarity="l2"),
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def build(variant: str, channels: int, gamma: float = 0.7) -> SelfAttention2d:
+    layer = VARIANTS[variant](channels).double()
+    with torch.no_grad():
+        layer.gamma.fill_(gamma)
+    return layer
+
+
+class TutorialProjection(nn.Sequential):
+    """4x4 convolution with TensorFlow's "same" padding (one before, two after), batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(
+            nn.ZeroPad2d((1, 2, 1, 2)),
+            nn.Conv2d(in_channels, out_channels, 4, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
+        )
+
+
+# --- what it computes ----------------------------------------------------------------------------------------------
+
+
+@given(
+    variant=st.sampled_from(sorted(VARIANTS)),
+    batch=st.integers(1, 2),
+    channels=st.integers(1, 20),
+    height=st.integers(2, 6),
+    width=st.integers(2, 6),
+)
+def test_is_the_equation(variant: str, batch: int, channels: int, height: int, width: int) -> None:
+    layer = build(variant, channels)
+    x = torch.randn(batch, channels, height, width, dtype=torch.float64)
+    if variant == "l2":
+        expected, expected_map = l2_self_attention_by_loops(x, layer.state_dict())
+    else:
+        pool = 2 if variant in ("official", "pooled") else 1
+        expected, expected_map = self_attention_by_loops(x, layer.state_dict(), pool)
+    y, attention = layer(x, return_attention=True)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-10)
+
+
+@given(
+    pool=st.integers(1, 4),
+    qk_channels=st.integers(1, 5),
+    value_channels=st.integers(1, 5),
+    height=st.integers(4, 9),
+    width=st.integers(4, 9),
+    bias=st.booleans(),
+)
+def test_pooling_and_sizes(
+    pool: int, qk_channels: int, value_channels: int, height: int, width: int, bias: bool
+) -> None:
+    layer = SelfAttention2d(4, qk_channels=qk_channels, value_channels=value_channels, pool=pool, bias=bias).double()
+    with torch.no_grad():
+        layer.gamma.fill_(-1.3)
+    x = torch.randn(2, 4, height, width, dtype=torch.float64)
+    expected, expected_map = self_attention_by_loops(x, layer.state_dict(), pool)
+    y, attention = layer(x, return_attention=True)
+    assert attention.shape == (2, height * width, (height // pool) * (width // pool))
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
+
+
+@given(qk_channels=st.integers(1, 5), value_channels=st.integers(1, 5), bias=st.booleans(), scale=st.floats(0.1, 30))
+def test_l2_sizes(qk_channels: int, value_channels: int, bias: bool, scale: float) -> None:
+    sizes = {"qk_channels": qk_channels, "value_channels": value_channels}
+    layer = SelfAttention2d(4, similarity="l2", out_projection=True, bias=bias, **sizes).double()
+    with torch.no_grad():
+        layer.gamma.fill_(-1.3)
+    x = scale * torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    expected, expected_map = l2_self_attention_by_loops(x, layer.state_dict())
+    y, attention = layer(x, return_attention=True)
+    # The logits are rounded at the size of the squared norms, 1e-16 of some thousands.
+    torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-9)
+
+
+def l2_bound(layer: SelfAttention2d, positions: int) -> float:
+    """The bound of docs/variants.md. c exp(c + 1) = positions - 1 is solved by bisection."""
+    low, high = 0.0, float(positions)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle * math.exp(middle + 1) < positions - 1 else (low, middle)
+    projections = [layer.query, layer.value] + [layer.out] * isinstance(layer.out, nn.Conv2d)
+    norms = math.prod(largest_singular_value(projection.weight) for projection in projections)
+    return 1 + abs(layer.gamma.item()) * norms * math.sqrt(positions) * (4 * low + 1)
+
+
+def jacobian_norm(layer: SelfAttention2d, x: Tensor) -> float:
+    jacobian = torch.autograd.functional.jacobian(layer, x).reshape(x.numel(), x.numel())
+    return float(torch.linalg.matrix_norm(jacobian, 2))
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 3.0, 10.0, 100.0])
+@pytest.mark.parametrize("qk_channels", [1, 4])
+def test_l2_is_bounded(qk_channels: int, scale: float) -> None:
+    """On inputs of every size, and also where positions differ most in directions that the query does not see."""
+    arguments = {"qk_channels": qk_channels, "value_channels": 3, "bias": False}
+    layer = SelfAttention2d(4, similarity="l2", **arguments).double()
+    with torch.no_grad():
+        layer.gamma.fill_(2.0)
+    bound = l2_bound(layer, 9)
+    for _ in range(5):
+        x = torch.randn(1, 4, 3, 3, dtype=torch.float64)
+        seen = torch.linalg.pinv(layer.query.weight.flatten(1)) @ layer.query.weight.flatten(1)
+        unseen = torch.einsum("oc,bchw->bohw", torch.eye(4).double() - seen, x)
+        for point in (scale * x, x + scale * unseen):
+            assert jacobian_norm(layer, point.detach()) <= bound
+
+
+def test_dot_products_exceed_the_l2_bound() -> None:
+    """One position at zero attends to all others alike, and moves with their variance."""
+    layer, bounded = (SelfAttention2d(4, qk_channels=4, similarity=kind, bias=False).double() for kind in ("dot", "l2"))
+    weights = {name: torch.eye(4).double()[..., None, None] for name in ("query.weight", "key.weight", "value.weight")}
+    layer.load_state_dict({"gamma": torch.ones(1), **weights})
+    bounded.load_state_dict({"gamma": torch.ones(1), **{name: w for name, w in weights.items() if "key" not in name}})
+    x = 100 * torch.randn(1, 4, 3, 3, dtype=torch.float64)
+    x[..., 0, 0] = 0
+    assert jacobian_norm(layer, x) > 10 * l2_bound(bounded, 9)
+    assert jacobian_norm(bounded, x) < l2_bound(bounded, 9)
+
+
+def test_l2_attention_of_many_positions() -> None:
+    """In tiles, float32, and with an offset that is much larger than the distances."""
+    layer = SelfAttention2d(8, qk_channels=3, similarity="l2")
+    with torch.no_grad():
+        layer.gamma.fill_(0.7)
+    x = torch.randn(1, 8, 33, 33) + 30
+    y, attention = layer.double()(x.double(), return_attention=True)
+    torch.testing.assert_close(attention.sum(2), torch.ones_like(attention[..., 0]))
+    # Features of size 30 are rounded to 30 * 6e-8 in float32, distances of some ones therefore to some 1e-5.
+    torch.testing.assert_close(layer.float()(x).double(), y, rtol=0, atol=1e-4)
+
+
+@variants
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_layer_is_the_identity_to_the_bit(variant: str, dtype: torch.dtype) -> None:
+    layer = VARIANTS[variant](16).to(dtype)
+    x = torch.randn(2, 16, 6, 5, dtype=dtype)
+    assert layer.gamma.shape == (1,)
+    assert layer.gamma.item() == 0
+    assert torch.equal(layer(x), x)
+    assert torch.equal(layer(x, return_attention=True)[0], x)
+
+
+@variants
+def test_gamma_learns_from_the_first_step(variant: str) -> None:
+    layer = VARIANTS[variant](16)
+    x = torch.randn(2, 16, 6, 5)
+    layer(x).square().sum().backward()
+    assert layer.gamma.grad is not None
+    assert layer.gamma.grad.abs().item() > 1e-6
+
+
+@variants
+def test_rows_sum_to_one_and_columns_do_not(variant: str) -> None:
+    layer = build(variant, 16)
+    _, attention = layer(3 * torch.randn(2, 16, 6, 4, dtype=torch.float64), return_attention=True)
+    assert attention.shape[:2] == (2, 24)
+    torch.testing.assert_close(attention.sum(2), torch.ones(2, 24, dtype=torch.float64))
+    shares = attention.sum(1) * attention.shape[2] / attention.shape[1]
+    assert (shares - 1).abs().max() > 0.01
+
+
+@variants
+def test_every_position_attends_to_every_other(variant: str) -> None:
+    """Changing one corner changes the output in the corner opposite to it."""
+    layer = build(variant, 16)
+    x = torch.randn(1, 16, 8, 6, dtype=torch.float64)
+    changed = x.clone()
+    changed[..., 0, 0] += 10
+    assert (layer(changed) - layer(x))[..., -1, -1].abs().max() > 1e-6
+
+
+def test_against_the_pytorch_reference(arrays: Mapping[str, Tensor]) -> None:
+    layer = SelfAttention2d(64).double()
+    weights = filled(attention_shapes(64))
+    layer.load_state_dict({name.replace("_conv", ""): value for name, value in weights.items()}, strict=False)
+    assert {name.replace("_conv", "") for name in weights} == set(layer.state_dict())
+    x = rand(1, 2, 64, 6, 5).requires_grad_()
+    y, attention = layer(x, return_attention=True)
+    (y * rand(2, 2, 64, 6, 5)).sum().backward()
+    grads = dict(layer.named_parameters())
+    assert_all_close(
+        [
+            ("y", y, arrays["attention/y"]),
+            ("y without the attention map", layer(x), arrays["attention/y"]),
+            ("map", attention, arrays["attention/map"]),
+            ("grad_x", x.grad, arrays["attention/grad_x"]),
+            *((n, grads[n.replace("_conv", "")].grad, arrays[f"attention/grad/{n}"]) for n in weights),
+        ],
+        atol=1e-10,
+    )
+
+
+@pytest.mark.parametrize("return_attention", [False, True])
+def test_against_the_official_block(arrays: Mapping[str, Tensor], return_attention: bool) -> None:
+    layer = SelfAttention2d.official(64).double()
+    ours = {"theta": "query", "phi": "key", "g": "value", "o": "out"}
+    weights = {
+        ".".join(ours.get(part, part) for part in name.split(".")): value
+        for name, value in filled(official_attention_shapes(64)).items()
+    }
+    weights["gamma"] = weights["gamma"].reshape(1)
+    layer.load_state_dict(weights)
+    x = rand(5, 2, 64, 8, 6).requires_grad_()
+    y = layer(x, return_attention=True)[0] if return_attention else layer(x)
+    (y * rand(6, 2, 64, 8, 6)).sum().backward()
+    assert_all_close(
+        [("y", y, arrays["official_attention/y"]), ("grad_x", x.grad, arrays["official_attention/grad_x"])],
+        atol=1e-10,
+    )
+
+
+# --- layout --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "qk", "value", "projected", "bias"),
+    [
+        (SelfAttention2d(64), 8, 64, False, True),
+        (SelfAttention2d.paper(64), 8, 8, True, True),
+        (SelfAttention2d.official(64), 8, 32, True, False),
+        (SelfAttention2d(4), 1, 4, False, True),
+        (SelfAttention2d.paper(4), 1, 1, True, True),
+        (SelfAttention2d.official(1), 1, 1, True, False),
+        (SelfAttention2d(64, value_channels=16), 8, 16, True, True),
+        (SelfAttention2d(64, out_projection=True), 8, 64, True, True),
+        (SelfAttention2d(64, qk_channels=5, bias=False), 5, 64, False, False),
+    ],
+)
+def test_sizes_of_the_variants(layer: SelfAttention2d, qk: int, value: int, projected: bool, bias: bool) -> None:
+    assert layer.query.weight.shape[0] == qk
+    assert layer.key.weight.shape[0] == qk
+    assert layer.value.weight.shape[0] == value
+    assert isinstance(layer.out, nn.Identity) is not projected
+    if projected:
+        assert layer.out.weight.shape[1] == value
+        assert (layer.out.bias is not None) is bias
+    for convolution in (layer.query, layer.key, layer.value):
+        assert isinstance(convolution, nn.Conv2d)
+        assert convolution.kernel_size == (1, 1)
+        assert (convolution.bias is not None) is bias
+
+
+def test_state_dict_names() -> None:
+    plain = {"gamma", *(f"{n}.{p}" for n in ("query", "key", "value") for p in ("weight", "bias"))}
+    assert set(SelfAttention2d(8).state_dict()) == plain
+    assert set(SelfAttention2d.paper(8).state_dict()) == plain | {"out.weight", "out.bias"}
+
+
+def test_return_attention_is_keyword_only() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        SelfAttention2d(8)(torch.randn(1, 8, 4, 4), True)
+
+
+def test_the_tensorflow_tutorials_projection() -> None:
+    """C = 128 on 7x7, as on the last feature map of an MNIST network."""
+    layer = SelfAttention2d(128, projection=TutorialProjection).double()
+    with torch.no_grad():
+        layer.gamma.fill_(0.7)
+    x = torch.randn(3, 128, 7, 7, dtype=torch.float64)
+    for _ in range(2):  # let the running statistics leave their defaults
+        layer(x)
+    layer.eval()
+    assert isinstance(layer.out, nn.Identity)
+    query, key, value = (p(x).flatten(2) for p in (layer.query, layer.key, layer.value))
+    assert query.shape == (3, 16, 49)
+    assert value.shape == (3, 128, 49)
+    attended, expected_map = attention_by_loops(query, key, value)
+    y, attention = layer(x, return_attention=True)
+    torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
+    torch.testing.assert_close(y, 0.7 * attended.reshape(x.shape) + x, rtol=0, atol=1e-10)
+
+
+def test_projection_replaces_every_convolution() -> None:
+    calls: list[tuple[int, int]] = []
+
+    def projection(in_channels: int, out_channels: int) -> nn.Module:
+        calls.append((in_channels, out_channels))
+        return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    layer = SelfAttention2d(16, value_channels=4, pool=2, projection=projection).double()
+    assert sorted(calls) == [(4, 16), (16, 2), (16, 2), (16, 4)]
+    with torch.no_grad():
+        layer.gamma.fill_(2.0)
+    x = torch.randn(2, 16, 5, 7, dtype=torch.float64)
+    key, value = (max_pool_by_loops(p(x).detach(), 2).flatten(2) for p in (layer.key, layer.value))
+    attended, _ = attention_by_loops(layer.query(x).flatten(2), key, value)
+    torch.testing.assert_close(layer(x), 2 * layer.out(attended.reshape(2, 4, 5, 7)) + x, rtol=0, atol=1e-10)
+
+
+# --- one convolution for query, key and value ------------------------------------------------------------------------
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts the convolutions that run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operation is torch.ops.aten.convolution.default
+        return operation(*args, **(kwargs or {}))
+
+
+def convolutions(layer: nn.Module, x: Tensor) -> int:
+    with Convolutions() as counter:
+        layer(x)
+    return counter.count
+
+
+def one_bias_less(layer: SelfAttention2d) -> None:
+    layer.key.bias = None
+
+
+@pytest.mark.parametrize(
+    "change", [lambda layer: None, apply_spectral_norm, one_bias_less], ids=["plain", "spectral norm", "one bias less"]
+)
+@pytest.mark.parametrize("variant", ["default", "pooled", "no bias"])
+def test_one_convolution_does_what_three_do(variant: str, change: Callable[[SelfAttention2d], object]) -> None:
+    """In results, gradients and power iterations; a hook that does nothing makes it three."""
+    layer = build(variant, 16)
+    change(layer)
+    twin = copy.deepcopy(layer)
+    twin.value.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 16, 6, 4, dtype=torch.float64)
+    assert convolutions(layer, x) == 1
+    assert convolutions(twin, x) == 3
+    results = []
+    for each in (layer, twin):
+        each.zero_grad()
+        y = each(x)
+        y.square().sum().backward()
+        results.append([y, *each.state_dict().values(), *(p.grad for p in each.parameters())])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Equalized(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, 2 * weight, bias)
+
+
+def doubled_forward(layer: SelfAttention2d) -> None:
+    forward = layer.key.forward
+    layer.key.forward = lambda x: 2 * forward(x)
+
+
+def doubled_convolution(layer: SelfAttention2d) -> None:
+    convolve = layer.key._conv_forward
+    layer.key._conv_forward = lambda x, weight, bias: convolve(x, 2 * weight, bias)
+
+
+CHANGES: dict[str, Callable[[SelfAttention2d], object]] = {
+    "forward hook": lambda layer: layer.key.register_forward_hook(lambda _, args, y: 2 * y),
+    "forward pre-hook": lambda layer: layer.key.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
+    "torch's older spectral norm": lambda layer: torch.nn.utils.spectral_norm(layer.key),
+    "subclass": lambda layer: setattr(layer, "key", Doubled(16, 2, 1).double()),
+    "subclass that convolves otherwise": lambda layer: setattr(layer, "key", Equalized(16, 2, 1).double()),
+    "the same, parametrized": lambda layer: setattr(layer, "key", spectral_norm(Equalized(16, 2, 1).double())),
+    "forward of the instance": doubled_forward,
+    "convolution of the instance": doubled_convolution,
+    "3x3": lambda layer: setattr(layer, "key", nn.Conv2d(16, 2, 3, padding=1).double()),
+    "grouped": lambda layer: setattr(layer, "key", nn.Conv2d(16, 2, 1, groups=2).double()),
+    "another module": lambda layer: setattr(layer, "key", nn.Sequential(nn.Conv2d(16, 2, 1), nn.ReLU()).double()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_projections_are_called(change: str) -> None:
+    layer = build("default", 16)
+    CHANGES[change](layer)
+    x = torch.randn(2, 16, 6, 4, dtype=torch.float64)
+    assert convolutions(layer.eval(), x) == 3
+    query, key, value = (p(x).flatten(2) for p in (layer.query, layer.key, layer.value))
+    attended, _ = attention_by_loops(query, key, value)
+    torch.testing.assert_close(layer(x), 0.7 * attended.reshape(x.shape) + x, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_a_projection_run(register: str) -> None:
+    layer, seen = build("default", 16), []
+    getattr(layer.key, register)(lambda *arguments: seen.append(arguments[-1][0].shape))
+    layer(torch.randn(2, 16, 6, 4, dtype=torch.float64, requires_grad=True)).sum().backward()
+    assert seen == [(2, 2, 6, 4)]
+
+
+def test_hooks_of_all_modules_see_the_projections() -> None:
+    layer, seen = build("default", 16), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        layer(torch.randn(2, 16, 6, 4, dtype=torch.float64))
+    finally:
+        handle.remove()
+    assert seen == [layer.query, layer.key, layer.value, layer.out, layer]
+
+
+# --- derivatives ---------------------------------------------------------------------------------------------------
+
+
+def functional_form(layer: SelfAttention2d) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The layer as a function of its input and of all parameters, for gradcheck."""
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+        return out
+
+    return call, [value.detach().clone().requires_grad_() for value in values]
+
+
+@variants
+def test_derivatives(variant: str) -> None:
+    call, parameters = functional_form(build(variant, 2))
+    x = torch.randn(2, 2, 4, 2, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(call, (x, *parameters))
+    torch.autograd.gradgradcheck(call, (x, *parameters), fast_mode=True)
+
+
+def test_derivatives_of_the_map() -> None:
+    layer = build("default", 3)
+    x = torch.randn(1, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda t: layer(t, return_attention=True), (x,))
+
+
+def test_key_bias_gets_no_gradient() -> None:
+    """A shift that all keys share adds the same number to every logit of a row, which softmax ignores."""
+    layer = build("default", 16)
+    layer(torch.randn(2, 16, 4, 4, dtype=torch.float64)).square().sum().backward()
+    assert layer.key.bias.grad.abs().max() < 1e-10
+    assert layer.query.bias.grad.abs().max() > 1e-6
+
+
+# --- numbers of other kinds ----------------------------------------------------------------------------------------
+
+
+@variants
+def test_bfloat16(variant: str) -> None:
+    layer = build(variant, 16)
+    x = torch.randn(2, 16, 6, 5, dtype=torch.float64)
+    expected = layer(x)
+    low = layer.bfloat16()
+    y = low(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=0.05)
+    assert (y.double() - x).abs().max() > 0.2  # the tolerance would not let the identity pass
+
+
+def test_autocast() -> None:
+    layer = build("default", 16).float()
+    x = torch.randn(2, 16, 6, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    torch.testing.assert_close(y.float(), layer(x), rtol=0, atol=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(SelfAttention2d(16)(x).float(), x)
+
+
+@variants
+def test_memory_layouts(variant: str) -> None:
+    layer = build(variant, 16)
+    x = torch.randn(2, 16, 6, 5, dtype=torch.float64)
+    expected = layer(x)
+    for other in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        torch.cat([x, x], dim=1)[:, :16],
+        torch.stack([x, x], dim=-1)[..., 0],
+    ):
+        assert not other.is_contiguous()
+        torch.testing.assert_close(layer(other), expected)
+    layer = layer.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x.contiguous(memory_format=torch.channels_last)), expected)
+
+
+def test_input_is_not_changed() -> None:
+    layer = build("default", 16)
+    x = torch.randn(2, 16, 4, 4, dtype=torch.float64)
+    before = x.clone()
+    layer(x)
+    assert torch.equal(x, before)
+
+
+def test_samples_do_not_mix() -> None:
+    layer = build("official", 16)
+    x = torch.randn(3, 16, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), torch.cat([layer(sample[None]) for sample in x]))
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 0}, "channels.*0"),
+        ({"channels": -3}, "channels.*-3"),
+        ({"channels": 8, "qk_channels": 0}, "qk_channels.*0"),
+        ({"channels": 8, "value_channels": -1}, "value_channels.*-1"),
+        ({"channels": 8, "pool": 0}, "pool.*0"),
+        ({"channels": 8, "value_channels": 4, "out_projection": False}, "projection.*8.*4"),
+        ({"channels": 8, "similarity": "cosine"}, "similarity must be one of 'dot', 'l2', got 'cosine'"),
+        ({"channels": 8, "similarity": "l2", "pool": 2}, "needs pool=1, got 2"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SelfAttention2d(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 5), (8, 6, 5), (2, 8, 30), (2, 16, 6, 5), (2, 8, 1, 6, 5)])
+def test_wrong_input_names_what_was_expected_and_what_came(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="8") as error:
+        SelfAttention2d(8)(torch.randn(shape))
+    for size in shape:
+        assert str(size) in str(error.value)
+
+
+def test_input_that_is_not_a_tensor() -> None:
+    with pytest.raises((TypeError, ValueError), match=r"list|[Tt]ensor"):
+        SelfAttention2d(8)([1.0, 2.0])
+
+
+def test_input_smaller_than_one_tile() -> None:
+    """Without a whole 2x2 tile there are no keys: an error, not NaN."""
+    with pytest.raises(ValueError, match="pool"):
+        SelfAttention2d(8, pool=2)(torch.randn(1, 8, 1, 5))

@@ -1,0 +1,174 @@
+"""What the README and the guides show runs: their Python blocks, one after the other, as a reader would paste them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_sagan
+from training.command_line import flag
+from training.configuration import Config
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+PAGES = sorted([ROOT / "README.md", EXAMPLES / "README.md", *(ROOT / "docs").glob("*.md")])
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
+
+
+def can_run(block: str) -> bool:
+    """Whether what a block needs beside torch is installed."""
+    if "torch.onnx" in block and torch.__version__ < "2.7":  # whose exporter does not know all of these operators
+        return False
+    needed = {"torch.onnx": "onnxscript", "onnxruntime": "onnxruntime", "safetensors": "safetensors"}
+    return all(find_spec(package) for word, package in needed.items() if word in block)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's exporter uses what torch has deprecated
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    namespace: dict[str, object] = {"__name__": "page"}
+    for block in BLOCK.finditer(text):
+        # As many empty lines as stand above the block, so that a traceback names the page's own line.
+        lines_above = "\n" * text[: block.start(1)].count("\n")
+        if can_run(block.group(1)):
+            exec(compile(lines_above + block.group(1), str(page), "exec"), namespace)
+
+
+def test_the_readme_and_the_guides_have_code() -> None:
+    assert {"README.md", "get-started.md", "existing-models.md", "how-it-is-trained.md"} <= {
+        page.name for page in WITH_CODE
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.name}")
+def test_every_fence_is_closed(page: Path) -> None:
+    assert page.read_text(encoding="utf-8").count("```") % 2 == 0
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    text = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    modules = text.split(".. automodule:: torch_sagan.functional")
+    own, functions = (re.findall(r"^   (\w+)$", part, re.MULTILINE) for part in modules)
+    assert sorted([*own, "functional"]) == sorted(torch_sagan.__all__)
+    assert sorted(functions) == sorted(torch_sagan.functional.__all__)
+
+
+class FastaiAttention(nn.Module):
+    """The layer of fastai 1 and 2: query and key have each other's names, the softmax runs over dimension 1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        narrow = channels // 8
+        widths = {"query": narrow, "key": narrow, "value": channels}
+        for name, width in widths.items():
+            self.add_module(name, nn.utils.spectral_norm(nn.Conv1d(channels, width, 1, bias=False)))
+        self.gamma = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        weights = torch.bmm(self.query(flat).transpose(1, 2), self.key(flat)).softmax(dim=1)
+        return (self.gamma * torch.bmm(self.value(flat), weights) + flat).view_as(x)
+
+
+def test_weights_of_fastai_load_as_the_guide_says() -> None:
+    text = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": "page"}
+    for block in BLOCK.findall(text):
+        exec(block, namespace)
+    theirs = FastaiAttention(16).double()
+    x = torch.randn(2, 16, 5, 6, dtype=torch.float64)
+    theirs(x)  # the older hook computes a weight in a pass
+    theirs.eval()
+    expected = theirs(x)
+    ours = namespace["from_fastai"](theirs, 16)
+    torch.testing.assert_close(ours.double()(x), expected, rtol=0, atol=1e-6)  # it copied to float32
+    assert (expected - x).abs().max() > 0.01  # not the identity
+
+
+# --- what the pages say of the examples ----------------------------------------------------------------------------
+
+
+def section(title: str) -> str:
+    """What stands under a heading of the page of flags."""
+    text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def flag_table() -> dict[str, str]:
+    """The rows of the table of flags: each flag with its default, as the page has them."""
+    rows = re.findall(r"^\| (`--.+?) \| (.*?) ?\| .+ \|$", section("Flags"), re.MULTILINE)
+    table = {}
+    for flags, defaults in rows:
+        named = re.findall(r"`(--[a-z0-9-]+)`", flags)
+        given = defaults.split(", ") if len(named) > 1 else [defaults]
+        table |= dict(zip(named, given, strict=True))
+    return table
+
+
+def test_the_table_has_every_flag_and_no_other() -> None:
+    assert sorted(flag_table()) == sorted(
+        [*(flag(setting.name) for setting in fields(Config)), "--resume", "--dry-run"]
+    )
+
+
+@pytest.mark.parametrize("setting", fields(Config), ids=lambda setting: setting.name)
+def test_the_table_has_the_defaults(setting) -> None:
+    stated = flag_table()[flag(setting.name)]
+    if isinstance(setting.default, bool):
+        assert stated == ("yes" if setting.default else "no")
+    elif isinstance(setting.default, int | float):
+        assert float(stated) == setting.default
+    elif setting.default:
+        assert stated == f"`{setting.default}`"
+    else:  # the page says what is done without it
+        assert len(stated) > 5
+
+
+def test_every_script_has_a_row() -> None:
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `python examples/(\w+)\.py", text, re.MULTILINE)
+    assert sorted(named) == sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+def test_every_recipe_is_listed() -> None:
+    text = (
+        (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("## Recipes\n")[2].partition("\n## ")[0]
+    )
+    named = re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.MULTILINE)
+    assert sorted(named) == sorted(path.stem for path in (EXAMPLES / "recipes").glob("*.txt"))
+
+
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page: its headings, as GitHub and MyST name them, and MyST's own labels."""
+    text = page.read_text(encoding="utf-8")
+    labels = set(re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return labels | {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: f"{page.parent.name}-{page.name}")
+def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "Makefile"], ids=lambda page: page.name)
+def test_commands_name_files_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"(?<![\w/])examples/[\w/.-]*\w\.(?:py|txt|md)", text):
+        assert (ROOT / path).is_file(), f"{page.name} names {path}"

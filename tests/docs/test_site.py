@@ -1,0 +1,201 @@
+"""The built site: every link leads somewhere, nothing comes from another host, and every page can be read."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import chromium
+
+pytest.importorskip("sphinx")
+
+ROOT = Path(__file__).parents[2]
+BASE = "https://torch-sagan.github.io/torch-sagan/"
+
+pytestmark = pytest.mark.slow  # the site is built once, which takes some ten seconds
+
+
+class Html(HTMLParser):
+    """The parts of a page that the tests use."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.loads: list[str] = []  # what the browser asks for by itself
+        self.headings: list[int] = []
+        self.alternatives: list[str | None] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        self.anchors.update(filter(None, [given.get("id")]))
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"] or "")
+        if tag in ("img", "script", "iframe", "source", "video") and given.get("src"):
+            self.loads.append(given["src"] or "")
+        if tag == "link" and given.get("rel") in ("stylesheet", "icon", "shortcut icon", "preload"):
+            self.loads.append(given["href"] or "")
+        if tag == "img":
+            self.alternatives.append(given.get("alt"))
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-E", "-n", "-W", "--keep-going", "-b", "html", "-d"]
+    built = subprocess.run(
+        [*command, str(folder / "doctrees"), str(ROOT / "docs"), str(folder / "html")], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    return folder / "html"
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[str, Html]:
+    """Every page by its path, except the sources of modules and the explorer, which has tests of its own."""
+    names = (path.relative_to(site).as_posix() for path in sorted(site.rglob("*.html")))
+    return {name: Html(site / name) for name in names if not name.startswith(("_modules/", "_static/", "explorer"))}
+
+
+def test_links_and_anchors_lead_somewhere(site: Path, pages: dict[str, Html]) -> None:
+    anchors = {(site / name).resolve(): page.anchors for name, page in pages.items()}
+    for name, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or name == "404.html":  # its links start elsewhere
+                continue
+            target = (site / name).resolve()
+            if parts.path:
+                target = (site / name).parent.joinpath(unquote(parts.path)).resolve()
+            assert target.is_file(), f"{name} links to {link}"
+            if parts.fragment and target in anchors:
+                assert unquote(parts.fragment) in anchors[target], f"{name} links to {link}"
+
+
+def test_links_to_the_site_itself_lead_somewhere(site: Path) -> None:
+    """Absolute links to the site, from the README and other files outside it."""
+    for path in (ROOT / "README.md", ROOT / "CITATION.cff", ROOT / "pyproject.toml", ROOT / "CHANGELOG.md"):
+        for address in re.findall(rf"{re.escape(BASE)}[\w./#-]*", path.read_text(encoding="utf-8")):
+            file, _, anchor = address.removeprefix(BASE).partition("#")
+            target = site / (file or "index.html")
+            assert target.is_file(), f"{path.name} links to {address}"
+            assert not anchor or anchor in Html(target).anchors, f"{path.name} links to {address}"
+
+
+def test_links_to_files_of_the_repository(pages: dict[str, Html]) -> None:
+    """To view or edit a page's text, and elsewhere. Pages generated from docstrings have no file to link to."""
+    files = 0
+    for name, page in pages.items():
+        for link in page.links:
+            match = re.fullmatch(r"https://github\.com/torch-sagan/torch-sagan/(?:blob|edit)/main/([^?#]+).*", link)
+            if match:
+                files += 1
+                path = ROOT / match[1]
+                assert path.is_file(), f"{name} links to {link}"
+                assert not re.fullmatch(r"torch_sagan\..+\.rst", path.name), f"{name} links to {link}"
+    assert files > len(list((ROOT / "docs").glob("*.md")))
+
+
+def test_signatures_are_readable(site: Path) -> None:
+    def text(name: str) -> str:
+        return re.sub("<.*?>", "", (site / "api" / f"torch_sagan.{name}.html").read_text(encoding="utf-8"))
+
+    assert "apply_spectral_norm(model: Module," in re.sub(r"\s+", " ", text("apply_spectral_norm")).replace("( ", "(")
+    assert "AbstractContextManager[dict[str, list[AttentionRecord]]]" in text("record_attention")
+    assert "Callable[..., Tensor]" in text("gradient_penalty")
+
+
+def test_no_paragraph_became_a_list(site: Path, pages: dict[str, Html]) -> None:
+    """As one that begins with "C." would."""
+    for name in pages:
+        assert not re.search(r'class="(upper|lower)(alpha|roman)', (site / name).read_text(encoding="utf-8")), name
+
+
+def test_nothing_comes_from_another_host(site: Path, pages: dict[str, Html]) -> None:
+    for name, page in pages.items():
+        assert not [address for address in page.loads if urlsplit(address).netloc], name
+    for style in site.rglob("*.css"):
+        text = style.read_text(encoding="utf-8")
+        assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", text), style.name
+
+
+def test_headings_are_in_order(pages: dict[str, Html]) -> None:
+    for name, page in pages.items():
+        if name == "search.html":  # a script fills it
+            continue
+        assert page.headings[:1] == [1], name
+        assert page.headings.count(1) == 1, name
+        steps = [after - before for before, after in zip(page.headings, page.headings[1:], strict=False)]
+        assert max(steps, default=0) <= 1, f"{name} skips a level of headings"
+
+
+def test_figures_have_alternative_texts(pages: dict[str, Html]) -> None:
+    for name, page in pages.items():
+        assert all(page.alternatives), name
+
+
+def test_the_landing_page_is_light(site: Path, pages: dict[str, Html]) -> None:
+    """Less than 1.5 MB with all that it loads, except what the explorer shows."""
+    loads = {urlsplit(address).path for address in pages["index.html"].loads if "explorer" not in address}
+    size = sum((site / unquote(path)).stat().st_size for path in loads) + (site / "index.html").stat().st_size
+    assert size < 1_500_000
+
+
+def test_the_site_map_names_every_page(site: Path, pages: dict[str, Html]) -> None:
+    listed = set(re.findall(rf"<loc>{re.escape(BASE)}(.+?)</loc>", (site / "sitemap.xml").read_text(encoding="utf-8")))
+    made_by_sphinx = {"genindex.html", "py-modindex.html", "search.html"}
+    assert listed == set(pages) - {"404.html"} - made_by_sphinx
+
+
+def test_a_link_to_any_page_shows_a_card(site: Path, pages: dict[str, Html]) -> None:
+    for name in set(pages) - {"404.html", "genindex.html", "py-modindex.html", "search.html"}:
+        text = (site / name).read_text(encoding="utf-8")
+        (card,) = re.findall(rf'property="og:image" content="{re.escape(BASE)}(.+?)"', text)
+        assert (site / card).is_file()
+        (description,) = re.findall(r'name="description" content="(.*?)"', text)
+        assert len(description) > 20, f"{name} does not begin with a sentence"
+
+
+def test_formulas_need_no_script(site: Path) -> None:
+    text = (site / "api" / "torch_sagan.SelfAttention2d.html").read_text(encoding="utf-8")
+    assert "<math" in text
+    assert not re.search(r"<script[^>]*mathjax", text, re.IGNORECASE)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[chromium.Page]:
+    if chromium.FOUND is None:
+        pytest.skip("neither Chromium nor Chrome is installed")
+    with chromium.chromium() as page:
+        yield page
+
+
+CUT_OFF = """[...document.querySelectorAll('pre')].filter((e) => e.scrollWidth > e.clientWidth)
+    .map((e) => e.innerText.split('\\n').reduce((a, b) => a.length > b.length ? a : b))"""
+
+
+def test_no_code_is_cut_off_on_a_screen(site: Path, pages: dict[str, Html], browser: chromium.Page) -> None:
+    browser.size(1280, 1000)
+    for name in pages:
+        browser.open((site / name).as_uri())
+        assert browser.run(CUT_OFF) == [], name
+
+
+def test_pages_fit_a_phone(site: Path, pages: dict[str, Html], browser: chromium.Page) -> None:
+    """Tables and code scroll by themselves; the page does not. No page makes a network request or writes an error."""
+    browser.size(390, 844, touch=True)
+    for name in set(pages) - {"404.html"}:  # whose addresses start from the published site's root
+        browser.open((site / name).as_uri())
+        assert browser.run("document.documentElement.scrollWidth") <= 390, name
+        assert not [address for address in browser.requests() if not address.startswith(("file:", "data:"))], name
+        assert browser.complaints() == [], name

@@ -1,0 +1,429 @@
+"""No run is lost: not by a full disk, a damaged file, a signal, or a power failure."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import train_celeba
+from tiny_runs import SCRIPT, assert_same, checkpoint, lines, resume, train
+from training import step
+from training.runs import checkpointing
+from training.runs.signals import deferred_signals
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    photograph = load_sample_images().images[0]
+    for i in range(10):
+        (root / "ab"[i % 2]).mkdir(exist_ok=True)  # two classes, for a run that wants classes
+        Image.fromarray(photograph[20 * i : 20 * i + 180, 40 * i : 40 * i + 180]).save(root / "ab"[i % 2] / f"{i}.png")
+    return root
+
+
+KINDS = (("checkpoint", "pt"), ("samples", "png"), ("attention", "png"))
+
+
+def images(out: Path) -> dict[str, bytes]:
+    """The images of a run, and its attention explorer."""
+    return {path.name: path.read_bytes() for path in out.glob("*.*") if path.suffix in (".png", ".html")}
+
+
+def names(out: Path, pattern: str = "checkpoint-*.pt") -> list[str]:
+    return sorted(path.name for path in out.glob(pattern))
+
+
+# -------------------------------------------------------------------------------------------------------- saving
+
+
+def test_the_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    checkpointing.save({"step": 1}, tmp_path / "checkpoint.pt")
+    assert calls == ["fsync", "replace", "fsync"]  # the contents, the name, the folder that holds the name
+
+
+def test_the_last_few_and_every_so_often_one_are_kept(tmp_path):
+    train(tmp_path, "--steps", "9", "--save-every", "1", "--keep-last", "2", "--keep-every", "4")
+    assert names(tmp_path) == [f"checkpoint-00000{step}.pt" for step in (4, 8, 9)]
+    assert [checkpoint(tmp_path, name)["step"] for name in names(tmp_path)] == [4, 8, 9]
+    assert checkpoint(tmp_path)["step"] == 9
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_where_a_disk_has_no_links_the_folder_names_the_newest(tmp_path, monkeypatch):
+    def no_links(*_: object) -> None:
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    train(tmp_path, "--steps", "2", "--save-every", "1")
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert checkpointing.load(tmp_path)["step"] == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_leaves_the_old_checkpoint_and_one_line(tmp_path):
+    train(tmp_path, "--steps", "1")
+    (tmp_path / "checkpoint.pt.new").unlink(missing_ok=True)
+    full = tmp_path / "full.pt.new"
+    full.symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match=r"cannot save .*full\.pt: .*No space left on device") as error:
+        checkpointing.save({"weights": torch.zeros(10**6)}, tmp_path / "full.pt")
+    assert "\n" not in str(error.value)
+    assert not full.is_symlink()
+    assert names(tmp_path) == ["checkpoint-000001.pt"]
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.replace"])
+def test_a_save_that_fails_ends_the_run_and_leaves_the_old_checkpoint(failing, tmp_path, monkeypatch):
+    train(tmp_path, "--steps", "1")
+
+    def fail(*args: object, **more: object) -> None:
+        if failing == "os.replace" and not str(args[1]).endswith(".pt"):
+            return os.rename(*args)
+        if failing == "torch.save":
+            args[1].write(b"half")  # type: ignore[attr-defined]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(failing, fail)
+    with pytest.raises(SystemExit, match=r"cannot save .*checkpoint-000002\.pt: .*No space left on device"):
+        resume(tmp_path, "--steps", "2")
+    assert checkpoint(tmp_path)["step"] == 1
+    assert not list(tmp_path.glob("*.new"))
+
+
+@pytest.mark.parametrize("failing", ["open", "draw"])
+def test_a_disk_that_fills_elsewhere_is_one_line_too(failing, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "log.jsonl"))
+
+    if failing == "open":
+        monkeypatch.setattr(train_celeba.RunLog, "write", fail)
+    else:
+        monkeypatch.setattr(train_celeba, "draw", fail)
+    with pytest.raises(SystemExit, match=r"^train_celeba\.py: \[Errno 28\] No space left on device: .*log\.jsonl"):
+        train(tmp_path, "--steps", "2", "--log-every", "1")
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
+@pytest.mark.parametrize("how", ["folder", "auto"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, how, tmp_path, capsys):
+    train(tmp_path, "--steps", "4", "--save-every", "1", "--log-every", "1")
+    newest = tmp_path / "checkpoint-000004.pt"
+    content = bytearray(newest.read_bytes())
+    if damage == "bit":
+        content[content.index(b"data/0") + 200] ^= 1  # in the first tensor, which has other weights then
+    newest.write_bytes(content[: {"cut": len(content) // 2, "bit": None, "empty": 0}[damage]])
+    capsys.readouterr()
+    if how == "folder":
+        resume(tmp_path, "--steps", "5")
+    else:
+        train(tmp_path, "--resume", "auto", "--steps", "5")
+    out, err = capsys.readouterr()
+    assert "checkpoint-000004.pt: it cannot be read as a checkpoint; trying the one before" in err
+    assert "training  steps 3 to 5" in out
+    drawn = ["attention-000004.html", "attention-000004.png", "samples-000004.png"]
+    assert names(tmp_path, "earlier-1/*") == sorted([*drawn, "checkpoint-000004.pt"])
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    with pytest.raises(SystemExit, match=r"cannot be read as a checkpoint"):
+        resume(tmp_path / "earlier-1" / "checkpoint-000004.pt")
+
+
+def test_where_none_can_be_read_nothing_is_begun(tmp_path):
+    train(tmp_path, "--steps", "2", "--save-every", "1")
+    for name in names(tmp_path):
+        (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(SystemExit, match=r"none of its 2 checkpoints can be read"):
+        train(tmp_path, "--resume", "auto")
+    assert len(names(tmp_path)) == 2
+
+
+def test_a_new_run_keeps_what_an_earlier_one_left(tmp_path, capsys):
+    train(tmp_path, "--steps", "2", "--tensorboard")
+    for steps in ("1", "3"):
+        train(tmp_path, "--steps", steps)
+    assert f"moved     the files of an earlier run to {tmp_path / 'earlier-2'}" in capsys.readouterr().out
+    assert checkpoint(tmp_path)["step"] == 3
+    assert [checkpoint(tmp_path / f"earlier-{i}", f"checkpoint-00000{3 - i}.pt")["step"] for i in (1, 2)] == [2, 1]
+    assert names(tmp_path, "earlier-1/*") == [
+        "attention-000002.html", "attention-000002.png", "checkpoint-000002.pt", "checkpoint.pt", "config.json",
+        "log.jsonl", "reals.png", "samples-000002.png", "tensorboard",
+    ]  # fmt: skip
+    assert [line["step"] for line in lines(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize("best", [2, 4])
+def test_going_on_from_an_older_checkpoint_sets_what_came_later_aside(best, tmp_path):
+    settings = [
+        "--save-every",
+        "1",
+        "--log-every",
+        "1",
+        "--sample-every",
+        "1",
+        "--keep-last",
+        "4",
+        "--eval-every",
+        "2",
+    ]
+    scores = iter([1.0, 2.0] if best == 2 else [2.0, 1.0])
+    train(tmp_path, "--steps", "4", *settings, open_evaluator=lambda *_: lambda *_: {"fid": next(scores)})
+    resume(tmp_path / "checkpoint-000002.pt", "--steps", "3", "--eval-every", "0")
+    assert names(tmp_path) == [f"checkpoint-00000{step}.pt" for step in (1, 2, 3)]
+    assert names(tmp_path, "samples-*") == [f"samples-00000{step}.png" for step in (1, 2, 3)]
+    later = [f"{name}-00000{step}.{kind}" for name, kind in KINDS for step in (3, 4)]
+    assert names(tmp_path, "earlier-1/*") == sorted([*later, "attention-000004.html"] + ["best.pt"] * (best == 4))
+    assert (tmp_path / "best.pt").exists() is (best == 2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_images_that_no_checkpoint_knows_are_drawn_again(tmp_path):
+    train(tmp_path, "--steps", "2", "--sample-every", "1")
+    for name in ("samples-000003.png", "attention-000003.html"):
+        (tmp_path / name).write_bytes(b"of a run that was killed")
+    resume(tmp_path, "--steps", "4", "--sample-every", "2")
+    assert names(tmp_path, "samples-*") == [f"samples-00000{step}.png" for step in (1, 2, 4)]
+    assert names(tmp_path, "*.html") == [f"attention-00000{step}.html" for step in (2, 4)]  # a page for each end
+    assert not list(tmp_path.glob("earlier-*"))
+
+
+def test_what_a_run_left_before_its_first_checkpoint_is_kept_apart(tmp_path):
+    (tmp_path / "tensorboard").mkdir(parents=True)
+    for name in ("log.jsonl", "reals.png", "samples-000002.png", "best.pt"):
+        (tmp_path / name).write_text('{"step": 2}\n')
+    train(tmp_path, "--resume", "auto", "--steps", "1")
+    assert names(tmp_path, "earlier-1/*") == ["best.pt", "log.jsonl", "reals.png", "samples-000002.png", "tensorboard"]
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    assert names(tmp_path, "samples-*") == ["samples-000001.png"]
+
+
+def test_files_of_others_are_not_touched(tmp_path):
+    others = [
+        "mine.new",
+        "weights.pt.new",
+        "samples-of-mine.png",
+        "samples-000001.html",
+        "samples-1.png.new",
+        "best.pt.bak",
+        "checkpoint-9.pt",
+    ]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    for name in ("folder.new", "checkpoint-000009.pt.new"):
+        (tmp_path / name).mkdir()
+    for name in ("samples-000003.png.new", "attention-000003.html.new", "log.jsonl.new"):
+        (tmp_path / name).write_text("of a run that was killed")
+    for arguments in ([], [], ["--resume", "auto"]):
+        train(tmp_path, "--steps", "2", *arguments)
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+    assert names(tmp_path, "*.new") == [
+        "checkpoint-000009.pt.new", "folder.new", "mine.new", "samples-1.png.new", "weights.pt.new",
+    ]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("name", ["samples", "attention"])
+def test_an_image_is_never_half_written(name, tmp_path, monkeypatch):
+    save = Image.Image.save
+
+    def killed(image: Image.Image, file: object, **options: object) -> None:
+        save(image, file, **options)
+        if f"{name}-000002" in file.name:  # type: ignore[attr-defined]
+            file.truncate(100)  # type: ignore[attr-defined]
+            sys.exit("killed")
+
+    train(tmp_path / "whole", "--steps", "4", "--sample-every", "2", "--save-every", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", killed)
+        with pytest.raises(SystemExit, match=r"^killed$"):
+            train(tmp_path / "killed", "--steps", "4", "--sample-every", "2", "--save-every", "2")
+    assert not (tmp_path / "killed" / f"{name}-000002.png").exists()
+    assert names(tmp_path / "killed") == ["checkpoint-000002.pt"]
+    train(tmp_path / "killed", "--resume", "auto")  # with the settings of the checkpoint
+    assert images(tmp_path / "killed") == images(tmp_path / "whole")
+
+
+def test_a_complete_run_draws_what_is_missing(tmp_path, capsys):
+    train(tmp_path, "--steps", "2")
+    before = images(tmp_path)
+    drawn = ["samples-000002.png", "attention-000002.png", "attention-000002.html"]
+    assert sorted(before) == sorted([*drawn, "reals.png"])
+    for missing in (*([name] for name in drawn), drawn):
+        for name in missing:
+            (tmp_path / name).unlink()
+        train(tmp_path, "--resume", "auto", "--steps", "2")
+        assert "complete" in capsys.readouterr().out
+        assert images(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_between_two_halves_of_a_step(number, tmp_path, monkeypatch, capsys):
+    generator_step, steps = step.generator_step, count()
+
+    def interrupted(*arguments: object) -> torch.Tensor:
+        if next(steps) == 2:
+            signal.raise_signal(number)
+        return generator_step(*arguments)
+
+    monkeypatch.setattr(step, "generator_step", interrupted)
+    handler = signal.getsignal(number)
+    assert train(tmp_path / "a", "--steps", "5") == 128 + number
+    printed = capsys.readouterr().out.splitlines()
+    assert "stopped at step 3" in printed
+    assert printed[-1] == f"next       the same command with --resume {tmp_path / 'a'}"
+    assert signal.getsignal(number) is handler
+    monkeypatch.undo()
+    assert checkpoint(tmp_path / "a")["step"] == 3
+    assert names(tmp_path / "a", "attention*") == ["attention-000003.png"]  # the page is drawn at the end of the run
+    assert lines(tmp_path / "a") == []  # the mean of fewer steps than those of a line is not logged
+    resume(tmp_path / "a", "--steps", "5")
+    train(tmp_path / "b", "--steps", "5")
+    logs = [[{**line, "images_per_second": 0} for line in lines(tmp_path / out)] for out in ("a", "b")]
+    assert len(logs[0]) == 1
+    assert logs[0] == logs[1]
+    assert_same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"), apart_from=("/config/out",))
+
+
+def test_a_second_ctrl_c_stops_at_once_and_sigterm_never_does():
+    with deferred_signals() as received:
+        for number in (signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert received == [signal.SIGTERM, signal.SIGTERM]
+    with deferred_signals(second_stops=False) as received:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+    assert received == [signal.SIGINT, signal.SIGINT]
+
+
+# A run in a process of its own imports torch, which takes seconds.
+
+
+def start(out: Path, image_folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        *SCRIPT,
+        "--data",
+        str(image_folder),
+        "--out",
+        str(out),
+        "--num-workers",
+        "1",
+        *arguments,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_a_line(out: Path, process: subprocess.Popen[str], more_than: int = 0) -> None:
+    deadline = time.monotonic() + 120
+    log = out / "log.jsonl"
+    while not (log.exists() and log.stat().st_size > more_than):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+SETUPS = {
+    "cache": ["--eval-every", "20", "--eval-samples", "16"],
+    "workers": ["--no-cache", "--num-workers", "2"],
+    "wgan-gp": ["--loss", "wgan-gp", "--grad-accum-steps", "2", "--d-steps", "2"],
+    "classes": ["--architecture", "resnet", "--classes", "own", "--augment", "color,translation,cutout"],
+}
+
+
+@pytest.mark.slow  # starts a process
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and prlimit")
+@pytest.mark.parametrize("fault", ["full disk", "worker killed", "images gone"])
+def test_whatever_fails_beside_workers_the_process_ends_with_one_line(fault, image_folder, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(image_folder, images)
+    with start(out, images, "--no-cache", "--log-every", "1", "--save-every", "3") as process:
+        wait_for_a_line(out, process)
+        if fault == "full disk":  # or as good as full: a checkpoint has more than 100 kB
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        elif fault == "worker killed":
+            (worker,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(worker), signal.SIGKILL)
+        else:
+            shutil.rmtree(images)
+        _, err = process.communicate(timeout=60)  # it takes seconds; it once took for ever
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    told = {
+        "full disk": r"cannot save .*checkpoint-\d+\.pt: .*File too large",
+        "worker killed": r"train_celeba\.py: step \d+: no more images: \S",
+        "images gone": r"train_celeba\.py: step \d+: no more images: none of the 10 images can be read",
+    }
+    assert re.search(rf"^{told[fault]}.*\n\Z", err, re.MULTILINE)
+
+
+@pytest.mark.slow  # starts a process for each interruption
+@pytest.mark.parametrize("setup", SETUPS)
+def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(setup, image_folder, tmp_path):
+    """Two kills of one setup, Ctrl-C and SIGTERM; with SAGAN_KILLS in the environment that many kills of each setup."""
+    if setup != "cache" and "SAGAN_KILLS" not in os.environ:
+        pytest.skip("only with SAGAN_KILLS")
+    rng = random.Random(int(os.environ.get("SAGAN_KILLS_SEED", "0")))
+    kills = int(os.environ.get("SAGAN_KILLS", "2"))
+    interruptions = [signal.SIGKILL] * kills + [signal.SIGINT, signal.SIGTERM]
+    rng.shuffle(interruptions)
+    settings = ["--num-workers", "1", *SETUPS[setup], "--steps", str(60 * (len(interruptions) + 1)), "--keep-last", "2"]
+    settings += ["--save-every", "6", "--log-every", "4", "--sample-every", "10"]
+    out, log = tmp_path / "interrupted", tmp_path / "interrupted" / "log.jsonl"
+    stopped = []
+    for number in interruptions:
+        with start(out, image_folder, "--resume", "auto", *settings) as process:
+            if number != signal.SIGKILL or rng.random() < 0.8:  # while it trains
+                for _ in range(4):  # RunLog writes the log anew; then come three lines, and with them a checkpoint
+                    wait_for_a_line(out, process, more_than=log.stat().st_size if log.exists() else 0)
+                time.sleep(rng.uniform(0, 0.4))
+            else:  # while it starts
+                time.sleep(rng.uniform(0, 8))
+            os.killpg(process.pid, number)  # as a terminal, torchrun and schedulers do it: to the workers too
+            printed, err = process.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert process.returncode == -number, err
+        else:
+            assert process.returncode == 128 + number, err
+            assert "Traceback" not in err
+            (step,) = re.findall(r"stopped at step (\d+)", printed)
+            stopped.append(int(step))
+            assert checkpoint(out)["step"] == int(step)
+        print(f"{number.name}, {len(names(out))} checkpoints, {names(out)[-1:]}")
+    assert train(out, "--data", str(image_folder), "--resume", "auto", *settings) == 0
+    assert train(tmp_path / "whole", "--data", str(image_folder), *settings) == 0
+    for name in ["checkpoint.pt", "best.pt"] if setup == "cache" else ["checkpoint.pt"]:
+        assert_same(checkpoint(out, name), checkpoint(tmp_path / "whole", name), apart_from=("/config/out",))
+    logs = [[{**line, "images_per_second": 0} for line in lines(folder)] for folder in (out, tmp_path / "whole")]
+    assert logs[0] == logs[1]
+    extra = {f"{kind}-{step:06d}.png" for kind in ("samples", "attention") for step in stopped}
+    drawn, expected = images(out), images(tmp_path / "whole")
+    assert {name: drawn[name] for name in expected} == expected
+    assert set(drawn) - set(expected) <= extra
+    assert not list(out.glob("*.new"))

@@ -1,0 +1,72 @@
+"""The files around the code agree with it, and with one another: workflows, metadata, the citation."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import torch_sagan
+
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+METADATA = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # as text: Python 3.10 has no tomllib
+
+
+def workflow(name: str) -> dict[str, Any]:
+    """A workflow's jobs by name."""
+    jobs: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))["jobs"]
+    return jobs
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_actions_are_pinned_by_commit(path: Path) -> None:
+    """A tag can be moved to other code; the version stands beside the commit for the reader and for dependabot."""
+    used = re.findall(r"uses: (.+)", path.read_text(encoding="utf-8"))
+    assert used
+    for action in used:
+        assert action.startswith("./") or re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+
+
+def test_one_commit_of_each_action() -> None:
+    used = {line for path in WORKFLOWS for line in re.findall(r"uses: (\S+@\S+)", path.read_text(encoding="utf-8"))}
+    assert len(used) == len({line.split("@")[0] for line in used})
+
+
+def test_ci_covers_what_the_metadata_promise() -> None:
+    matrix = workflow("ci.yml")["wheel"]["strategy"]["matrix"]["include"]
+    versions = re.findall(r"Python :: (3\.\d+)", METADATA)
+    assert sorted({entry["python"] for entry in matrix}) == sorted(versions)
+    assert {entry["system"] for entry in matrix} == {"Linux", "macOS", "Windows"}
+    assert {"oldest", "pinned", "newest"} == {entry["torch"] for entry in matrix}
+    (oldest,) = [entry for entry in matrix if entry["torch"] == "oldest"]
+    assert f'requires-python = ">={oldest["python"]}"' in METADATA
+    (torch,) = re.findall(r"torch>=(\d+\.\d+)", re.findall(r"^dependencies = .*", METADATA, re.MULTILINE)[0])
+    assert f"torch=={torch}." in (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+
+
+def test_ci_selects_by_markers_that_exist() -> None:
+    """Not by lists of files, which miss new ones."""
+    markers = set(re.findall(r'^    "(\w+): ', METADATA, re.MULTILINE))
+    for entry in workflow("ci.yml")["wheel"]["strategy"]["matrix"]["include"]:
+        assert not re.search(r"\.py\b", entry["tests"])
+        assert set(re.findall(r"\w+", entry["tests"])) - {"tests", "m", "not", "and", "or"} <= markers
+
+
+def test_a_release_publishes_what_has_passed() -> None:
+    jobs = workflow("release.yml")
+    assert jobs["ci"]["uses"] == "./.github/workflows/ci.yml"
+    assert jobs["publish"]["needs"] == "ci"
+    assert jobs["release"]["needs"] == "publish"
+    for job in ("publish", "release"):  # the files that CI has built, no others
+        commands = [step.get("run", "") + step.get("uses", "") for step in jobs[job]["steps"]]
+        assert any("actions/download-artifact@" in command for command in commands)
+        assert not any("build" in command for command in commands)
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == torch_sagan.__version__
