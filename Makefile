@@ -41,9 +41,9 @@ demo: $(VENV)/.stamp-examples ## set up, train on procedural faces, name the fil
 	@echo "==> train: examples/train_celeba.py $(DEMO)"
 	@$(BIN)/python examples/train_celeba.py $(DEMO)
 
-test: $(VENV)/.stamp-dev ## set up and run the tests and the docstring examples
+test: $(VENV)/.stamp-dev ## set up and run the tests and the docstring examples, without the exhaustive ones
 	@echo "==> tests and docstring examples"
-	@$(PYTEST) $(PYTEST_ARGS)
+	@$(PYTEST) -m "not exhaustive" $(PYTEST_ARGS)
 
 # Tests have half of the time, where there is a command to end them. The table has what they leave; what it has begun when
 # its time is over, it finishes, for which a minute is kept.
@@ -94,7 +94,7 @@ package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/, check t
 	@$(BIN)/python .ci/verify_types.py build/wheel
 
 coverage: $(VENV)/.stamp-dev
-	@echo "==> tests and docstring examples, with line coverage"
+	@echo "==> all tests and docstring examples, with line coverage"
 	@$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 
 clean: ## remove what the targets above made, except .venv and runs
