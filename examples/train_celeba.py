@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import training.threads  # noqa: F401  before torch  # isort: skip
 
-import json
 import math
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -45,7 +44,8 @@ from training.data.workers import decoded, usable_cores
 from training.output.logging import RunLog, one_report
 from training.output.model_card import image_channels
 from training.output.sampling import draw, redraw, save_reals, usable_average
-from training.runs.checkpointing import archive_previous_run, load, newest, save, save_and_rotate, versions, write
+from training.runs.atomic_files import write_json
+from training.runs.checkpointing import archive_previous_run, load, newest, save, save_and_rotate, versions
 from training.runs.distributed import Ranks, ShardSampler, pick_device, processes
 from training.runs.memory import out_of_memory
 from training.runs.run_lock import RunLock
@@ -251,7 +251,7 @@ def start(args: dict[str, Any], ranks: Ranks, open_evaluator: OpenEvaluator) -> 
                     redraw(state, out)
                 if earlier := archive_previous_run(out, after=first if same else None):
                     print(f"moved     the files of an earlier run to {earlier}")
-                write_json(asdict(config), out / "config.json")
+                write_json(out / "config.json", asdict(config))
                 save_reals(data, config.seed, out / "reals.png")
                 announce(state, data, out / "reals.png", checkpoint)
         evaluate = None
@@ -397,10 +397,6 @@ def finish(state: TrainingState, out: Path, *, stopped: int, dry_run: bool) -> N
         print(f"next       {python} examples/generate.py {out} --grid    (--help: walks, videos, scores, export)")
         print(f"           {python} examples/show_attention.py {out}")
         print(f"           {python} examples/report.py {out}")
-
-
-def write_json(content: Any, path: Path) -> None:
-    write(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
 if __name__ == "__main__":

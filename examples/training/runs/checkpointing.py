@@ -1,4 +1,4 @@
-"""Write files completely or not at all; keep the last few checkpoints; find the newest one that can be read."""
+"""Write checkpoints and keep the last few; find the newest one that can be read; keep earlier runs apart."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import platform
 import re
 import sys
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 import torch_sagan
+from training.runs.atomic_files import write as write
 from training.runs.tensor_files import read
 
 # What a checkpoint contains besides the state dicts.
@@ -35,28 +35,6 @@ FILES = re.compile(
 
 
 # Writing.
-
-
-def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Write a new file, wait until it is on the disk, and only then give it the old one's name."""
-    new = path.with_name(path.name + ".new")
-    try:
-        with open(new, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-        if os.name == "posix":  # the name has to reach the disk too; on other systems folders cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except BaseException as error:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as a RuntimeError
-            raise
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise SystemExit(f"cannot save {path}: {str(cause).splitlines()[0]}") from None
 
 
 def save(state: dict[str, Any], path: Path) -> None:
