@@ -58,7 +58,7 @@ gpu: $(if $(RUN_WITH),,$(VENV)/.stamp-dev) ## test on this machine's GPU, and pr
 	$(if $(shell command -v timeout),timeout -k 9 $$(($(BUDGET) / 2))) env $(RUN) -m pytest -q -p no:benchmark -n $(WORKERS) -m gpu tests/gpu \
 		--junitxml build/gpu-tests.xml; status=$$?; \
 	echo "==> tables to paste into an issue"; \
-	$(RUN) examples/gpu_table.py --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--tiny) --tests build/gpu-tests.xml \
+	$(RUN) benchmarks/gpu_table.py --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--tiny) --tests build/gpu-tests.xml \
 		--budget $$(($(BUDGET) - 60 - $$(date +%s) + start)) && exit $$status
 
 check: lint types docs package coverage ## everything that CI runs: lint, types, docs, package, tests with coverage

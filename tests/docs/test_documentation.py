@@ -17,8 +17,8 @@ from training.command_line import flag
 from training.configuration import Config
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-PAGES = sorted([ROOT / "README.md", EXAMPLES / "README.md", *(ROOT / "docs").glob("*.md")])
+EXAMPLES, BENCHMARKS = ROOT / "examples", ROOT / "benchmarks"
+PAGES = sorted([ROOT / "README.md", EXAMPLES / "README.md", BENCHMARKS / "README.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 
@@ -135,9 +135,10 @@ def test_the_table_has_the_defaults(setting) -> None:
 
 
 def test_every_script_has_a_row() -> None:
-    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"^\| `python examples/(\w+)\.py", text, re.MULTILINE)
-    assert sorted(named) == sorted(path.stem for path in EXAMPLES.glob("*.py"))
+    for folder in (EXAMPLES, BENCHMARKS):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        named = re.findall(rf"^\| `python {folder.name}/(\w+)\.py", text, re.MULTILINE)
+        assert sorted(named) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "examples_path")
 
 
 def test_every_recipe_is_listed() -> None:
@@ -170,5 +171,5 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "Makefile"], ids=lambda page: page.name)
 def test_commands_name_files_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for path in re.findall(r"(?<![\w/])examples/[\w/.-]*\w\.(?:py|txt|md)", text):
+    for path in re.findall(r"(?<![\w/])(?:examples|benchmarks)/[\w/.-]*\w\.(?:py|txt|md)", text):
         assert (ROOT / path).is_file(), f"{page.name} names {path}"

@@ -173,7 +173,7 @@ def test_memory_of_the_model_itself() -> None:
 MEASURE = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import training.threads
+import examples_path, training.threads
 import torch
 from measurement.peak_memory import peak_memory_here
 torch.set_num_threads(int(sys.argv[2]))
@@ -183,12 +183,12 @@ print(peak_memory_here(sys.argv[3], tuple(map(int, sys.argv[4:])), torch.device(
 
 def measured(kind: str, batch: int, channels: int, size: int) -> float:
     """The bytes by which a training pass of one layer raises the peak of a process."""
-    examples = Path(__file__).parents[2] / "examples"
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
     shape = map(str, (batch, channels, size))
     # glibc keeps what is freed for later, unless a block is so large that it goes back to the system.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(examples), str(torch.get_num_threads()), kind, *shape],
+        [sys.executable, "-c", MEASURE, str(benchmarks), str(torch.get_num_threads()), kind, *shape],
         env=environment,
         capture_output=True,
         text=True,

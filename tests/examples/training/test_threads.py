@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
-# minimal.py imports nothing of ours but the package.
-SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.stem != "minimal")
+ROOT = Path(__file__).parents[3]
+EXAMPLES = ROOT / "examples"
+# minimal.py imports nothing of ours but the package; examples_path makes training importable.
+SCRIPTS = sorted(
+    path
+    for path in [*EXAMPLES.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    if path.stem not in ("minimal", "examples_path")
+)
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
@@ -40,4 +45,6 @@ def test_every_script_imports_it_first(script: Path) -> None:
     """Before torch, and before NumPy and scikit-learn, which may load the same OpenMP."""
     body = ast.parse(script.read_text(encoding="utf-8")).body
     imported = [ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert imported[:2] == ["from __future__ import annotations", "import training.threads"]
+    found = ["import examples_path"] if script.parent != EXAMPLES else []
+    first = ["from __future__ import annotations", *found, "import training.threads"]
+    assert imported[: len(first)] == first

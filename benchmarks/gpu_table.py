@@ -1,7 +1,7 @@
 """What this machine does with the library: tables to paste into an issue. `make gpu` runs it after the tests.
 
-    python examples/gpu_table.py                        # on a GPU, minutes
-    python examples/gpu_table.py --device cpu --tiny    # a rehearsal: everything in tiny sizes
+    python benchmarks/gpu_table.py                        # on a GPU, minutes
+    python benchmarks/gpu_table.py --device cpu --tiny    # a rehearsal: everything in tiny sizes
 
 Times are medians. Those of attention are of its kernels alone, from replays of a CUDA graph, beside the floor that the
 card's own rates give; all others are what a run has to wait for. `benchmark.py` compares more, and takes longer.
@@ -9,6 +9,7 @@ card's own rates give; all others are what a run has to wait for. `benchmark.py`
 
 from __future__ import annotations
 
+import examples_path  # noqa: F401  # isort: skip
 import training.threads  # noqa: F401  before torch  # isort: skip
 
 import argparse

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from measurement.plain import PaddedSDPAttention, PlainAttention, SDPAttention
 from measurement.stopwatch import Run
-from networks.plain import PaddedSDPAttention, PlainAttention, SDPAttention
 from torch_sagan import SelfAttention2d
 
 Placed = TypeVar("Placed", Tensor, nn.Module)

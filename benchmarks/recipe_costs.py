@@ -1,7 +1,7 @@
 """Estimate the cost of each recipe on a GPU from its networks, and write it into the recipe.
 
-    python examples/recipe_costs.py           # print the estimates
-    python examples/recipe_costs.py --write   # and write them into examples/recipes/*.txt
+    python benchmarks/recipe_costs.py           # print the estimates
+    python benchmarks/recipe_costs.py --write   # and write them into examples/recipes/*.txt
 
 Nothing is trained: steps run on the meta device, where tensors have shapes but no values, and attention takes the
 branch of CUDA.
@@ -9,6 +9,7 @@ branch of CUDA.
 
 from __future__ import annotations
 
+import examples_path  # isort: skip
 import training.threads  # noqa: F401  before torch  # isort: skip
 
 import argparse
@@ -30,7 +31,7 @@ from training.runs.memory import readable
 from training.state import build_networks
 from training.step import GAN, Piece, no_augmentation, training_step
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = examples_path.EXAMPLES / "recipes"
 # Assumed: an A100's operations per second, by `--precision` (float32 is multiplied in TF32), and the share of them that
 # a training reaches, since it also waits for memory.
 GPU, UTILIZATION = {"bf16": 312e12, "float32": 156e12}, 0.3

@@ -1,9 +1,9 @@
 """Does attention help? The same GAN with and without it, on faces whose distant parts have to agree.
 
-    python examples/long_range.py                # 5 seeds, both arms: 38 minutes on two busy cores
-    python examples/long_range.py --seeds 8      # three more pairs; finished runs are kept
-    python examples/long_range.py --report       # table and chart again, from the existing results
-    python examples/long_range.py --draw docs/images/long-range.json  # a chart from a summary, as in the docs
+    python benchmarks/long_range.py                # 5 seeds, both arms: 38 minutes on two busy cores
+    python benchmarks/long_range.py --seeds 8      # three more pairs; finished runs are kept
+    python benchmarks/long_range.py --report       # table and chart again, from the existing results
+    python benchmarks/long_range.py --draw docs/images/long-range.json  # a chart from a summary, as in the docs
 
 Both arms are SAGAN's networks with the same weights to begin with, trained on the same images and latent vectors for
 the same number of steps. They differ in one thing, a layer in G and one in D:
@@ -23,6 +23,7 @@ shirt (25).
 
 from __future__ import annotations
 
+import examples_path  # noqa: F401  # isort: skip
 import training.threads  # noqa: F401  before torch  # isort: skip
 
 import argparse

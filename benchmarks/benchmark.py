@@ -1,8 +1,8 @@
 """Measure how fast the layers are, as ratios to plain implementations, in one process.
 
-    python examples/benchmark.py                          # everything, some ten minutes on two CPU cores
-    python examples/benchmark.py attention                # one part; --help lists them
-    python examples/benchmark.py --device cuda --json benchmark.json --plot growth.svg
+    python benchmarks/benchmark.py                          # everything, some ten minutes on two CPU cores
+    python benchmarks/benchmark.py attention                # one part; --help lists them
+    python benchmarks/benchmark.py --device cuda --json benchmark.json --plot growth.svg
 
 Each number is the median of repeats that take turns with the baseline's, so that a machine whose speed drifts does not
 favor either. A ratio above 1 means that the library is so many times as fast. The plain implementations are those
@@ -13,6 +13,7 @@ rates give; precision and layout there are the trainer's.
 
 from __future__ import annotations
 
+import examples_path  # noqa: F401  # isort: skip
 import training.threads  # noqa: F401  before torch  # isort: skip
 
 import argparse
@@ -47,9 +48,9 @@ from measurement.passes import (
 )
 from measurement.peak_memory import can_measure_memory, peak_memory, peak_of_this_process
 from measurement.photographs import photographs
+from measurement.plain import plain_step
 from measurement.stopwatch import CALLS, Run, Stopwatch, on_device
 from measurement.tables import draw_growth, print_rows
-from networks.plain import plain_step
 from torch_sagan import SAGANDiscriminator, spectral_norm
 from training.configuration import Config
 from training.runs.distributed import SINGLE_PROCESS, pick_device

@@ -1,6 +1,6 @@
 """Measure how far an averaged generator is from its sigmas and batch statistics, before and after recalibration.
 
-    python examples/average_drift.py runs/faces   # a run's folder, or a checkpoint
+    python benchmarks/average_drift.py runs/faces   # a run's folder, or a checkpoint
 
 Sigma is the exact largest singular value of the normalised weights, the smallest and the largest of all layers. The gap
 is the mean absolute difference between images in evaluation mode and images with the statistics of their own batch, as
@@ -9,6 +9,7 @@ in training; pixels are in [-1, 1].
 
 from __future__ import annotations
 
+import examples_path  # noqa: F401  # isort: skip
 import training.threads  # noqa: F401  before torch  # isort: skip
 
 import argparse
