@@ -17,8 +17,8 @@ from torch_sagan.maps.overlay import attention_overlay, mark_queries
 from torch_sagan.maps.record import record_attention
 from torch_sagan.networks.conditional import ConditionalBatchNorm2d, ProjectionHead
 from torch_sagan.networks.discriminator import SAGANDiscriminator
+from torch_sagan.networks.foreign_weights import load_reference_state_dict
 from torch_sagan.networks.generator import SAGANGenerator
-from torch_sagan.networks.published import load_reference_state_dict
 from torch_sagan.spectral.legacy import convert_legacy_spectral_norm
 from torch_sagan.spectral.models import (
     apply_spectral_norm,

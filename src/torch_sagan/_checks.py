@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from torch_sagan._torch import is_recorded, is_transformed
+from torch_sagan._torch import is_transformed
 
 __all__ = ["at_least_one", "check_labels", "nearest_names", "one_of"]
 
@@ -34,17 +35,17 @@ def nearest_names(name: str, names: Iterable[str], *, cutoff: float = 0.0) -> st
     return ", ".join(map(repr, ending[:5] or difflib.get_close_matches(name, names, n=5, cutoff=cutoff)))
 
 
-def check_labels(labels: object, num_classes: int | None, batch: int, *, on_device: bool = False) -> None:
+def check_labels(labels: object, num_classes: int | None, inputs: Tensor, *, once: bool = False) -> None:
     """Raise unless there is one class label in range for each sample, or none for a network without classes.
 
-    Every conditional layer checks its labels, since each is used alone too; on the CPU that takes 13 µs, 0.1 % of a
-    generator's pass with three of them. CUDA would have to be waited for, and fake or traced tensors have no values:
-    there the range is asserted on the device, and only with ``on_device``, which the networks set once
-    per pass. (The lookup of a label asserts as well, but its message does not name labels.) ``torch.compile``,
-    ``torch.export``, the transforms of ``torch.func`` and the meta device leave the range unchecked.
+    The range is asserted by an operation, so that compiled, traced and exported programs assert it too, with the same
+    message, and CUDA is not waited for. Every conditional layer checks its labels, since each is used alone too; but
+    on a GPU each check launches five kernels, so there only the networks check, ``once`` per pass. (A look-up asserts
+    as well, but its message does not name labels.)
 
     Raises:
-        ValueError: for labels that are missing, unexpected, of another shape, or out of range.
+        ValueError: for labels that are missing, unexpected, of another shape, on another device, or out of range. In a
+            compiled or traced program a RuntimeError reports the range; on CUDA, a device-side assertion.
         TypeError: for labels that are not an integer tensor.
     """
     if num_classes is None:
@@ -56,16 +57,22 @@ def check_labels(labels: object, num_classes: int | None, batch: int, *, on_devi
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
         what = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"expected labels as a tensor of int64 or int32, got {what}")
-    if labels.shape != (batch,):
-        raise ValueError(f"expected labels of shape ({batch},), one for each sample, got {tuple(labels.shape)}")
-    if labels.is_meta or torch.compiler.is_compiling() or is_transformed():
+    if labels.shape != inputs.shape[:1]:
+        raise ValueError(
+            f"expected labels of shape ({inputs.shape[0]},), one for each sample, got {tuple(labels.shape)}"
+        )
+    if labels.device != inputs.device:
+        raise ValueError(f"expected labels on {inputs.device}, where the other input is, got {labels.device}")
+    if not (once or labels.is_cpu):
         return
     expected = f"expected labels from 0 to {num_classes - 1}"
-    if labels.is_cuda or type(labels) is not Tensor or is_recorded():
-        if on_device:
+    try:
+        if is_transformed():  # vmap has no rule for an assertion, but a look-up raises an error too
+            labels.new_empty(num_classes).index_select(0, labels)
+        else:
             # Without a public form: torch._assert reads the value, so that the host waits for the device.
             torch._assert_async(((labels >= 0) & (labels < num_classes)).all(), expected)
-    elif batch and (on_device or labels.is_cpu):
-        least, largest = labels.aminmax()
-        if least < 0 or largest >= num_classes:
-            raise ValueError(f"{expected}, got {int(least) if least < 0 else int(largest)}")
+    except (RuntimeError, IndexError):
+        with suppress(RuntimeError):  # vmap and make_fx do not tell values
+            expected += f", got {next(label for label in labels.tolist() if not 0 <= label < num_classes)}"
+        raise ValueError(expected) from None

@@ -10,7 +10,6 @@ from torch._library.custom_ops import CustomOpDef  # what torch.library.custom_o
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the base class, also of other libraries' batch norms
 from torch.nn.utils.parametrizations import _SpectralNorm as TorchSpectralNorm  # what spectral_norm registers there
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = [
     "BatchNorm",
@@ -18,7 +17,6 @@ __all__ = [
     "TorchSpectralNorm",
     "is_autocast",
     "is_exporting",
-    "is_recorded",
     "is_transformed",
     "no_autocast",
     "on_device",
@@ -37,7 +35,8 @@ def is_autocast(device_type: str) -> bool:
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast is off inside."""
-    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
+    # Only where it is on: an exported program that contains this context is saved, but cannot be loaded.
+    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else nullcontext()
 
 
 def _has_autocast(device_type: str) -> bool:
@@ -53,17 +52,10 @@ def on_device(device: torch.device | str | int | None) -> AbstractContextManager
     return nullcontext() if device is None else torch.device(device)
 
 
-# The two below have no public form up to torch 2.13.
-
-
+# Without a public form up to torch 2.13.
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` (``vmap``, ``grad``, ``jvp``) is active."""
     return torch._C._are_functorch_transforms_active()
-
-
-def is_recorded() -> bool:
-    """Whether a mode such as ``FakeTensorMode`` or ``make_fx`` sees every operation, whose tensors have no values."""
-    return is_in_torch_dispatch_mode()
 
 
 def runs_custom_operations() -> bool:

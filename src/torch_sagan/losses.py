@@ -1,4 +1,7 @@
-"""What the two networks minimise, each a scalar. Nothing here steps an optimiser or calls ``backward``."""
+"""What the two networks minimize, each a scalar. Nothing here steps an optimizer or calls ``backward``.
+
+``real_logits`` and ``fake_logits`` are D's logits of real and of generated images.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,10 @@ __all__ = [
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    r"""Hinge loss of the discriminator.
+    r"""Hinge loss of the discriminator, of logits of any shape.
 
     .. math::
         \operatorname{mean}\max(0, 1 - D(x)) \allowbreak + \operatorname{mean}\max(0, 1 + D(G(z)))
-
-    Args:
-        real_logits: D's logits of real images, of any shape.
-        fake_logits: D's logits of generated images, of any shape.
-
-    Returns:
-        A scalar.
 
     Source: Zhang et al., arXiv:1805.08318, equation 4.
     """
@@ -39,13 +35,7 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    r"""Hinge loss of the generator, :math:`-\operatorname{mean} D(G(z))`.
-
-    Args:
-        fake_logits: D's logits of generated images, of any shape.
-
-    Returns:
-        A scalar.
+    r"""Hinge loss of the generator, :math:`-\operatorname{mean} D(G(z))`, of logits of any shape.
 
     Source: Zhang et al., arXiv:1805.08318, equation 4.
     """
@@ -53,19 +43,12 @@ def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def wasserstein_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    r"""Wasserstein loss of the discriminator.
+    r"""Wasserstein loss of the discriminator, of logits of any shape.
 
     .. math::
         \operatorname{mean} D(G(z)) - \operatorname{mean} D(x)
 
     WGAN-GP adds ``weight * gradient_penalty(...)``.
-
-    Args:
-        real_logits: D's logits of real images, of any shape.
-        fake_logits: D's logits of generated images, of any shape.
-
-    Returns:
-        A scalar.
 
     Source: Gulrajani et al., *Improved Training of Wasserstein GANs*, arXiv:1704.00028, equation 3.
     """
@@ -73,34 +56,21 @@ def wasserstein_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> 
 
 
 def wasserstein_generator_loss(fake_logits: Tensor) -> Tensor:
-    r"""Wasserstein loss of the generator, :math:`-\operatorname{mean} D(G(z))`.
-
-    Args:
-        fake_logits: D's logits of generated images, of any shape.
-
-    Returns:
-        A scalar.
+    """Wasserstein loss of the generator: that of the hinge loss, :func:`hinge_generator_loss`.
 
     Source: Gulrajani et al., arXiv:1704.00028.
     """
-    return -fake_logits.mean()
+    return hinge_generator_loss(fake_logits)
 
 
 def relativistic_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    r"""Relativistic loss of the discriminator.
+    r"""Relativistic loss of the discriminator, of logits (B,), compared in pairs: those of the same index.
 
     .. math::
         \operatorname{mean} \operatorname{softplus}(D(G(z)) - D(x))
 
     Every real image is compared with one generated image, so D cannot lower its loss by calling all of them real.
     Alone it need not converge: add :func:`zero_centered_gradient_penalty` on real (R1) and on generated images (R2).
-
-    Args:
-        real_logits: (B,) D's logits of real images.
-        fake_logits: (B,) D's logits of generated images; element i is compared with element i of ``real_logits``.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: when the shapes differ, since there would be no pairs.
@@ -118,7 +88,7 @@ def relativistic_generator_loss(real_logits: Tensor, fake_logits: Tensor) -> Ten
     .. math::
         \operatorname{mean} \operatorname{softplus}(D(x) - D(G(z)))
 
-    Arguments, errors and source are those of :func:`relativistic_discriminator_loss`.
+    Pairs, errors and source are those of :func:`relativistic_discriminator_loss`.
     """
     _check_pairs(real_logits, fake_logits)
     return F.softplus(real_logits - fake_logits).mean()
@@ -137,22 +107,20 @@ def gradient_penalty(
     .. math::
         \operatorname{mean}\,(\lVert \nabla_{\hat x} D(\hat x) \rVert_2 - t)^2
 
-    at random points :math:`\hat x` between real and generated images.
+    at random points :math:`\hat x` between real and generated images. It has no weight (the source multiplies it by
+    10), and can be differentiated with respect to D's parameters; no gradient flows into the images.
 
     Args:
         discriminator: D; called as ``discriminator(images)`` or ``discriminator(images, labels)``.
         real: (B, ...) real images.
-        fake: (B, ...) generated images, of the same shape. No gradient flows into either.
+        fake: (B, ...) generated images.
         labels: (B,) passed on to D when given.
-        target: the norm t. 0 gives a zero-centred penalty.
-
-    Returns:
-        A scalar without a weight (the source multiplies it by 10), differentiable with respect to D's parameters.
+        target: the norm t. 0 gives a zero-centered penalty.
 
     Raises:
         ValueError: when the shapes of real and fake differ.
 
-    A D with spectral normalisation starts with gradients far below 1, which this penalty then fights: build D with
+    A D with spectral normalization starts with gradients far below 1, which this penalty then fights: build D with
     ``spectral_norm=None``. ``torch.compile`` has no double backward, so D must run eagerly here.
 
     Source: Gulrajani et al., arXiv:1704.00028, equation 3.
@@ -162,27 +130,20 @@ def gradient_penalty(
     real, fake = real.detach(), fake.detach()
     t = torch.rand(len(real), *[1] * (real.ndim - 1), dtype=real.dtype, device=real.device)  # (B, 1, ...)
     gradient = _gradient(discriminator, torch.lerp(fake, real, t), labels)  # (B, ...)
-    norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)  # (B,)
+    norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)  # (B,)
     return torch.square(norms - target).mean()
 
 
 def zero_centered_gradient_penalty(
     discriminator: Callable[..., Tensor], images: Tensor, labels: Tensor | None = None
 ) -> Tensor:
-    r"""Zero-centred gradient penalty, R1 at real and R2 at generated images.
+    r"""Zero-centered gradient penalty, R1 at real and R2 at generated images.
 
     .. math::
         \operatorname{mean} \lVert \nabla_x D(x) \rVert_2^2
 
-    Args:
-        discriminator: D; called as ``discriminator(images)`` or ``discriminator(images, labels)``.
-        images: (B, ...) the images at which the gradient is taken. No gradient flows into them.
-        labels: (B,) passed on to D when given.
-
-    Returns:
-        A scalar without a weight (the source multiplies it by γ/2), differentiable with respect to D's parameters.
-
-    As with :func:`gradient_penalty`, D must run eagerly, because ``torch.compile`` has no double backward.
+    As with :func:`gradient_penalty`, no gradient flows into the images (B, ...), ``labels`` are passed on to D when
+    given, D must run eagerly, and there is no weight (the source multiplies by γ/2).
 
     Source: Mescheder et al., *Which Training Methods for GANs do actually Converge?*, arXiv:1801.04406, equations 9
     and 10.

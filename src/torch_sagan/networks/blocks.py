@@ -25,10 +25,9 @@ __all__ = [
     "ResidualDownBlock",
     "ResidualHead",
     "ResidualUpBlock",
+    "Stages",
     "UpBlock",
     "UpsampledConv2d",
-    "attend",
-    "attention_layers",
     "feature_map_sizes",
     "residual_resolutions",
     "spectral_norm_attention",
@@ -72,8 +71,7 @@ class UpBlock(nn.Module):
         self.activation: nn.Module = nn.ReLU()
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        y: Tensor = self.activation(_apply_norm(self.norm, self.conv(x), labels))  # (B, out, 2H, 2W)
-        return y
+        return self.activation(_apply_norm(self.norm, self.conv(x), labels))  # (B, out, 2H, 2W)
 
 
 class DownBlock(nn.Module):
@@ -85,26 +83,24 @@ class DownBlock(nn.Module):
         self.activation: nn.Module = nn.LeakyReLU(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.activation(self.conv(x))  # (B, out, H/2, W/2)
-        return y
+        return self.activation(self.conv(x))  # (B, out, H/2, W/2)
 
 
 class DCGANHead(nn.Module):
-    """The logit of a feature map: a convolution over all of it, not normalised, as in the PyTorch reference."""
+    """The logit of a feature map: a convolution over all of it, not normalized, as in the PyTorch reference."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
         self.conv: nn.Module = nn.Conv2d(channels, 1, kernel_size=size)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        logits: Tensor = self.conv(x).flatten()  # (B,)
-        return logits
+        return self.conv(x).flatten()  # (B,)
 
 
 class DCGANProjectionHead(nn.Module):
     """The logit of a feature map with a class: a :class:`torch_sagan.ProjectionHead` of all its values, flattened.
 
-    Its linear part is the convolution of :class:`DCGANHead`, normalised; the class has as many weights.
+    Its linear part is the convolution of :class:`DCGANHead`, normalized; the class has as many weights.
     """
 
     def __init__(self, channels: int, size: int, num_classes: int, spectral_norm: Normalizer) -> None:
@@ -113,11 +109,10 @@ class DCGANProjectionHead(nn.Module):
         self.projection: ProjectionHead = ProjectionHead(features, num_classes, spectral_norm=spectral_norm)
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        logits: Tensor = self.projection(x.flatten(1), labels)  # (B,)
-        return logits
+        return self.projection(x.flatten(1), labels)  # (B,)
 
 
-# The residual blocks of the paper's released code. Weights start Xavier-uniform, biases zero, before normalisation.
+# The residual blocks of the paper's released code. Weights start Xavier-uniform, biases zero, before normalization.
 
 
 class LatentBlock(nn.Module):
@@ -129,7 +124,7 @@ class LatentBlock(nn.Module):
         self.linear: nn.Module = spectral_norm(_xavier(nn.Linear(z_dim, out_channels * size * size)))
 
     def forward(self, z: Tensor, labels: Tensor | None) -> Tensor:
-        x: Tensor = self.linear(z.flatten(1))  # (B, out · size²)
+        x = self.linear(z.flatten(1))  # (B, out · size²)
         return x.view(x.shape[0], *self.shape)  # (B, out, size, size)
 
 
@@ -172,8 +167,7 @@ class ResidualUpBlock(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         y = self.conv1(F.relu(_apply_norm(self.norm1, x, labels)))  # (B, out, 2H, 2W)
         y = self.conv2(F.relu(_apply_norm(self.norm2, y, labels)))  # (B, out, 2H, 2W)
-        residual: Tensor = y + self.shortcut(x)  # (B, out, 2H, 2W)
-        return residual
+        return y + self.shortcut(x)  # (B, out, 2H, 2W)
 
 
 class ResidualDownBlock(nn.Module):
@@ -186,8 +180,7 @@ class ResidualDownBlock(nn.Module):
         self.shortcut: nn.Module = spectral_norm(_xavier(PooledConv2d(in_channels, out_channels, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv2(F.relu(self.conv1(F.relu(x)))) + self.shortcut(x)  # (B, out, H/2, W/2)
-        return y
+        return self.conv2(F.relu(self.conv1(F.relu(x)))) + self.shortcut(x)  # (B, out, H/2, W/2)
 
 
 class FirstResidualDownBlock(ResidualDownBlock):
@@ -197,8 +190,7 @@ class FirstResidualDownBlock(ResidualDownBlock):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv2(F.relu(self.conv1(x))) + self.shortcut(x)  # (B, out, H/2, W/2)
-        return y
+        return self.conv2(F.relu(self.conv1(x))) + self.shortcut(x)  # (B, out, H/2, W/2)
 
 
 class ResidualHead(nn.Module):
@@ -213,12 +205,11 @@ class ResidualHead(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         x = x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, H, W)
-        logits: Tensor = self.projection(F.relu(x).sum(dim=(2, 3)), labels)  # (B,)
-        return logits
+        return self.projection(F.relu(x).sum(dim=(2, 3)), labels)  # (B,)
 
 
 def spectral_norm_attention(channels: int, spectral_norm: Normalizer) -> SelfAttention2d:
-    """The layer of the paper's released code, its projections Xavier-uniform and normalised."""
+    """The layer of the paper's released code, its projections Xavier-uniform and normalized."""
     layer = SelfAttention2d.official(channels)
     for name in ("query", "key", "value", "out"):
         projection = getattr(layer, name)
@@ -233,6 +224,58 @@ def to_image(in_channels: int, image_channels: int, spectral_norm: Normalizer) -
 
 
 # Sizes, widths and attention of the stages.
+
+
+class Stages(nn.Module):
+    """What both networks are: blocks in a row, and attention behind those whose feature map has one of the named sizes.
+
+    Args:
+        blocks: called as ``block(x, *labels)``.
+        sizes: S of each block's feature map (B, width, S, S). It is given because that of a traced tensor is no number.
+        widths: its channels.
+        resolutions: which sizes get attention.
+        attention: ``attention(channels) -> Module``.
+        num_classes: classes of a conditional network, or None.
+
+    Raises:
+        ValueError: for a resolution that does not occur; the message lists those that do.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        sizes: Sequence[int],
+        widths: Sequence[int],
+        resolutions: Iterable[int],
+        attention: AttentionFactory,
+        num_classes: int | None,
+    ) -> None:
+        super().__init__()
+        resolutions = tuple(resolutions)
+        unknown = [resolution for resolution in resolutions if resolution not in sizes]
+        if unknown:
+            raise ValueError(
+                f"attention_resolutions {unknown} do not occur: its feature maps have the sizes {list(sizes)}"
+            )
+        self.num_classes = num_classes
+        self.sizes = list(sizes)
+        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
+        self.attention: nn.ModuleDict = nn.ModuleDict(
+            {str(size): attention(width) for size, width in zip(sizes, widths, strict=True) if size in resolutions}
+        )
+
+    def run_stages(self, x: Tensor, maps: list[Tensor] | None, *labels: Tensor | None) -> Tensor:
+        """The last feature map. Attention maps (B, N, M) are appended to ``maps``, or not computed when it is None."""
+        for size, block in zip(self.sizes, self.blocks, strict=True):
+            x = block(x, *labels)  # (B, width, size, size)
+            if str(size) not in self.attention:
+                continue
+            if maps is None:
+                x = self.attention[str(size)](x)  # (B, width, size, size)
+            else:
+                x, attention_map = self.attention[str(size)](x, return_attention=True)  # and (B, N, M)
+                maps.append(attention_map)
+        return x
 
 
 def feature_map_sizes(image_size: int) -> list[int]:
@@ -269,49 +312,9 @@ def stage_widths(base_channels: int, n_stages: int) -> list[int]:
     return [base_channels * min(2**i, WIDEST) for i in reversed(range(n_stages))]
 
 
-def attention_layers(
-    resolutions: Iterable[int], sizes: Sequence[int], widths: Sequence[int], attention: AttentionFactory
-) -> nn.ModuleDict:
-    """One attention layer for each of the named resolutions, under the resolution's name.
-
-    Raises:
-        ValueError: for a resolution that does not occur; the message lists those that do.
-    """
-    resolutions = tuple(resolutions)
-    unknown = [resolution for resolution in resolutions if resolution not in sizes]
-    if unknown:
-        raise ValueError(f"attention_resolutions {unknown} do not occur: its feature maps have the sizes {list(sizes)}")
-    return nn.ModuleDict(
-        {str(size): attention(width) for size, width in zip(sizes, widths, strict=True) if size in resolutions}
-    )
-
-
 def residual_resolutions(sizes: Iterable[int]) -> list[int]:
     """Where the residual networks have attention: at 32 pixels, or at the largest feature map below."""
     return [max(size for size in sizes if size <= 32)]
-
-
-def attend(layers: nn.ModuleDict, size: int, x: Tensor, maps: list[Tensor] | None) -> Tensor:
-    """Pass a feature map through the attention layer of its size, if there is one.
-
-    Args:
-        layers: what :func:`attention_layers` returns.
-        size: S, given separately because the size of a traced tensor is not a number.
-        x: (B, C, S, S).
-        maps: where the layer's attention map (B, N, M) is appended, or None to compute none.
-
-    Returns:
-        (B, C, S, S).
-    """
-    if str(size) not in layers:
-        return x
-    layer = layers[str(size)]
-    if maps is None:
-        y: Tensor = layer(x)  # (B, C, S, S)
-    else:
-        y, attention_map = layer(x, return_attention=True)  # (B, C, S, S), (B, N, M)
-        maps.append(attention_map)
-    return y
 
 
 def _batch_norm(channels: int, num_classes: int | None) -> nn.Module:
@@ -319,8 +322,7 @@ def _batch_norm(channels: int, num_classes: int | None) -> nn.Module:
 
 
 def _apply_norm(norm: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
-    y: Tensor = norm(x) if labels is None else norm(x, labels)
-    return y
+    return norm(x) if labels is None else norm(x, labels)
 
 
 def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:

@@ -22,7 +22,7 @@ class ConditionalBatchNorm2d(nn.Module):
         y = \gamma_c\, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta_c
 
     The statistics are those of the whole batch, whatever its classes, as in the paper's released code. It starts with
-    :math:`\gamma = 1` and :math:`\beta = 0`, and is not spectrally normalised.
+    :math:`\gamma = 1` and :math:`\beta = 0`, and is not spectrally normalized.
 
     Args:
         channels: the number of channels, C.
@@ -70,8 +70,8 @@ class ConditionalBatchNorm2d(nn.Module):
             self.to(dtype)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Normalise x (B, C, H, W), each sample with the scale and shift of its class; labels is (B,), of integers."""
-        check_labels(labels, len(self.gamma), x.shape[0])
+        """Normalize x (B, C, H, W), each sample with the scale and shift of its class; labels is (B,), of integers."""
+        check_labels(labels, len(self.gamma), x)
         gamma, beta = F.embedding(labels, self.gamma), F.embedding(labels, self.beta)  # (B, C)
         normalized = self.norm(x)  # (B, C, H, W)
         return torch.addcmul(beta[:, :, None, None], gamma[:, :, None, None], normalized)  # (B, C, H, W)
@@ -84,7 +84,7 @@ class ProjectionHead(nn.Module):
     r"""A logit of features h and of their agreement with the class c: :math:`w^\top h + b + \langle e_c, h \rangle`.
 
     w and b are those of a linear layer, and :math:`e_c` is the embedding of the class. Both layers start
-    Xavier-uniform, with a zero bias, and are spectrally normalised.
+    Xavier-uniform, with a zero bias, and are spectrally normalized.
 
     Args:
         channels: the length of h, C.
@@ -133,8 +133,8 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """The logits (B,) of features (B, C); labels is (B,), of integers, or None without classes."""
-        check_labels(labels, self.num_classes, features.shape[0])
-        logits: Tensor = self.linear(features).squeeze(1)  # (B,)
+        check_labels(labels, self.num_classes, features)
+        logits = self.linear(features).squeeze(1)  # (B,)
         if labels is not None:
             logits = logits + (self.embedding(labels) * features).sum(dim=1)  # (B,)
         return logits

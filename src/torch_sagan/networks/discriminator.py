@@ -22,20 +22,20 @@ from torch_sagan.networks.blocks import (
     Normalizer,
     ResidualDownBlock,
     ResidualHead,
-    attend,
-    attention_layers,
+    Stages,
     feature_map_sizes,
     residual_resolutions,
     spectral_norm_attention,
     stage_widths,
 )
-from torch_sagan.spectral.norm import iterate_together, spectral_norm
+from torch_sagan.spectral.grouped import iterate_together
+from torch_sagan.spectral.norm import spectral_norm
 
 __all__ = ["SAGANDiscriminator"]
 
 
-class SAGANDiscriminator(nn.Module):
-    r"""A discriminator with self-attention and spectral normalisation: images (B, image_channels, S, S) -> logits (B,).
+class SAGANDiscriminator(Stages):
+    r"""A discriminator with self-attention and spectral normalization: images (B, image_channels, S, S) -> logits (B,).
 
     ``architecture="dcgan"`` at 64 pixels has the layers of the PyTorch implementation that most tutorials copy
     (``64@32`` means 64 channels of 32×32)::
@@ -43,7 +43,7 @@ class SAGANDiscriminator(nn.Module):
         3@64 -> 64@32 -> 128@16 -> 256@8, attention -> 512@4, attention -> 1
 
     Each stage is a 4×4 convolution of stride 2 with spectral norm and a leaky ReLU of slope 0.1; the last convolution,
-    which spans the whole last map, and the projections of the attention are not normalised.
+    which spans the whole last map, and the projections of the attention are not normalized.
 
     ``architecture="resnet"`` is the paper's released code, at 128 pixels::
 
@@ -51,11 +51,11 @@ class SAGANDiscriminator(nn.Module):
               -> 1024@4 -> ReLU, sum over positions -> 1
 
     Each stage is a residual block (two 3×3 convolutions, mean of 2×2, a 1×1 shortcut), the attention is
-    :meth:`SelfAttention2d.official`, and every weight is normalised. Weights start Xavier-uniform and biases zero,
-    before they are normalised.
+    :meth:`SelfAttention2d.official`, and every weight is normalized. Weights start Xavier-uniform and biases zero,
+    before they are normalized.
 
     Other sizes as in :class:`SAGANGenerator`. With classes, the logit also has the projection of the class on the
-    features (:class:`ProjectionHead`, normalised). The features are the last map, flattened, in ``"dcgan"``, whose last
+    features (:class:`ProjectionHead`, normalized). The features are the last map, flattened, in ``"dcgan"``, whose last
     convolution covers it whole, and its sum over positions in ``"resnet"``.
 
     Args:
@@ -68,7 +68,7 @@ class SAGANDiscriminator(nn.Module):
             last two; of ``"resnet"``: 32, or the largest below.
         attention: ``attention(channels) -> Module``. Default: the architecture's own.
         spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalises, or
-            None for no normalisation, as :func:`gradient_penalty` needs it. An ``attention`` of your own is not
+            None for no normalization, as :func:`gradient_penalty` needs it. An ``attention`` of your own is not
             changed.
         device: where the parameters are made; default: PyTorch's default device.
         dtype: of the parameters; default: PyTorch's default dtype.
@@ -104,7 +104,6 @@ class SAGANDiscriminator(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         at_least_one(base_channels=base_channels, image_channels=image_channels, num_classes=num_classes)
         one_of(("dcgan", "resnet"), architecture=architecture)
         spectral_norm = spectral_norm or (lambda module: module)
@@ -116,7 +115,7 @@ class SAGANDiscriminator(nn.Module):
                 blocks: list[nn.Module] = [
                     DownBlock(narrow, wide, spectral_norm) for narrow, wide in pairwise([image_channels, *widths])
                 ]
-                # Without the norm, the convolution would outgrow the class's part of the logit, which is normalised.
+                # Without the norm, the convolution would outgrow the class's part of the logit, which is normalized.
                 head: nn.Module = (
                     DCGANHead(widths[-1], sizes[-1])
                     if num_classes is None
@@ -131,16 +130,10 @@ class SAGANDiscriminator(nn.Module):
                 default_resolutions = residual_resolutions(sizes)
                 default_attention = partial(spectral_norm_attention, spectral_norm=spectral_norm)
 
+            if attention_resolutions is None:
+                attention_resolutions = default_resolutions
+            super().__init__(blocks, sizes, widths, attention_resolutions, attention or default_attention, num_classes)
             self.image_shape: tuple[int, int, int] = (image_channels, image_size, image_size)
-            self.num_classes = num_classes
-            self.sizes = sizes
-            self.blocks: nn.ModuleList = nn.ModuleList(blocks)
-            self.attention: nn.ModuleDict = attention_layers(
-                default_resolutions if attention_resolutions is None else attention_resolutions,
-                sizes,
-                widths,
-                attention or default_attention,
-            )
             self.to_logit: nn.Module = head
         if dtype is not None:
             self.to(dtype)
@@ -172,11 +165,9 @@ class SAGANDiscriminator(nn.Module):
         if images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"expected images (B, {expected}), got {tuple(images.shape)}")
-        check_labels(labels, self.num_classes, images.shape[0], on_device=True)
+        check_labels(labels, self.num_classes, images, once=True)
         iterate_together(self)
         maps: list[Tensor] | None = [] if return_attention else None
-        x = images
-        for size, block in zip(self.sizes, self.blocks, strict=True):
-            x = attend(self.attention, size, block(x), maps)  # (B, width, size, size)
-        logits: Tensor = self.to_logit(x, labels)  # (B,)
+        x = self.run_stages(images, maps)  # the last feature map
+        logits = self.to_logit(x, labels)  # (B,)
         return logits if maps is None else (logits, maps)

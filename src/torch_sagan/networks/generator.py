@@ -18,22 +18,22 @@ from torch_sagan.networks.blocks import (
     LatentBlock,
     Normalizer,
     ResidualUpBlock,
+    Stages,
     UpBlock,
-    attend,
-    attention_layers,
     feature_map_sizes,
     residual_resolutions,
     spectral_norm_attention,
     stage_widths,
     to_image,
 )
-from torch_sagan.spectral.norm import iterate_together, spectral_norm
+from torch_sagan.spectral.grouped import iterate_together
+from torch_sagan.spectral.norm import spectral_norm
 
 __all__ = ["SAGANGenerator"]
 
 
-class SAGANGenerator(nn.Module):
-    r"""A generator with self-attention and spectral normalisation: z (B, z_dim) -> images (B, image_channels, S, S).
+class SAGANGenerator(Stages):
+    r"""A generator with self-attention and spectral normalization: z (B, z_dim) -> images (B, image_channels, S, S).
 
     ``architecture="dcgan"`` at 64 pixels has the layers of the PyTorch implementation that most tutorials copy
     (``512@4`` means 512 channels of 4×4)::
@@ -41,7 +41,7 @@ class SAGANGenerator(nn.Module):
         z 128 -> 512@4 -> 256@8 -> 128@16, attention -> 64@32, attention -> 3@64, tanh
 
     Each stage is a transposed 4×4 convolution with spectral norm, batch norm and ReLU; the last convolution and the
-    projections of the attention are not normalised.
+    projections of the attention are not normalized.
 
     ``architecture="resnet"`` is the paper's released code, at 128 pixels::
 
@@ -49,8 +49,8 @@ class SAGANGenerator(nn.Module):
               -> 128@64 -> 64@128 -> 3@128, tanh
 
     Each stage is a residual block (nearest ×2, two 3×3 convolutions, a 1×1 shortcut), the attention is
-    :meth:`SelfAttention2d.official`, and every weight is normalised. Weights start Xavier-uniform and biases zero,
-    before they are normalised.
+    :meth:`SelfAttention2d.official`, and every weight is normalized. Weights start Xavier-uniform and biases zero,
+    before they are normalized.
 
     Other sizes have as many stages as they need. The first map is 4, 5, 6 or 7 pixels wide. The map next to the image
     has ``base_channels`` channels, and each map before it twice as many, up to 16 times ``base_channels``.
@@ -110,7 +110,6 @@ class SAGANGenerator(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         at_least_one(z_dim=z_dim, base_channels=base_channels, image_channels=image_channels, num_classes=num_classes)
         one_of(("dcgan", "resnet"), architecture=architecture)
         spectral_norm = spectral_norm or (lambda module: module)
@@ -136,16 +135,10 @@ class SAGANGenerator(nn.Module):
                 default_resolutions = residual_resolutions(sizes)
                 default_attention = partial(spectral_norm_attention, spectral_norm=spectral_norm)
 
+            if attention_resolutions is None:
+                attention_resolutions = default_resolutions
+            super().__init__(blocks, sizes, widths, attention_resolutions, attention or default_attention, num_classes)
             self.z_dim = z_dim
-            self.num_classes = num_classes
-            self.sizes = sizes
-            self.blocks: nn.ModuleList = nn.ModuleList(blocks)
-            self.attention: nn.ModuleDict = attention_layers(
-                default_resolutions if attention_resolutions is None else attention_resolutions,
-                sizes,
-                widths,
-                attention or default_attention,
-            )
             self.to_image: nn.Module = last
             self.output_activation: nn.Module = output_activation()
         if dtype is not None:
@@ -177,11 +170,9 @@ class SAGANGenerator(nn.Module):
         """
         if z.shape[1:] not in ((self.z_dim,), (self.z_dim, 1, 1)):
             raise ValueError(f"expected z (B, {self.z_dim}) or (B, {self.z_dim}, 1, 1), got {tuple(z.shape)}")
-        check_labels(labels, self.num_classes, z.shape[0], on_device=True)
+        check_labels(labels, self.num_classes, z, once=True)
         iterate_together(self)
         maps: list[Tensor] | None = [] if return_attention else None
-        x = z.reshape(z.shape[0], self.z_dim, 1, 1)  # (B, z_dim, 1, 1)
-        for size, block in zip(self.sizes, self.blocks, strict=True):
-            x = attend(self.attention, size, block(x, labels), maps)  # (B, width, size, size)
-        images: Tensor = self.output_activation(self.to_image(x))  # (B, image_channels, S, S)
+        x = self.run_stages(z.reshape(z.shape[0], self.z_dim, 1, 1), maps, labels)  # (B, base_channels, ·, ·)
+        images = self.output_activation(self.to_image(x))  # (B, image_channels, S, S)
         return images if maps is None else (images, maps)

@@ -61,21 +61,29 @@ MMGENERATION = {
     "parametrizations.weight.0._": "weight_",
 }
 
-# What other files are: a pattern that one of their keys matches. The first match counts.
+# What other files are: patterns, each of which matches all of one of their keys or more. The first entry counts.
+# Names that several implementations share are described and not attributed.
 KINDS = {
-    "state_dict$": "a whole checkpoint: give its entry 'state_dict'",
-    "generator$|discriminator$": "a checkpoint of torch-sagan's trainer: its 'generator' and 'discriminator' are state "
-    "dicts for load_state_dict",
-    r"(generator(_ema)?\.)?noise2feat\.": "mmgeneration's generator, for SAGANGenerator(..., architecture='resnet')",
-    r"(discriminator\.)?from_rgb\.": "mmgeneration's discriminator, for SAGANDiscriminator(..., architecture='resnet')",
-    r"l1\.1\.": "the PyTorch reference's generator, for SAGANGenerator(64)",
-    r"l1\.0\.": "the PyTorch reference's discriminator, for SAGANDiscriminator(64)",
-    r"query_conv\.": "the PyTorch reference's attention, for SelfAttention2d(C)",
-    r"theta\.": "BigGAN-PyTorch's attention, for SelfAttention2d.official(C)",
-    r".*\.(u|sv)0$": "a whole network of BigGAN-PyTorch, whose attention alone can be loaded",
-    r"blocks\.\d+\.(conv|linear)|query\.": "weights of torch-sagan itself, for load_state_dict",
-    ".*_orig$": "a model under PyTorch's older spectral norm, for convert_legacy_spectral_norm",
+    ("state_dict",): "a whole checkpoint: give its entry 'state_dict'",
+    ("generator", "discriminator"): "a checkpoint of torch-sagan's trainer: its 'generator' and 'discriminator' are "
+    "state dicts for load_state_dict",
+    (r"(generator(_ema)?\.)?noise2feat\..*",): "mmgeneration's generator, for "
+    "SAGANGenerator(..., architecture='resnet')",
+    (r"(discriminator\.)?from_rgb\.(conv_[12]|shortcut)\..*",): "mmgeneration's discriminator, for "
+    "SAGANDiscriminator(..., architecture='resnet')",
+    (r"l1\.0\.module\..*", r"l1\.1\..*"): "the PyTorch reference's generator, for SAGANGenerator(64)",
+    (r"l1\.0\.module\..*",): "the PyTorch reference's discriminator, for SAGANDiscriminator(64)",
+    (r"(query|key|value)_conv\.(weight|bias)", "gamma"): "the PyTorch reference's attention, for SelfAttention2d(C)",
+    (r"(theta|phi)\.(weight|u0)", r"o\.weight", "gamma"): "BigGAN-PyTorch's attention, for SelfAttention2d.official(C)",
+    (r".*\.u0", r".*\.sv0"): "a whole network of BigGAN-PyTorch, whose attention alone can be loaded",
+    (r"(.*\.)?conv1x1_(theta|phi)\.weight(_orig)?",): "PyTorch-StudioGAN's attention, alone or in a network, which "
+    "cannot be loaded here",
+    (r"blocks\.\d+\.(conv|linear).*", r"to_(image|logit)\..*"): "a network of torch-sagan itself, for load_state_dict",
+    (r"(query|key|value)\.(weight|parametrizations\.weight\.original)", "gamma"): "an attention layer of torch-sagan "
+    "itself, for load_state_dict, or of another implementation with the same names, whose outputs may differ",
+    (r".*_orig", r".*_[uv]"): "a model under PyTorch's older spectral norm, for convert_legacy_spectral_norm",
 }
+CONV1D = "an attention of one-dimensional convolutions, as fastai's: docs/migrating.md copies such weights"
 SHOWN = 5
 
 
@@ -97,46 +105,16 @@ def load_reference_state_dict(
                                                               ``theta, phi, g, o, gamma``
     ========================================================  =========================================================
 
-    **mmgeneration** has its attention at 64 pixels, so build both networks with ``attention_resolutions=(64,)``. The
-    ``state_dict`` of a published file has three networks: the generator is taken from ``generator_ema.``, its moving
-    average, or else from ``generator.``, and the discriminator from ``discriminator.``; names without these prefixes
-    are accepted as well. mmgeneration counts attention layers among the blocks:
+    **mmgeneration** has its attention at 64 pixels, so build both networks with ``attention_resolutions=(64,)``. Of the
+    three networks of a published file the generator is taken from ``generator_ema.``, its moving average, or else from
+    ``generator.``, and the discriminator from ``discriminator.``; names without these prefixes are accepted as well.
+    The :doc:`guide </pretrained>` has a table of all names.
 
-    ====================================  ================================================
-    generator, here                       mmgeneration
-    ====================================  ================================================
-    ``blocks.0.linear``                   ``noise2feat``
-    ``blocks.1`` ... ``blocks.4``         ``conv_blocks.0`` ... ``conv_blocks.3``
-    ``blocks.5``                          ``conv_blocks.5``
-    ``to_image.0``, ``to_image.2``        ``to_rgb.bn``, ``to_rgb.conv``
-    ``attention.64``                      ``conv_blocks.4``
-    ====================================  ================================================
-
-    ====================================  ================================================
-    discriminator, here                   mmgeneration
-    ====================================  ================================================
-    ``blocks.0``                          ``from_rgb``
-    ``attention.64``                      ``conv_blocks.0``
-    ``blocks.1`` ... ``blocks.4``         ``conv_blocks.1`` ... ``conv_blocks.4``
-    ``to_logit.conv1, conv2``             ``conv_blocks.5.conv_1.conv, conv_2.conv``
-    ``to_logit.projection.linear``        ``decision``
-    ``to_logit.projection.embedding``     ``proj_y``
-    ====================================  ================================================
-
-    ====================================  ================================================
-    in both, here                         mmgeneration
-    ====================================  ================================================
-    ``query, key, value, out``            ``theta.conv, phi.conv, g.conv, o.conv``
-    ``conv1, conv2, shortcut``            ``conv_1.conv, conv_2.conv, shortcut.conv``
-    ``norm1.gamma``                       1 + ``norm_1.weight_embedding.weight``
-    ``norm1.beta``                        ``norm_1.bias_embedding.weight``
-    ====================================  ================================================
-
-    **The PyTorch reference** normalises every weight along dimension 0, transposed convolutions too. Build its networks
+    **The PyTorch reference** normalizes every weight along dimension 0, transposed convolutions too. Build its networks
     with ``spectral_norm=functools.partial(spectral_norm, dim=0)``.
 
     **BigGAN-PyTorch's** block may come with the buffers of its spectral norm (``theta.u0``, ``theta.sv0``, ...). Where
-    our projections are spectrally normalised too (:func:`apply_spectral_norm`), u is taken from them and v follows from
+    our projections are spectrally normalized too (:func:`apply_spectral_norm`), u is taken from them and v follows from
     it; where they are not, the weights are divided by the sigma that u gives, so that the output is the same.
 
     A ``module.`` before every key (DataParallel) is dropped.
@@ -212,9 +190,14 @@ def _is_residual(model: nn.Module) -> TypeGuard[SAGANGenerator | SAGANDiscrimina
 
 
 def _kind(state_dict: Mapping[str, object]) -> str:
-    keys = [key.removeprefix("module.") for key in state_dict]
-    kinds = (kind for pattern, kind in KINDS.items() if any(re.match(pattern, key) for key in keys))
-    return next(kinds, "no weights that this function knows")
+    entries = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    queries = [value for key, value in entries.items() if re.fullmatch(r"(.*\.)?query\.weight(_orig)?", key)]
+    if any(isinstance(value, Tensor) and value.ndim == 3 for value in queries):
+        return CONV1D
+    for patterns, kind in KINDS.items():
+        if all(any(re.fullmatch(pattern, key) for key in entries) for pattern in patterns):
+            return kind
+    return "no weights that this function knows"
 
 
 def _summary(differences: Mapping[str, list[str]]) -> str:
