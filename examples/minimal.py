@@ -10,7 +10,8 @@ evaluation, a cache of decoded images) is in train_celeba.py.
 import argparse
 import copy
 import os
-from collections.abc import Iterator
+import sys
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 class ImageFolder(Dataset[Tensor]):
     """Images (3, S, S) in [-1, 1]: the largest centre square, resized, mirrored half of the time."""
 
-    def __init__(self, root: Path, size: int) -> None:
-        self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    def __init__(self, root: Path, size: int, out: Path) -> None:
+        ours = set(out.resolve().glob("samples-*.png"))
+        found = (path for path in root.resolve().rglob("*") if path.suffix.lower() in SUFFIXES)
+        self.paths = sorted(path for path in found if path not in ours)
         self.size = size
         if not self.paths:
             raise SystemExit(f"minimal.py: no images in {root}")
@@ -50,8 +53,12 @@ class ImageFolder(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        with Image.open(self.paths[index]) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+        try:
+            with Image.open(self.paths[index]) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+        except Exception as error:  # whatever a damaged file makes Pillow raise
+            print(f"left out {self.paths[index]}: {error}", file=sys.stderr)
+            return self[(index + 1) % len(self)]
         image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
         if torch.rand(()) < 0.5:
             image = ImageOps.mirror(image)
@@ -59,17 +66,12 @@ class ImageFolder(Dataset[Tensor]):
         return pixels.view(self.size, self.size, 3).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def endless(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
-    while True:
-        yield from loader
-
-
 def save_grid(path: Path, images: Tensor, columns: int = 8) -> None:
     """Images (B, 3, S, S) in [-1, 1] as one PNG; B is a multiple of `columns`."""
     count, channels, height, width = images.shape
     rows = images.view(count // columns, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     pixels = rows.reshape(-1, columns * width, channels).mul(127.5).add(127.5).round().clamp(0, 255).byte()
-    Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), pixels.cpu().numpy().tobytes()).save(path)
+    Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist())).save(path)
 
 
 def main() -> None:
@@ -77,7 +79,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
-    data = ImageFolder(args.images, args.image_size)
+    data = ImageFolder(args.images, args.image_size, args.out)
     whole = len(data) >= args.batch_size  # leave the last, smaller batch out
     loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=whole, num_workers=min(8, os.cpu_count() or 1))
 
@@ -100,7 +102,7 @@ def main() -> None:
         g_optimizer.param_groups[0]["lr"], d_optimizer.param_groups[0]["lr"] = args.lr_g, args.lr_d
         print(f"resumed at step {first}")
 
-    batches = endless(loader)
+    batches = chain.from_iterable(repeat(loader))
     for step in range(first + 1, args.steps + 1):
         real = next(batches).to(device)  # (B, 3, S, S)
         fake = generator(torch.randn(len(real), Z_DIM, device=device))  # (B, 3, S, S)
@@ -130,11 +132,17 @@ def main() -> None:
         if step % 100 == 0 or step == args.steps:
             print(f"step {step}  D {d_loss.item():.3f}  G {g_loss.item():.3f}", flush=True)
         if step % args.save_every == 0 or step == args.steps:
+            moments = [*g_optimizer.state.values(), *d_optimizer.state.values()]
+            saved = [*(network.state_dict() for network in networks.values()), *moments]
+            if not all(tensor.isfinite().all() for named in saved for tensor in named.values()):
+                raise SystemExit(f"minimal.py: step {step}: the training is no longer finite; {checkpoint} is older")
+            with open(checkpoint.with_suffix(".new"), "wb") as file:  # if the run is killed here, the old one stays
+                torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, checkpoint)
             with torch.no_grad():
                 save_grid(args.out / f"samples-{step:06d}.png", average(z_fixed))
-            new = checkpoint.with_suffix(".new")  # if the run is killed here, the old checkpoint stays
-            torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, new)
-            new.replace(checkpoint)
     print(f"samples and checkpoint: {args.out}")
 
 
