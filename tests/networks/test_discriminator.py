@@ -72,7 +72,7 @@ def test_base_widths(base_channels: int) -> None:
     assert max(m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)) == 4 * base_channels
 
 
-@settings(max_examples=12)
+@settings(max_examples=settings().max_examples // 2)  # each builds a network
 @given(init=st.integers(4, 7), doublings=st.integers(1, 3), image_channels=st.integers(1, 4), batch=st.integers(1, 3))
 def test_any_init_times_a_power_of_two(init: int, doublings: int, image_channels: int, batch: int) -> None:
     size = init * 2**doublings

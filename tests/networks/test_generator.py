@@ -80,7 +80,7 @@ def test_base_widths(base_channels: int) -> None:
     assert wide == 4 * base_channels
 
 
-@settings(max_examples=12)
+@settings(max_examples=settings().max_examples // 2)  # each builds a network
 @given(
     init=st.integers(4, 7),
     doublings=st.integers(1, 3),

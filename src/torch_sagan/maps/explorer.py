@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torch_sagan.attention.layer import AttentionRecord
-from torch_sagan.maps.overlay import MARKS, RAMP, check_images, keys_extent, map_size
+from torch_sagan.maps.overlay import MARKS, RAMP, check_images, check_weights, keys_extent, map_size
 
 __all__ = ["AttentionExplorer", "explore_attention"]
 
@@ -75,8 +75,8 @@ def explore_attention(images: Tensor, records: Records, *, max_bytes: int = 32_0
         An :class:`AttentionExplorer`, which a notebook shows and whose ``save(path)`` writes one HTML file.
 
     Raises:
-        ValueError: for images of another shape or of integers, empty records, maps of another shape or batch size
-            or with weights that are negative or not finite, a gamma that is not finite, and for a page above
+        ValueError: for images of another shape, of integers or not finite, empty records, maps of another shape or
+            batch size, weights that are negative or not finite, a gamma that is not finite, and for a page above
             ``max_bytes``.
         TypeError: for one map or record that is not in a list.
 
@@ -141,8 +141,7 @@ def _layers(images: Tensor, records: Records) -> Iterator[tuple[str, AttentionRe
         if len(shape) != 3 or shape[0] != len(images):
             received = shape or f"a {type(attention).__name__}"
             raise ValueError(f"{name}: expected an attention map (B, N, M) with B = {len(images)}, got {received}")
-        if not (attention >= 0).all() or attention.isinf().any():
-            raise ValueError(f"{name}: attention weights must be finite and not negative")
+        check_weights(attention, f"{name}: ")
         record = call if isinstance(call, AttentionRecord) else None
         image_size = (images.shape[2], images.shape[3])
         query_size = map_size(shape[1], record and record.query_size, image_size, "query_size")
@@ -154,7 +153,9 @@ def _distances(query_size: tuple[int, int], key_size: tuple[int, int]) -> Tensor
     """(N, M) from the middle of each query position to that of each key, in query positions."""
     extent = keys_extent(query_size, key_size)
     queries, keys = (
-        torch.cartesian_prod(*((torch.arange(n) + 0.5) * (e / n) for n, e in zip(size, covered, strict=True)))
+        torch.cartesian_prod(
+            *((torch.arange(n, device="cpu") + 0.5) * (e / n) for n, e in zip(size, covered, strict=True))
+        )
         for size, covered in ((query_size, query_size), (key_size, extent))
     )  # (N, 2), (M, 2)
     return torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")

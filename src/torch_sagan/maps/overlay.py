@@ -13,10 +13,10 @@ from torch_sagan.attention.layer import AttentionRecord
 
 __all__ = ["attention_overlay", "mark_queries"]
 
-# Violet, orange, pale yellow: on a grey image, only attention has a colour.
+# Violet, orange, pale yellow: on a gray image, only attention has a color.
 RAMP = ((0.45, 0.08, 0.43), (0.95, 0.45, 0.15), (0.99, 1.0, 0.75))
 # Green, magenta, blue, teal, sky: none is on the ramp, all are visible on white and on black, and the first four
-# differ for red-green colour-blind people, too.
+# differ for red-green color-blind people, too.
 MARKS = ((0.1, 1.0, 0.2), (1.0, 0.1, 0.85), (0.1, 0.2, 1.0), (0.1, 0.65, 0.55), (0.3, 0.8, 1.0))
 
 LUMA = (0.299, 0.587, 0.114)
@@ -35,17 +35,17 @@ def attention_overlay(
     strength: float = 0.9,
     mark: bool = True,
 ) -> Tensor:
-    r"""What one or several query positions attend to, in colour over the image in grey.
+    r"""What one or several query positions attend to, in color over the image in gray.
 
     .. math::
         \text{level}_i = \min(1, \beta_{ji} / s_j), \qquad
         s_j = \max(\max_k \beta_{jk} / 2,\ 4 / M)
 
     The query's row of the attention map is stretched over the image (bilinearly), and each level is both a position on
-    a colour ramp and, times ``strength``, the opacity of that colour: positions without attention stay grey. All
+    a color ramp and, times ``strength``, the opacity of that color: positions without attention stay gray. All
     weights from half of the largest one have the full level, so that a peak covers its whole position; the 4 / M keeps
     a uniform attention map, whose weights are 1 / M, pale. Rows and columns of the feature map that pooling left
-    without a key stay grey.
+    without a key stay gray.
 
     Enlarge small images first, to 192 pixels or more: a mark of a few pixels can hardly be seen.
 
@@ -56,16 +56,17 @@ def attention_overlay(
         query: (row, column) of the query position, in pixels of the image, or a sequence of Q of them.
         query_size: (height, width) of the queries, N of them. Default: shaped like the image.
         key_size: (height, width) of the keys, M of them. Default: shaped like the image.
-        strength: opacity of the full level, from 0 (the grey image alone) to 1.
-        mark: whether the query is marked, as :func:`mark_queries` marks it, with a frame of the same colour around the
+        strength: opacity of the full level, from 0 (the gray image alone) to 1.
+        mark: whether the query is marked, as :func:`mark_queries` marks it, with a frame of the same color around the
             image.
 
     Returns:
         (B, 3, H, W) in [0, 1]; for a sequence of queries (B, Q, 3, H, W), each with its own mark alone.
 
     Raises:
-        ValueError: for images or maps of other shapes, images of integers, a query outside the image, a strength
-            outside [0, 1], sizes that do not multiply to N and M, or sizes given together with a record.
+        ValueError: for images or maps of other shapes, images of integers or that are not finite, weights of the query
+            that are negative or not finite, a query outside the image, a strength outside [0, 1], sizes that do not
+            multiply to N and M, or sizes given together with a record.
 
     >>> import torch
     >>> from torch_sagan import attention_overlay
@@ -95,6 +96,7 @@ def attention_overlay(
     cells = [(row * query_size[0] // height, column * query_size[1] // width) for row, column in queries]
     positions = [row * query_size[1] + column for row, column in cells]
     weights = attention[:, positions].float()  # (B, Q, M)
+    check_weights(weights)
     scale = (weights.amax(2, keepdim=True) / 2).clamp(min=4 / weights.shape[2])  # (B, Q, 1)
     levels = (weights / scale).unflatten(2, key_size)  # (B, Q, h, w)
     extent = keys_extent(query_size, key_size)
@@ -112,10 +114,10 @@ def attention_overlay(
 
 @torch.no_grad()
 def mark_queries(images: Tensor, queries: Query | Sequence[Query]) -> Tensor:
-    """The images with query positions on them, each in the colour that :func:`attention_overlay` gives it.
+    """The images with query positions on them, each in the color that :func:`attention_overlay` gives it.
 
     A mark is a ring, in proportion to the image, so that the position itself stays visible; from 64 pixels on it has
-    black edges. The colours repeat after the fifth.
+    black edges. The colors repeat after the fifth.
 
     Args:
         images: (B, 3, H, W) or (B, 1, H, W), in [-1, 1].
@@ -125,7 +127,7 @@ def mark_queries(images: Tensor, queries: Query | Sequence[Query]) -> Tensor:
         (B, 3, H, W) in [0, 1].
 
     Raises:
-        ValueError: for images of another shape or of integers, or a query outside the image.
+        ValueError: for images of another shape, of integers or not finite, or a query outside the image.
     """
     rgb = _rgb(images)  # (B, 3, H, W)
     positions, _ = _queries(queries, (images.shape[2], images.shape[3]))
@@ -135,11 +137,19 @@ def mark_queries(images: Tensor, queries: Query | Sequence[Query]) -> Tensor:
 
 
 def check_images(images: Tensor) -> None:
-    """Raise unless these are images (B, 1 or 3, H, W) of floating point."""
+    """Raise unless these are images (B, 1 or 3, H, W) of floating point, and finite."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"expected images (B, 3, H, W) or (B, 1, H, W), got {tuple(images.shape)}")
     if not torch.is_floating_point(images):
         raise ValueError(f"expected images of floating point in [-1, 1], got {images.dtype}")
+    if not images.isfinite().all():
+        raise ValueError("expected images in [-1, 1], got some that are not finite")
+
+
+def check_weights(weights: Tensor, where: str = "") -> None:
+    """Raise unless these can be attention weights."""
+    if not ((weights >= 0) & weights.isfinite()).all():
+        raise ValueError(f"{where}attention weights must be finite and not negative")
 
 
 def map_size(
@@ -173,7 +183,7 @@ def _queries(query: Query | Sequence[Query], image_size: tuple[int, int]) -> tup
     try:
         given = torch.as_tensor(query, device="cpu")
     except (TypeError, ValueError):
-        given = torch.empty(0)
+        given = torch.empty(0, device="cpu")
     if given.ndim not in (1, 2) or given.shape[-1] != 2 or len(given) == 0 or given.is_floating_point():
         raise ValueError(f"expected a query (row, column) in whole pixels, or a sequence of them, got {query}")
     height, width = image_size
@@ -193,7 +203,7 @@ def _colors(levels: Tensor) -> Tensor:
 
 
 def _draw_ring(rgb: Tensor, query: Query, number: int) -> None:
-    """A ring on (B, 3, H, W) around the query, in the colour of that number, with smooth edges; in place."""
+    """A ring on (B, 3, H, W) around the query, in the color of that number, with smooth edges; in place."""
     height, width = rgb.shape[2:]
     unit = max(1.0, min(height, width) / 64)
     rows = torch.arange(height, device=rgb.device)[:, None] - query[0]  # (H, 1)
@@ -206,7 +216,7 @@ def _draw_ring(rgb: Tensor, query: Query, number: int) -> None:
 
 
 def _draw_frame(rgb: Tensor, number: int) -> None:
-    """A frame on the border of (B, 3, H, W) in the colour of that number; in place."""
+    """A frame on the border of (B, 3, H, W) in the color of that number; in place."""
     height, width = rgb.shape[2:]
     stroke = max(1, min(height, width) // 64)
     border = torch.ones(height, width, dtype=torch.bool, device=rgb.device)
