@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 
@@ -54,6 +55,23 @@ def test_ci_selects_by_markers_that_exist() -> None:
     for entry in workflow("ci.yml")["wheel"]["strategy"]["matrix"]["include"]:
         assert not re.search(r"\.py\b", entry["tests"])
         assert set(re.findall(r"\w+", entry["tests"])) - {"tests", "m", "not", "and", "or"} <= markers
+
+
+def test_the_night_has_examples_of_its_own() -> None:
+    """In CI they are the same in every run, so that a change is what makes a test fail."""
+    profile = workflow("nightly.yml")["examples"]["env"]["HYPOTHESIS_PROFILE"]
+    assert not hypothesis.settings.get_profile(profile).derandomize
+    assert hypothesis.settings.get_profile("sagan").derandomize
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_jobs_end_and_may_only_read(path: Path) -> None:
+    """But for those that publish, which say what they may."""
+    text = path.read_text(encoding="utf-8")
+    assert re.search(r"^permissions:\n  contents: read\n", text, re.MULTILINE)
+    for name, job in workflow(path.name).items():
+        assert "uses" in job or job["timeout-minutes"] <= 60, name
+    assert text.count("actions/checkout@") == text.count("persist-credentials: false")
 
 
 def test_a_release_publishes_what_has_passed() -> None:
