@@ -20,9 +20,10 @@ from __future__ import annotations
 import training.threads  # noqa: F401  before torch  # isort: skip
 
 import math
+import shlex
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from signal import SIGTERM
@@ -49,7 +50,8 @@ from training.runs.checkpointing import archive_previous_run, load, newest, save
 from training.runs.distributed import Ranks, ShardSampler, pick_device, processes
 from training.runs.memory import out_of_memory
 from training.runs.run_lock import RunLock
-from training.runs.signals import deferred_signals
+from training.runs.signals import StopRequested, deferred_signals, stop_requested
+from training.runs.streams import unfailing_streams
 from training.runs.tensor_files import refuse_unsafe_torch
 from training.state import TrainingState
 
@@ -134,47 +136,55 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
         log = RunLog(out, state.step, config.steps, config.batch_size, config.tensorboard) if ranks.first else None
     state.means.restart()
     images = read_images(data, config, state.images, state.device, ranks)
+    saved = None
     with (
         closing(log) if log else nullcontext(),
-        deferred_signals(second_stops=ranks.world == 1) as signals,
+        deferred_signals(second_stops=ranks.world == 1),
         closing(images),
         ranks.noticing_losses(),  # while signals are deferred
     ):
         batches = state.batches(images)
-        last = False
-        while not last:
-            state.means.add(state.advance(batches))
+        while state.step < config.steps:
+            drawn = None
+            with suppress(StopRequested):
+                drawn = None if stop_requested() else state.draw(batches)
+            # All processes stop at the same step, before any of them begins the next one.
+            signal = ranks.all_reduce_max(stop_requested() or SIGTERM * ranks.abandoned)
+            if signal or drawn is None:
+                break
+            state.means.add(state.advance(iter(drawn)))
             if log:
                 log.advance()
-            signal = signals[0] if signals else SIGTERM * ranks.abandoned
-            signal = ranks.all_reduce_max(signal)  # so that all processes stop at the same step
             step, end = state.step, state.step == config.steps
-            last = end or signal > 0
             logs, draws, saves = (step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
             evaluates = config.eval_every > 0 and step % config.eval_every == 0
-            reports = end or logs or draws or saves or evaluates
-            if not (reports or last):
+            if not (end or logs or draws or saves or evaluates):
                 continue
-            best = False
             with ranks.agreeing():
-                if reports:
-                    best = report(state, log, evaluate if evaluates else None)
-                else:  # the run stops between two lines of the log: the checkpoint keeps the losses for the next line
-                    state.means.check(step)
-            if last or saves or evaluates:
-                checkpoint = state.state_dict()
-                with ranks.agreeing():
+                best = report(state, log, evaluate if evaluates else None)
+                if end or saves or evaluates:
+                    checkpoint = state.state_dict()
                     if best:
                         save(checkpoint, out / "best.pt")
-                    if log and (last or saves):
+                    if log and (end or saves):
                         save_and_rotate(checkpoint, out, keep_last=config.keep_last, keep_every=config.keep_every)
-            if draws and not last:
+            saved = step if end or saves else saved
+            if draws and not end:
                 with ranks.agreeing():
                     if log:
                         log.images(step, draw(state, out))
                         log.scalars(step, sigmas(state) if log.tensorboard else {})
             state.means.restart()
-    return signal if state.step < config.steps else 0
+        else:
+            return 0
+        if saved != state.step:
+            with ranks.agreeing():
+                if state.means.steps:  # since the last line of the log: the checkpoint keeps their losses for the next
+                    state.means.check(state.step)
+                checkpoint = state.state_dict()
+                if log:
+                    save_and_rotate(checkpoint, out, keep_last=config.keep_last, keep_every=config.keep_every)
+        return signal
 
 
 def report(state: TrainingState, log: RunLog | None, evaluate: Evaluate | None) -> bool:
@@ -192,7 +202,7 @@ def report(state: TrainingState, log: RunLog | None, evaluate: Evaluate | None) 
 
 def main(arguments: Sequence[str] | None = None, open_evaluator: OpenEvaluator = open_evaluator) -> int:
     refuse_unsafe_torch()  # or the run could not be resumed
-    with processes() as ranks:
+    with unfailing_streams(), processes() as ranks:
         with ranks.agreeing():
             args = read_arguments(Config, arguments, "Train a SAGAN on faces, digits or your own images.")
         # A function, so that its networks are freed before the process group ends.
@@ -249,7 +259,7 @@ def start(args: dict[str, Any], ranks: Ranks, open_evaluator: OpenEvaluator) -> 
                 lock.acquire()
                 if same:
                     redraw(state, out)
-                if earlier := archive_previous_run(out, after=first if same else None):
+                if earlier := archive_previous_run(out, asdict(config), after=first if same else None):
                     print(f"moved     the files of an earlier run to {earlier}")
                 write_json(out / "config.json", asdict(config))
                 save_reals(data, config.seed, out / "reals.png")
@@ -378,7 +388,9 @@ def announce(state: TrainingState, data: DataSource, reals: Path, checkpoint: di
 
 def finish(state: TrainingState, out: Path, *, stopped: int, dry_run: bool) -> None:
     """Draw the last images, and print where the results are."""
-    made = draw(state, out)
+    # A scheduler may send another signal, but everything is saved, and only the images are missing.
+    with deferred_signals(second_stops=state.ranks.world == 1):
+        made = draw(state, out)
     made |= {"checkpoint": out / f"checkpoint-{state.step:06d}.pt", "log": out / "log.jsonl"}
     if (out / "best.pt").exists():
         made["best"] = out / "best.pt"
@@ -391,12 +403,12 @@ def finish(state: TrainingState, out: Path, *, stopped: int, dry_run: bool) -> N
     if dry_run:
         return
     if stopped:
-        print(f"next       the same command with --resume {out}")
+        print(f"next       the same command with --resume {shlex.quote(str(out))}")
     else:
-        python = interpreter()
-        print(f"next       {python} examples/generate.py {out} --grid    (--help: walks, videos, scores, export)")
-        print(f"           {python} examples/show_attention.py {out}")
-        print(f"           {python} examples/report.py {out}")
+        python, run = shlex.quote(interpreter()), shlex.quote(str(out))
+        print(f"next       {python} examples/generate.py {run} --grid    (--help: walks, videos, scores, export)")
+        print(f"           {python} examples/show_attention.py {run}")
+        print(f"           {python} examples/report.py {run}")
 
 
 if __name__ == "__main__":

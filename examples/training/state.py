@@ -27,7 +27,7 @@ from training.cuda_graph import GraphedStep
 from training.data.image_folder import Batch
 from training.objectives import objective
 from training.output.logging import Means
-from training.runs.checkpointing import versions
+from training.runs.checkpointing import CONTENTS, versions
 from training.runs.distributed import SINGLE_PROCESS, Ranks
 from training.step import GAN, Piece, training_step
 
@@ -46,6 +46,7 @@ class TrainingState:
     ) -> None:
         torch.manual_seed(config.seed)  # the same weights on every process
         self.config, self.device, self.ranks, self.classes = config, device, ranks, classes or {}
+        self.versions = versions()
         # Compiled, a convolution's backward on CUDA returns a weight of one output in another layout than promised.
         automatic = device.type == "cuda" and not config.compile
         channels_last = automatic if config.channels_last == "auto" else config.channels_last == "yes"
@@ -87,12 +88,18 @@ class TrainingState:
             return GraphedStep(self.gan, d_steps=self.config.d_steps)
         return partial(training_step, self.gan, d_steps=self.config.d_steps)
 
+    def draw(self, batches: Iterator[list[Piece]]) -> list[list[Piece]]:
+        """The batches of the next step. Nothing changes before all are there, so a wait for images can be given up."""
+        self.latents.manual_seed(random_seed(0, self.config.seed, self.step))  # the same numbers on every process
+        return [next(batches) for _ in range(self.config.d_steps)]
+
     def advance(self, batches: Iterator[list[Piece]]) -> Tensor:
         """One step of G and its steps of D. Returns the losses of D and G (2,), on the device."""
-        self.latents.manual_seed(random_seed(0, self.config.seed, self.step))  # the same numbers on every process
-        # Others on each, for penalties, augmentation and noise.
+        drawn = self.draw(batches)
+        # Other numbers on each process, for penalties, augmentation and noise.
         torch.manual_seed(random_seed(1 + self.ranks.rank, self.config.seed, self.step))
-        losses = self.take_step(batches)
+        losses = self.take_step(iter(drawn))
+        self.images += len(drawn) * self.config.batch_size
         self.ranks.average_statistics(self.generator)
         steps = self.step - self.config.ema_start
         update_average(self.average, self.generator, decay=self.config.ema_decay, steps=steps)
@@ -109,7 +116,6 @@ class TrainingState:
                 images, labels, _ = next(data)
                 labels = None if labels is None else labels.to(self.device, non_blocking=True)
                 pieces.append(Piece(self.to_device(images), z, labels))
-            self.images += self.config.batch_size
             yield pieces
 
     def lr_factor(self, step: int) -> float:
@@ -147,41 +153,36 @@ class TrainingState:
         (lr_g,), (lr_d,) = self.generator_scheduler.get_last_lr(), self.discriminator_scheduler.get_last_lr()
         return {"lr_g": lr_g, "lr_d": lr_d, "gamma": gammas}
 
-    def parts(self) -> dict[str, Any]:
-        """The objects with a state dict, by their names in a checkpoint."""
-        networks = ("generator", "discriminator")
-        names = [f"{network}{part}" for part in ("", "_optimizer", "_scheduler") for network in networks]
-        return {name: getattr(self, name) for name in [*names, "average"]}
+    @property
+    def losses(self) -> Tensor:
+        """The losses (n, 2) of D and G that no line of the log has yet."""
+        return self.means.losses
+
+    @losses.setter
+    def losses(self, losses: Tensor) -> None:
+        self.means.losses = losses.view(-1, 2)
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint: state dicts, tensors and plain values."""
-        return {name: part.state_dict() for name, part in self.parts().items()} | {
-            "config": asdict(self.config),
-            "classes": self.classes,
-            "versions": versions(),
-            "step": self.step,
-            "images": self.images,
-            "best": self.best,
-            "scores": self.scores,
-            "losses": self.means.losses,
-        }
+        parts = {name: getattr(self, name) for name in CONTENTS} | {"config": asdict(self.config)}
+        return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, on any device and any number of processes."""
-        for name, part in self.parts().items():
+        for name in CONTENTS:
+            part = getattr(self, name)
             if isinstance(part, Optimizer):
                 load_moments(part, state[name])
-            else:
+            elif hasattr(part, "load_state_dict"):
                 part.load_state_dict(state[name])
+            elif name not in ("config", "classes", "versions"):  # which are those of now
+                setattr(self, name, state[name])
         for network, lr in (("generator", self.config.lr_g), ("discriminator", self.config.lr_d)):
             # Rates and length of the run are those of the command line, not of the checkpoint.
             getattr(self, f"{network}_scheduler").base_lrs = [lr]
             (group,) = getattr(self, f"{network}_optimizer").param_groups
-            group["lr"] = lr * self.lr_factor(state["step"])
+            group["lr"] = lr * self.lr_factor(self.step)
         self.take_step = self.build_step()  # a graph would have the moments from before
-        self.step, self.images = state["step"], state["images"]
-        self.best, self.scores = state["best"], state["scores"]
-        self.means.losses = state["losses"].view(-1, 2)
 
 
 def random_seed(*key: int) -> int:

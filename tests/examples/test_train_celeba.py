@@ -733,11 +733,8 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--resume", "{tmp}/edited-loss.pt"], r"--loss must be one of hinge, wgan-gp, relativistic, got foo"),
         (["--resume", "{tmp}/edited-lr.pt"], r"--lr-g must be of type float, got None"),
         (["--resume", "{tmp}/edited-steps.pt"], r"--steps must be of type int, got 2\.5"),
-        (
-            ["--resume", "{tmp}/without-average.pt", "--steps", "2"],
-            r"without-average\.pt: the checkpoint lacks 'average'",
-        ),
-        (["--resume", "{tmp}/without-generator_optimizer.pt", "--steps", "2"], r"lacks 'generator_optimizer'"),
+        (["--resume", "{tmp}/without-average.pt"], r"not a checkpoint of this trainer \(average\)"),
+        (["--resume", "{tmp}/without-generator_optimizer.pt"], r"of this trainer \(generator_optimizer\)"),
         (["--resume", "{tmp}/without-losses.pt"], r"it is not a checkpoint of this trainer \(losses\)"),
         (["--resume", "{tmp}/step.pt"], r"it is not a checkpoint of this trainer \(step\)"),
         (["--resume", "{tmp}/moments.pt", "--steps", "2"], r"moments\.pt: the checkpoint was edited or damaged: "),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import sys
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,30 +17,30 @@ import torch
 
 import torch_sagan
 from training.runs.atomic_files import write as write
+from training.runs.folder import CHECKPOINT, EXPLORER, IMAGE, NUMBERED
+from training.runs.folder import FILES as FILES
 from training.runs.tensor_files import read
 
-# What a checkpoint contains besides the state dicts.
+# What a checkpoint contains: state dicts and plain values, under the names that they have in `TrainingState`.
 CONTENTS = {
-    "config": dict, "classes": dict, "versions": dict, "best": dict, "scores": dict,
-    "step": int, "images": int, "losses": torch.Tensor,
+    "generator": dict, "generator_optimizer": dict, "generator_scheduler": dict,
+    "discriminator": dict, "discriminator_optimizer": dict, "discriminator_scheduler": dict,
+    "average": dict,
+    "step": int, "images": int, "losses": torch.Tensor, "best": dict, "scores": dict,
+    "config": dict, "classes": dict, "versions": dict,
 }  # fmt: skip
-
-# The names of the files that a run writes into its folder, besides the folder `tensorboard`. Files with other names are
-# not the trainer's and are never touched.
-CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.pt")
-IMAGE = re.compile(r"(?:samples|attention)-(\d{6,})\.png")
-EXPLORER = re.compile(r"attention-(\d{6,})\.html")
-NUMBERED = (CHECKPOINT, IMAGE, EXPLORER)
-FILES = re.compile(
-    "|".join(name.pattern for name in NUMBERED) + r"|checkpoint\.pt|best\.pt|log\.jsonl|config\.json|reals\.png"
-)
 
 
 # Writing.
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write one checkpoint."""
+    """Write one checkpoint. With infinite numbers it is none to go on from: the run ends, and older ones stay."""
+    if broken := not_finite(state):
+        raise SystemExit(
+            f"cannot save {path}: the training is no longer finite: infinities or NaN in {broken}. The last checkpoint "
+            "is older; lower learning rates may help"
+        )
     write(path, lambda file: torch.save(state, file))
 
 
@@ -53,38 +55,46 @@ def save_and_rotate(state: dict[str, Any], out: Path, *, keep_last: int, keep_ev
         os.replace(link, out / "checkpoint.pt")
     for step, old in _numbered(out, CHECKPOINT)[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
-            old.unlink()
+            with suppress(OSError):  # on shares of Windows, while a script reads it: the next save tries again
+                old.unlink()
     return path
 
 
-def archive_previous_run(out: Path, *, after: int | None = None) -> Path | None:
+def archive_previous_run(out: Path, settings: dict[str, Any], *, after: int | None = None) -> Path | None:
     """Move the files of an earlier run into a new folder; with `after`, only those of later steps.
 
-    Images that are newer than all checkpoints are deleted, because the resumed run will draw them again.
-    Returns the new folder, or None if nothing was moved.
+    What the run with these settings will make again is not kept: images that are newer than all checkpoints, and all
+    of a run with the same settings that ended before its first checkpoint. Returns the new folder, or None if nothing
+    was moved.
     """
     for unfinished in out.glob("*.new"):
         if FILES.fullmatch(unfinished.stem) and not unfinished.is_dir():
             unfinished.unlink()
-    if after is None:
-        moved = sorted(path for path in out.iterdir() if FILES.fullmatch(path.name) or path.name == "tensorboard")
-    else:
-        later = {name: [path for step, path in _numbered(out, name) if step > after] for name in NUMBERED}
-        moved, drawn = later[CHECKPOINT], later[IMAGE] + later[EXPLORER]
+    everything = sorted(path for path in out.iterdir() if FILES.fullmatch(path.name) or path.name == "tensorboard")
+    later = {name: [path for step, path in _numbered(out, name) if step > (after or 0)] for name in NUMBERED}
+    drawn = later[IMAGE] + later[EXPLORER]
+    if after is not None:
+        moved = later[CHECKPOINT] + (drawn if later[CHECKPOINT] else [])
         if moved:
-            moved += drawn
             with suppress(SystemExit):  # if it is missing or cannot be read
                 moved += [out / "best.pt"] if load(out / "best.pt")["step"] > after else []
-        else:
-            for path in drawn:
-                path.unlink()
+    else:
+        again = not any(path.suffix == ".pt" for path in everything) and _settings(out) == settings
+        moved = [] if again else everything
     if not moved:
+        for path in drawn:
+            path.unlink()
         return None
     earlier = next(path for i in range(1, 10**6) if not (path := out / f"earlier-{i}").exists())
     earlier.mkdir()
     for path in moved:
         path.rename(earlier / path.name)
     return earlier
+
+
+def _settings(out: Path) -> Any:
+    with suppress(OSError, ValueError):
+        return json.loads((out / "config.json").read_text(encoding="utf-8"))
 
 
 # Reading.
@@ -115,7 +125,17 @@ def load(path: Path) -> dict[str, Any]:
         raise SystemExit(f"cannot resume from {path}: it cannot be read as a checkpoint") from None
     if foreign:
         raise SystemExit(f"cannot resume from {path}: it is not a checkpoint of this trainer ({', '.join(foreign)})")
+    if broken := not_finite(state):  # as older versions saved it: Adam never moves a weight with an infinite moment
+        raise SystemExit(f"cannot resume from {path}: infinities or NaN in {broken}")
     return dict(state)
+
+
+def not_finite(tree: Any, path: str = "") -> str:
+    """The path of the first tensor with an infinity or a NaN; empty if there is none."""
+    if isinstance(tree, torch.Tensor):
+        return "" if tree.isfinite().all() else path
+    branches = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return next((found for name, branch in branches if (found := not_finite(branch, f"{path}.{name}".lstrip(".")))), "")
 
 
 def newest(out: Path) -> dict[str, Any] | None:

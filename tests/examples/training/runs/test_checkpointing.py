@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,7 @@ from sklearn.datasets import load_sample_images
 
 import train_celeba
 from tiny_runs import SCRIPT, assert_same, checkpoint, lines, resume, train
-from training import step
 from training.runs import checkpointing
-from training.runs.signals import deferred_signals
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +48,7 @@ def names(out: Path, pattern: str = "checkpoint-*.pt") -> list[str]:
 # -------------------------------------------------------------------------------------------------------- saving
 
 
-def test_the_last_few_and_every_so_often_one_are_kept(tmp_path):
+def test_the_last_few_and_every_so_often_one_are_kept(tmp_path: Path) -> None:
     train(tmp_path, "--steps", "9", "--save-every", "1", "--keep-last", "2", "--keep-every", "4")
     assert names(tmp_path) == [f"checkpoint-00000{step}.pt" for step in (4, 8, 9)]
     assert [checkpoint(tmp_path, name)["step"] for name in names(tmp_path)] == [4, 8, 9]
@@ -59,7 +56,7 @@ def test_the_last_few_and_every_so_often_one_are_kept(tmp_path):
     assert not list(tmp_path.glob("*.new"))
 
 
-def test_where_a_disk_has_no_links_the_folder_names_the_newest(tmp_path, monkeypatch):
+def test_where_a_disk_has_no_links_the_folder_names_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: object) -> None:
         raise OSError("Operation not permitted")
 
@@ -69,8 +66,43 @@ def test_where_a_disk_has_no_links_the_folder_names_the_newest(tmp_path, monkeyp
     assert checkpointing.load(tmp_path)["step"] == 2
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On shares of Windows no file can be deleted while a script reads it."""
+    unlink, busy = Path.unlink, [tmp_path / "checkpoint-000001.pt"]
+
+    def refusing(path: Path, missing_ok: bool = False) -> None:
+        if path in busy:
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refusing)
+    train(tmp_path, "--steps", "2", "--save-every", "1", "--keep-last", "1")
+    assert names(tmp_path) == ["checkpoint-000001.pt", "checkpoint-000002.pt"]
+    busy.clear()
+    resume(tmp_path, "--steps", "3")
+    assert names(tmp_path) == ["checkpoint-000003.pt"]
+
+
+def test_infinite_moments_are_neither_saved_nor_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every weight and loss is finite, but Adam would never move that weight again."""
+    train(tmp_path, "--steps", "2", "--save-every", "1")
+    state = checkpoint(tmp_path)
+    state["discriminator_optimizer"]["state"][0]["exp_avg_sq"].view(-1)[-1] = float("inf")
+    where = r"infinities or NaN in discriminator_optimizer\.state\.0\.exp_avg_sq"
+    with pytest.raises(SystemExit, match=rf"cannot save .*7\.pt: the training is no longer finite: {where}\. The last"):
+        checkpointing.save_and_rotate(state | {"step": 7}, tmp_path, keep_last=1, keep_every=0)
+    assert names(tmp_path) == ["checkpoint-000001.pt", "checkpoint-000002.pt"]
+    torch.save(state, tmp_path / "checkpoint-000002.pt")  # as an older version did
+    with pytest.raises(SystemExit, match=rf"cannot resume from .*2\.pt: {where}$"):
+        resume(tmp_path / "checkpoint-000002.pt", "--steps", "3")
+    assert resume(tmp_path, "--steps", "3") == 0
+    assert re.search(rf"{where}; trying the one before\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("failing", ["torch.save", "os.replace"])
-def test_a_save_that_fails_ends_the_run_and_leaves_the_old_checkpoint(failing, tmp_path, monkeypatch):
+def test_a_save_that_fails_ends_the_run_and_leaves_the_old_checkpoint(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(tmp_path, "--steps", "1")
 
     def fail(*args: object, **more: object) -> None:
@@ -88,7 +120,9 @@ def test_a_save_that_fails_ends_the_run_and_leaves_the_old_checkpoint(failing, t
 
 
 @pytest.mark.parametrize("failing", ["open", "draw"])
-def test_a_disk_that_fills_elsewhere_is_one_line_too(failing, tmp_path, monkeypatch):
+def test_a_disk_that_fills_elsewhere_is_one_line_too(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "log.jsonl"))
 
@@ -105,7 +139,9 @@ def test_a_disk_that_fills_elsewhere_is_one_line_too(failing, tmp_path, monkeypa
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
 @pytest.mark.parametrize("how", ["folder", "auto"])
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, how, tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    damage: str, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(tmp_path, "--steps", "4", "--save-every", "1", "--log-every", "1")
     newest = tmp_path / "checkpoint-000004.pt"
     content = bytearray(newest.read_bytes())
@@ -127,7 +163,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, how, t
         resume(tmp_path / "earlier-1" / "checkpoint-000004.pt")
 
 
-def test_where_none_can_be_read_nothing_is_begun(tmp_path):
+def test_where_none_can_be_read_nothing_is_begun(tmp_path: Path) -> None:
     train(tmp_path, "--steps", "2", "--save-every", "1")
     for name in names(tmp_path):
         (tmp_path / name).write_bytes(b"PK")
@@ -136,7 +172,7 @@ def test_where_none_can_be_read_nothing_is_begun(tmp_path):
     assert len(names(tmp_path)) == 2
 
 
-def test_a_new_run_keeps_what_an_earlier_one_left(tmp_path, capsys):
+def test_a_new_run_keeps_what_an_earlier_one_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, "--steps", "2", "--tensorboard")
     for steps in ("1", "3"):
         train(tmp_path, "--steps", steps)
@@ -151,7 +187,7 @@ def test_a_new_run_keeps_what_an_earlier_one_left(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("best", [2, 4])
-def test_going_on_from_an_older_checkpoint_sets_what_came_later_aside(best, tmp_path):
+def test_going_on_from_an_older_checkpoint_sets_what_came_later_aside(best: int, tmp_path: Path) -> None:
     settings = [
         "--save-every",
         "1",
@@ -175,7 +211,7 @@ def test_going_on_from_an_older_checkpoint_sets_what_came_later_aside(best, tmp_
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_images_that_no_checkpoint_knows_are_drawn_again(tmp_path):
+def test_images_that_no_checkpoint_knows_are_drawn_again(tmp_path: Path) -> None:
     train(tmp_path, "--steps", "2", "--sample-every", "1")
     for name in ("samples-000003.png", "attention-000003.html"):
         (tmp_path / name).write_bytes(b"of a run that was killed")
@@ -185,7 +221,7 @@ def test_images_that_no_checkpoint_knows_are_drawn_again(tmp_path):
     assert not list(tmp_path.glob("earlier-*"))
 
 
-def test_what_a_run_left_before_its_first_checkpoint_is_kept_apart(tmp_path):
+def test_what_a_run_left_before_its_first_checkpoint_is_kept_apart(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir(parents=True)
     for name in ("log.jsonl", "reals.png", "samples-000002.png", "best.pt"):
         (tmp_path / name).write_text('{"step": 2}\n')
@@ -195,7 +231,23 @@ def test_what_a_run_left_before_its_first_checkpoint_is_kept_apart(tmp_path):
     assert names(tmp_path, "samples-*") == ["samples-000001.png"]
 
 
-def test_files_of_others_are_not_touched(tmp_path):
+def test_kills_before_the_first_checkpoint_leave_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with the same settings makes the same files again; with others, they are kept apart."""
+    settings = ["--steps", "3", "--sample-every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_celeba, "save_and_rotate", lambda *_, **__: sys.exit("killed"))
+        for how in ([], ["--resume", "auto"], []):
+            with pytest.raises(SystemExit, match="killed"):
+                train(tmp_path, *settings, *how)
+            assert names(tmp_path, "samples-*") == [f"samples-00000{step}.png" for step in (1, 2)]
+    assert not list(tmp_path.glob("earlier-*"))
+    train(tmp_path, *settings, "--seed", "1")
+    assert names(tmp_path, "earlier-1/samples-*") == [f"samples-00000{step}.png" for step in (1, 2)]
+    train(tmp_path, *settings, "--seed", "1")  # this one had checkpoints
+    assert names(tmp_path, "earlier-2/checkpoint-*") == ["checkpoint-000003.pt"]
+
+
+def test_files_of_others_are_not_touched(tmp_path: Path) -> None:
     others = [
         "mine.new",
         "weights.pt.new",
@@ -223,7 +275,7 @@ def test_files_of_others_are_not_touched(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["samples", "attention"])
-def test_an_image_is_never_half_written(name, tmp_path, monkeypatch):
+def test_an_image_is_never_half_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Image.Image.save
 
     def killed(image: Image.Image, file: object, **options: object) -> None:
@@ -243,7 +295,7 @@ def test_an_image_is_never_half_written(name, tmp_path, monkeypatch):
     assert images(tmp_path / "killed") == images(tmp_path / "whole")
 
 
-def test_a_complete_run_draws_what_is_missing(tmp_path, capsys):
+def test_a_complete_run_draws_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path, "--steps", "2")
     before = images(tmp_path)
     drawn = ["samples-000002.png", "attention-000002.png", "attention-000002.html"]
@@ -257,47 +309,6 @@ def test_a_complete_run_draws_what_is_missing(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------- signals
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_between_two_halves_of_a_step(number, tmp_path, monkeypatch, capsys):
-    generator_step, steps = step.generator_step, count()
-
-    def interrupted(*arguments: object) -> torch.Tensor:
-        if next(steps) == 2:
-            signal.raise_signal(number)
-        return generator_step(*arguments)
-
-    monkeypatch.setattr(step, "generator_step", interrupted)
-    handler = signal.getsignal(number)
-    assert train(tmp_path / "a", "--steps", "5") == 128 + number
-    printed = capsys.readouterr().out.splitlines()
-    assert "stopped at step 3" in printed
-    assert printed[-1] == f"next       the same command with --resume {tmp_path / 'a'}"
-    assert signal.getsignal(number) is handler
-    monkeypatch.undo()
-    assert checkpoint(tmp_path / "a")["step"] == 3
-    assert names(tmp_path / "a", "attention*") == ["attention-000003.png"]  # the page is drawn at the end of the run
-    assert lines(tmp_path / "a") == []  # the mean of fewer steps than those of a line is not logged
-    resume(tmp_path / "a", "--steps", "5")
-    train(tmp_path / "b", "--steps", "5")
-    logs = [[{**line, "images_per_second": 0} for line in lines(tmp_path / out)] for out in ("a", "b")]
-    assert len(logs[0]) == 1
-    assert logs[0] == logs[1]
-    assert_same(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"), apart_from=("/config/out",))
-
-
-def test_a_second_ctrl_c_stops_at_once_and_sigterm_never_does():
-    with deferred_signals() as received:
-        for number in (signal.SIGTERM, signal.SIGTERM):
-            signal.raise_signal(number)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert received == [signal.SIGTERM, signal.SIGTERM]
-    with deferred_signals(second_stops=False) as received:
-        for _ in range(2):
-            signal.raise_signal(signal.SIGINT)
-    assert received == [signal.SIGINT, signal.SIGINT]
 
 
 # A run in a process of its own imports torch, which takes seconds.
@@ -338,7 +349,9 @@ SETUPS = {
 @pytest.mark.slow  # starts a process
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and prlimit")
 @pytest.mark.parametrize("fault", ["full disk", "worker killed", "images gone"])
-def test_whatever_fails_beside_workers_the_process_ends_with_one_line(fault, image_folder, tmp_path):
+def test_whatever_fails_beside_workers_the_process_ends_with_one_line(
+    fault: str, image_folder: Path, tmp_path: Path
+) -> None:
     images, out = tmp_path / "images", tmp_path / "run"
     shutil.copytree(image_folder, images)
     with start(out, images, "--no-cache", "--log-every", "1", "--save-every", "3") as process:
@@ -363,7 +376,9 @@ def test_whatever_fails_beside_workers_the_process_ends_with_one_line(fault, ima
 
 @pytest.mark.slow  # starts a process for each interruption
 @pytest.mark.parametrize("setup", SETUPS)
-def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(setup, image_folder, tmp_path):
+def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(
+    setup: str, image_folder: Path, tmp_path: Path
+) -> None:
     """Two kills of one setup, Ctrl-C and SIGTERM; with SAGAN_KILLS in the environment that many kills of each setup."""
     if setup != "cache" and "SAGAN_KILLS" not in os.environ:
         pytest.skip("only with SAGAN_KILLS")
