@@ -1,13 +1,14 @@
-"""Save and load a generator on its own: weights as safetensors, and beside them a JSON card that describes them.
+"""Save and load a generator on its own: one safetensors file, with a card that describes its weights.
 
-    save(weights, card, Path("faces.safetensors"))              # writes faces.safetensors and faces.json
+    save(weights, card, Path("faces.safetensors"))              # writes it, and a copy of the card as faces.json
     generator, card = load(Path("faces.safetensors"))           # a SAGANGenerator in evaluation mode
     weights, card = from_checkpoint(Path("runs/faces"))         # the same two from the trainer's checkpoint
 
 The card's entry `generator` holds the arguments of `build_generator` in architectures.py (apart from `mnist` they are
-those of `SAGANGenerator`), `classes` the names of the classes with their numbers of images; `weights` the name and
-SHA-256 of the file that it describes; the rest is information. Neither file can execute code, and both
-are written completely or not at all.
+those of `SAGANGenerator`), `classes` the names of the classes with their numbers of images; the rest is information. It
+is in the metadata of the file, as JSON, beside the SHA-256 of the weights: a generator is one file, which is written
+completely or not at all, and cannot execute code. The copy is for people and other programs; `weights` in it are the
+name and SHA-256 of the file. Files of earlier versions have their card in the copy alone.
 """
 
 from __future__ import annotations
@@ -32,62 +33,109 @@ from training.architectures import build_generator
 from training.average import recalibrated
 from training.output.published import published_generator
 from training.runs import checkpointing
+from training.runs.atomic_files import write, write_json
 from training.runs.tensor_files import read
 
 Card = dict[str, Any]
 Weights = Mapping[str, Tensor]
 
 SUFFIX = ".safetensors"
+CARD, SHA256 = "card", "sha256"  # entries of its metadata
 
 
 def save(weights: Weights, card: Card, path: Path) -> None:
-    """Write the weights to `path`, which ends in .safetensors, and the card beside them.
+    """Write the weights and the card to `path`, which ends in .safetensors, and then the card's copy beside it.
 
     Raises:
-        ValueError: for another suffix, and for weights that do not fit the network that the card describes.
+        ValueError: for another suffix, for weights that do not fit the network that the card describes, and where the
+            copy would replace a file that is no card.
     """
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: the name has to end in {SUFFIX}")
     build(weights, card)
-    content = tensor_bytes({name: tensor.contiguous() for name, tensor in weights.items()})
-    card = card | {"weights": {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}}
-    text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    copy = path.with_suffix(".json")
+    if copy.exists() and not _is_card(copy):
+        raise ValueError(f"{copy}: expected nothing or the card of a generator there, which it would replace")
+    card = {name: value for name, value in card.items() if name != "weights"}
+    # Without NaN, which is no JSON, and in ASCII: a class may have the name of a folder that is not UTF-8.
+    metadata = {CARD: json.dumps(card, allow_nan=False)}
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    metadata[SHA256] = hashlib.sha256(_data(tensor_bytes(tensors))).hexdigest()
+    content = tensor_bytes(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpointing.write(path, lambda file: file.write(content))
-    checkpointing.write(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+    write(path, lambda file: file.write(content))
+    write_json(copy, card | {"weights": {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}})
+
+
+def _is_card(path: Path) -> bool:
+    try:
+        return path.is_file() and "generator" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _header_length(content: bytes) -> int:
+    """The bytes before the data: a length of 8 bytes, and so many bytes of JSON."""
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def _data(content: bytes) -> bytes:
+    """The tensors in the bytes of a safetensors file."""
+    return content[_header_length(content) :]
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file, which the library reads from paths alone."""
+    found = json.loads(content[8 : _header_length(content)]).get("__metadata__", {})
+    return found if isinstance(found, dict) else {}
 
 
 def load(path: Path) -> tuple[SAGANGenerator, Card]:
     """The generator of `path`, in evaluation mode, and its card.
 
     Raises:
-        ValueError: if one of the two files is missing or damaged, or does not belong to the other.
+        ValueError: if the file is missing or damaged, or has no card, neither in it nor beside it.
     """
-    beside = path.with_suffix(".json")
-    for file in (path, beside):
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file (a generator is a {SUFFIX} and a .json of the same name)")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     content = path.read_bytes()
     try:
-        card = json.loads(beside.read_text(encoding="utf-8"))
+        weights, metadata = read_tensors(content), _metadata(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: it cannot be read as safetensors ({error})") from None
+    if CARD not in metadata:
+        card = _card_beside(path, content)
+    else:
+        if hashlib.sha256(_data(content)).hexdigest() != metadata.get(SHA256):
+            raise ValueError(f"{path}: damaged, its weights are not those that were written")
+        try:
+            card = json.loads(metadata[CARD])
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path}: damaged, its card cannot be read") from None
+    return build(weights, card), card
+
+
+def _card_beside(path: Path, content: bytes) -> Card:
+    """The card of a file from an earlier version."""
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        raise ValueError(f"{beside}: no such file, and {path.name} has no card in it")
+    try:
+        card: Card = json.loads(beside.read_text(encoding="utf-8"))
         digest = card["weights"]["sha256"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{beside}: it cannot be read as the card of a generator") from None
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{path}: damaged, or not the file that {beside.name} describes")
-    try:
-        weights = read_tensors(content)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: it cannot be read as safetensors ({error})") from None
-    return build(weights, card), card
+    return card
 
 
 def build(weights: Weights, card: Card) -> SAGANGenerator:
     """The network that the card describes, with these weights, in evaluation mode."""
-    arguments = card.get("generator")
     try:
-        generator = build_generator(**arguments)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+        arguments = card["generator"]
+        generator = build_generator(**arguments)
+    except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"the card does not describe a generator: {error}") from None
     try:
         generator.load_state_dict(weights)
