@@ -6,6 +6,9 @@ A label is the number of a class, its index in `Labels.classes`. This file defin
 
 from __future__ import annotations
 
+import csv
+import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path, PurePosixPath
@@ -15,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 UNLABELED = -1
-ATTRIBUTE_FILE = "list_attr_celeba.txt"
+ATTRIBUTE_FILES = ("list_attr_celeba.txt", "list_attr_celeba.csv")
+LISTED = 20  # at most so many classes in an error
 
 
 class Labels(NamedTuple):
@@ -63,6 +67,7 @@ def from_attributes(paths: Iterable[str], table: Mapping[str, Sequence[bool]], a
     """2^k classes from k attributes; `table` maps a file name to one bool for each of them.
 
     The class `not-Smiling+Male` has the second of `Smiling,Male` and not the first. Images without a row have no class.
+    A row for 000001.jpg is also that of 000001.png, since CelebA has one table for both.
     """
     combinations = list(product((False, True), repeat=len(attributes)))
     number = {combination: i for i, combination in enumerate(combinations)}
@@ -70,66 +75,112 @@ def from_attributes(paths: Iterable[str], table: Mapping[str, Sequence[bool]], a
         "+".join(name if has else f"not-{name}" for name, has in zip(attributes, combination, strict=True))
         for combination in combinations
     )
-    rows = (table.get(PurePosixPath(path).name) for path in paths)
+    stems = {PurePosixPath(name).stem: row for name, row in table.items()}
+    files = (PurePosixPath(path) for path in paths)
+    rows = (table.get(file.name, stems.get(file.stem)) for file in files)
     return Labels(classes, np.array([UNLABELED if row is None else number[tuple(row)] for row in rows], dtype=np.int64))
 
 
 def read_attributes(path: Path, attributes: Sequence[str]) -> dict[str, tuple[bool, ...]]:
-    """CelebA's `list_attr_celeba.txt`: the number of images, the attributes' names, then a row of 1 and -1 for each
-    image.
+    """The table in a file, as `parse_attributes` reads it."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_attributes(content, str(path), attributes)
+
+
+def parse_attributes(content: bytes, source: str, attributes: Sequence[str]) -> dict[str, tuple[bool, ...]]:
+    """CelebA's table, in both forms that it is distributed in: a row of 1 and -1 for each image.
+
+    `list_attr_celeba.txt` begins with the number of images and a line with the attributes' names, in columns separated
+    by spaces. Kaggle's `list_attr_celeba.csv` begins with a line of names, `image_id` the first, separated by commas.
 
     Raises:
         ValueError: for a file of another form, and for attributes that it does not have.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Editors may have added a byte order mark, other ends of lines, and blank lines at the end.
+        lines = content.decode("utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file") from None
-    names = lines[1].split() if len(lines) > 1 else []
-    if not (lines and lines[0].strip().isdecimal() and names):
-        raise ValueError(f"{path}: expected CelebA's attributes: a line with the number of images, a line with names")
+        raise ValueError(f"{source}: not a text file in UTF-8") from None
+    separator = "," if lines and "," in lines[0] else None  # None: spaces, as many as there are
+    stated = int(lines[0]) if lines and lines[0].strip().isdecimal() else None
+    header = 0 if separator else 1
+    names = [name.strip() for name in lines[header].split(separator)][1 - header :] if len(lines) > header else []
+    if (separator is None and stated is None) or not any(names):
+        raise ValueError(
+            f"{source}: expected CelebA's attributes: a line with the number of images and a line with names, or one "
+            "line with names separated by commas"
+        )
     if unknown := [name for name in attributes if name not in names]:
-        raise ValueError(f"{path} has no attribute {', '.join(unknown)}; it has {', '.join(names)}")
+        raise ValueError(f"{source} has no attribute {', '.join(unknown)}; it has {', '.join(names)}")
     if len(set(attributes)) < len(attributes):
         raise ValueError(f"{','.join(attributes)}: an attribute is named twice")
     columns = [names.index(name) for name in attributes]
-    table = {}
-    for number, line in enumerate(lines[2:], start=3):
-        file, *values = line.split() or [""]
+    table: dict[str, tuple[bool, ...]] = {}
+    for number, line in enumerate(lines[header + 1 :], start=header + 2):
+        file, *values = [value.strip() for value in line.split(separator)] or [""]
         if len(values) != len(names) or not set(values) <= {"1", "-1"}:
-            raise ValueError(f"{path}, line {number}: expected a file's name and {len(names)} times 1 or -1")
+            raise ValueError(f"{source}, line {number}: expected a file's name and {len(names)} times 1 or -1")
+        file = unicodedata.normalize("NFC", file)
+        if file in table:
+            raise ValueError(f"{source}, line {number}: {file} is listed twice")
         table[file] = tuple(values[column] == "1" for column in columns)
-    if len(table) != int(lines[0]):
-        raise ValueError(f"{path} states {int(lines[0])} images and has {len(table)}")
+    if stated is not None and len(table) != stated:
+        raise ValueError(f"{source} states {stated} images and has {len(table)}")
     return table
 
 
 def find_attributes(data: Path) -> Path:
-    """CelebA's table in a folder of images, or beside that folder or archive, as it is downloaded.
+    """CelebA's table in a folder of images, or up to two folders above that folder or archive, as it is downloaded:
+    beside it, or in `Anno` beside `Img`.
 
     Raises:
         ValueError: when it is in none of these folders.
     """
-    candidates = [data / ATTRIBUTE_FILE, data.parent / ATTRIBUTE_FILE, data.parent / "Anno" / ATTRIBUTE_FILE]
-    found = next((path for path in candidates if path.is_file()), None)
+    data = Path(os.path.abspath(data))
+    folders = [data, data.parent, data.parent / "Anno", data.parent.parent, data.parent.parent / "Anno"]
+    found = next((path for folder in folders for name in ATTRIBUTE_FILES if (path := folder / name).is_file()), None)
     if found is None:
-        raise ValueError(f"no {ATTRIBUTE_FILE} in {data} or beside it: give its path with --attributes")
+        named = " or ".join(ATTRIBUTE_FILES)
+        raise ValueError(f"no {named} in {data}, beside it or in Anno above it: give its path with --attributes")
     return found
 
 
 def parse_labels(text: str, classes: Sequence[str], num_classes: int) -> list[int]:
-    """The numbers of classes such as `smiling,3`: names (in any case) and numbers, separated by commas.
+    """The numbers of classes such as `smiling,3`: names and numbers, separated by commas.
+
+    A name with a comma in it is given on its own, or quoted as in a CSV file: `"Doe, John",cat`. What is exactly a
+    class's name is that class, also if it looks like a number; else a number, else a name in another case.
 
     Raises:
-        ValueError: for what is neither.
+        ValueError: for what is neither, and for what could be two classes.
     """
-    names = {name.lower(): number for number, name in enumerate(classes)}
-    numbers = []
-    for part in (part.strip() for part in text.split(",")):
-        # A class may be called 3: names have precedence over numbers.
-        number = names.get(part.lower(), int(part) if part.isdecimal() else UNLABELED)
-        if not 0 <= number < num_classes:
-            known = f"{', '.join(classes)}; or " if classes else ""
-            raise ValueError(f"expected classes ({known}numbers from 0 to {num_classes - 1}), got {part!r}")
-        numbers.append(number)
+    try:
+        (parts,) = csv.reader([text], skipinitialspace=True, strict=True)
+        numbers = [_number(part, classes, num_classes) for part in parts or [""]]
+    except (ValueError, csv.Error) as error:
+        if text in classes:
+            return [classes.index(text)]
+        raise ValueError(str(error)) from None
+    if len(parts) > 1 and text in classes:
+        raise ValueError(f"{len(parts)} classes, or one of this name: give numbers, or quote the name as in a CSV file")
     return numbers
+
+
+def _number(part: str, classes: Sequence[str], num_classes: int) -> int:
+    """The number of the class that is named."""
+    for name in (part, part.strip()):
+        if name in classes:
+            return classes.index(name)
+    if name.isdecimal() and len(name) < 10 and int(name) < num_classes:
+        return int(name)
+    similar = [known for known in classes if known.casefold() == name.casefold()]
+    if len(similar) > 1:
+        raise ValueError(f"{name!r} could be {' or '.join(similar)}")
+    if not similar:
+        known = "".join(f"{known}, " for known in classes[:LISTED]) + ("…, " if len(classes) > LISTED else "")
+        known = f"{known[:-2]}; or " if known else ""
+        raise ValueError(f"expected classes ({known}numbers from 0 to {num_classes - 1}), got {part!r}")
+    return classes.index(similar[0])

@@ -95,6 +95,46 @@ def test_labels_by_name_and_by_number() -> None:
     classes = ["cat", "3", "Dog"]
     assert parse_labels("dog, CAT,0,3", classes, 3) == [2, 0, 0, 1]
     assert parse_labels("999", [], 1000) == [999]
-    for wrong in ("horse", "5", "", "-1"):
+    for wrong in ("horse", "5", "", "-1", "9" * 5000):
         with pytest.raises(ValueError, match=r"expected classes \(cat, 3, Dog; or numbers from 0 to 2\), got"):
             parse_labels(wrong, classes, 3)
+
+
+ODD = ["cat", "Cat", "DOG", "3", "Doe, John", "a", "b", "a,b", '5" disk', '"quoted"', " padded "]
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("Cat,cat", [1, 0]),  # exactly those, although they differ in case alone
+        ("dog,3,0", [2, 3, 0]),  # in another case; a name before a number; a number
+        ("Doe, John", [4]),
+        ('"Doe, John",cat, "a,b"', [4, 0, 7]),
+        ("a, b,7", [5, 6, 7]),
+        ('5" disk', [8]),
+        ('"""quoted"""', [9]),
+        ("9,10", [9, 10]),
+        (" padded ", [10]),
+    ],
+)
+def test_any_class_can_be_named(text: str, numbers: list[int]) -> None:
+    assert parse_labels(text, ODD, len(ODD)) == numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("CAT", "'CAT' could be cat or Cat"),
+        ("a,b", "2 classes, or one of this name: give numbers, or quote the name as in a CSV file"),
+        ('"Doe, John', "unexpected end of data"),
+    ],
+)
+def test_what_could_be_two_classes_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_labels(text, ODD, len(ODD))
+
+
+def test_an_error_lists_some_of_many_classes() -> None:
+    with pytest.raises(ValueError, match=r"\(n0, n1, .*, n19, …; or numbers from 0 to 999\), got 'x'$") as error:
+        parse_labels("x", [f"n{i}" for i in range(1000)], 1000)
+    assert len(str(error.value)) < 250

@@ -16,6 +16,7 @@ import generate
 from references import filled_with_settled_vectors
 from torch_sagan import SAGANGenerator, load_reference_state_dict
 from training.latents import draw_latents
+from training.output.image_io import row_names
 from training.output.model_card import open_generator
 
 ENTRIES = {"meta": {"mmgen_version": "0.2.0", "iter": 826000, "config": "model = dict(...)"}, "optimizer": {}}
@@ -50,8 +51,10 @@ def test_a_grid_of_a_class(file: Path, weights: dict[str, Tensor], tmp_path: Pat
     z = draw_latents(2, 128, torch.Generator().manual_seed(0), None).repeat(2, 1)
     with torch.no_grad():
         images = network.eval()(z, torch.tensor([3, 3, 6, 6]))
+    assert row_names(out / "grid.png") == ["3", "6"]
     grid = torch.from_numpy(np.array(Image.open(out / "grid.png"))).permute(2, 0, 1)
     assert grid.shape[0] == 3
+    grid = grid[:, :, grid.shape[2] - grid.shape[1] :]  # without the names of the rows
     for number, image in enumerate(images):  # tiles have borders of their own, so each is looked for in its quarter
         top, left = (side // 2 * part for side, part in zip(grid.shape[1:], divmod(number, 2), strict=True))
         expected = ((image + 1) * 127.5).round().to(torch.uint8)
