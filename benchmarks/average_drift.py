@@ -12,16 +12,15 @@ from __future__ import annotations
 import examples_path  # noqa: F401  # isort: skip
 import training.threads  # noqa: F401  before torch  # isort: skip
 
-import argparse
 import copy
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from torch_sagan import SAGANGenerator, spectral_norms
 from training.average import recalibrated
-from training.command_line import script
+from training.command_line import Parser, given_path, script
 from training.output.model_card import build, from_checkpoint
 
 IMAGES, SEED = 256, 5  # not the latent vectors that the statistics come from
@@ -39,11 +38,11 @@ def gap(generator: SAGANGenerator) -> float:
     return float((generator(z, labels) - training(z, labels)).abs().mean())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure how far an averaged generator has drifted from its buffers.")
-    parser.add_argument("run", type=Path, help="a run's folder or a checkpoint of the trainer")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(description="Measure how far an averaged generator has drifted from its buffers.")
+    parser.add_argument("run", type=given_path, help="a run's folder or a checkpoint of the trainer")
     try:
-        average = build(*from_checkpoint(parser.parse_args().run))
+        average = build(*from_checkpoint(parser.parse_args(arguments).run))
     except ValueError as error:
         parser.error(str(error))
     for name, generator in (("before", average), ("after", recalibrated(average))):

@@ -25,7 +25,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,9 @@ from measurement.plain import plain_step
 from measurement.stopwatch import CALLS, Run, Stopwatch, on_device
 from measurement.tables import draw_growth, print_rows
 from torch_sagan import SAGANDiscriminator, spectral_norm
+from training.command_line import Parser, given_path, script
 from training.configuration import Config
+from training.runs.atomic_files import write_text
 from training.runs.distributed import SINGLE_PROCESS, pick_device
 from training.state import TrainingState
 from training.step import Piece
@@ -314,16 +316,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(given: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("rates", "attention", "penalty", "growth", "spectral", "step", "residual", "data")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--seconds", type=float, help="time for each comparison (default: 5, on CUDA 1)")
     parser.add_argument("--batch-size", type=int, help="images in a step (default: 32, residual 8; on CUDA 64)")
-    parser.add_argument("--json", type=Path, help="also write everything to this file")
-    parser.add_argument("--plot", type=Path, help="also draw the part growth to this SVG or PNG (needs matplotlib)")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=given_path, help="also write everything to this file")
+    parser.add_argument("--plot", type=given_path, help="also draw growth to this SVG or PNG (needs matplotlib)")
+    arguments = parser.parse_args(given)
     unknown = set(arguments.parts) - set(parts)
     if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(parts)}")
@@ -333,6 +335,8 @@ def main() -> None:
         parser.error("--plot needs matplotlib, which is not installed")
     if not arguments.device.startswith(("cpu", "cuda")):
         parser.error(f"--device {arguments.device}: expected cpu or cuda")
+    for file in filter(None, (arguments.json, arguments.plot)):  # now, not after ten minutes
+        file.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(arguments.device, SINGLE_PROCESS)  # with the trainer's settings of matrix products and cuDNN
     cuda = device.type == "cuda"
     chosen = arguments.parts or parts
@@ -383,9 +387,9 @@ def main() -> None:
         print("\nReading images, as the trainer does")
         results["data"] = data(watch)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_text(arguments.json, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         print(f"\nwrote {arguments.json}")
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

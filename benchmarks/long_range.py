@@ -36,10 +36,11 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from html import escape
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from scipy.stats import t as student
@@ -50,11 +51,11 @@ from evaluation.evaluator import evaluation_mode
 from evaluation.sliced_wasserstein import sliced_wasserstein
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d
 from training.average import recalibrated, update_average
-from training.command_line import Parser, script
+from training.command_line import Parser, fail, flag, given_path, option, script
 from training.data import faces
 from training.objectives import objective
 from training.output.image_io import save_grid
-from training.runs.checkpointing import write
+from training.runs.atomic_files import write_json, write_text
 from training.step import GAN, Piece, no_augmentation, training_step
 
 TRAINED_ON = 8192  # faces
@@ -77,23 +78,18 @@ class LocalAttention(SelfAttention2d):
 ARMS: dict[str, type[SelfAttention2d]] = {"attention": SelfAttention2d, "local": LocalAttention}
 
 
-def option(default: Any, text: str) -> Any:
-    """A setting: its default, and its comment, which is its help."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Settings:
     """What the results depend on, the same for both arms."""
 
-    steps: int = option(4000, "steps of D and of G")
-    batch_size: int = option(32, "images in a step")
-    image_size: int = option(32, "width and height of the faces, pixels")
-    base_channels: int = option(16, "channels of the largest feature map")
-    z_dim: int = option(64, "length of the latent vector")
-    lr: float = option(1e-3, "Adam's learning rate, of both networks")
-    ema_decay: float = option(0.995, "what the averaged generator, which is measured, keeps at each step")
-    samples: int = option(1000, "faces that are measured")
+    steps: int = option(4000, "experiment", "steps of D and of G")
+    batch_size: int = option(32, "experiment", "images in a step")
+    image_size: int = option(32, "experiment", "width and height of the faces, pixels")
+    base_channels: int = option(16, "experiment", "channels of the largest feature map")
+    z_dim: int = option(64, "experiment", "length of the latent vector")
+    lr: float = option(1e-3, "experiment", "Adam's learning rate, of both networks")
+    ema_decay: float = option(0.995, "experiment", "what the averaged generator, which is measured, keeps at each step")
+    samples: int = option(1000, "experiment", "faces that are measured")
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -184,7 +180,7 @@ def run(arm: str, seed: int, settings: Settings, out: Path) -> str:
     minutes = (time.monotonic() - start) / 60
     result |= {"arm": arm, "seed": seed, "gammas": gammas, "minutes": round(minutes, 2), "settings": asdict(settings)}
     save_grid(out / f"{arm}-{seed}.png", images[:64].float() / 127.5 - 1, columns=8)
-    _write_json(result, out / f"{arm}-{seed}.json")
+    write_json(out / f"{arm}-{seed}.json", result)
     return f"{arm}, seed {seed}: differ / chance {result['relative']:.2f}, SWD {result['swd']:.1f} ({minutes:.1f} min)"
 
 
@@ -217,16 +213,15 @@ def collect(out: Path, settings: Settings) -> dict[str, dict[int, dict[str, Any]
     found: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in ARMS}
     for arm, results in found.items():
         for path in out.glob(f"{arm}-*.json"):
-            result = json.loads(path.read_text())
-            changed = [name for name, value in asdict(settings).items() if result["settings"][name] != value]
+            try:
+                result = json.loads(path.read_text())
+                changed = [name for name, value in asdict(settings).items() if result["settings"][name] != value]
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                fail(f"{path}: it cannot be read as a result ({error!r})")
             if changed:
                 fail(f"{path} was made with {changed[0]} {result['settings'][changed[0]]}: give another --out")
             results[result["seed"]] = result
     return found
-
-
-def _write_json(content: Any, path: Path) -> None:
-    write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -317,7 +312,7 @@ def chart(summary: dict[str, Any]) -> str:
             bar = (
                 f'<rect x="{x:.1f}" y="{y(mean):.1f}" width="{BAR}" height="{y(0) - y(mean):.1f}" fill="{COLORS[arm]}">'
             )
-            parts.append(f"{bar}<title>{name}, {arm}: {mean:.3g} ± {deviation:.2g} %</title></rect>")
+            parts.append(f"{bar}<title>{escape(name)}, {arm}: {mean:.3g} ± {deviation:.2g} %</title></rect>")
             center = x + BAR / 2
             spread = f"M{center:.1f} {low:.1f}V{high:.1f}M{center - 5:.1f} {low:.1f}h10M{center - 5:.1f} {high:.1f}h10"
             # A dark line with a light edge shows on a bar, on white and on black.
@@ -326,7 +321,7 @@ def chart(summary: dict[str, Any]) -> str:
         for mark in ("chance", "real faces"):
             line = f"M{middle - BAR - 12:.1f} {y(pair[mark]):.1f}H{middle + BAR + 12:.1f}"
             parts.append(f'<path d="{line}" stroke="{COLORS[mark]}" stroke-width="3"/>')
-        parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 24}" text-anchor="middle">{name}</text>')
+        parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 24}" text-anchor="middle">{escape(name)}</text>')
         apart = f"{pair['pixels apart']:.0f} px apart"
         parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 7}" text-anchor="middle" font-size="12">{apart}</text>')
     style = f'font-family="system-ui, sans-serif" font-size="14" fill="{INK}"'
@@ -337,34 +332,29 @@ def chart(summary: dict[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------------------------- main
 
 
-def fail(message: object) -> NoReturn:
-    """End with one line on stderr and a non-zero status."""
-    raise SystemExit("long_range.py: " + " ".join(str(message).split()))
-
-
 def read_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
-    parser = Parser("long_range.py", description="Train with and without attention, and measure what it changes.")
+    parser = Parser(description="Train with and without attention, and measure what it changes.")
     experiment = parser.add_argument_group("experiment")
     experiment.add_argument("--seeds", type=int, default=5, help="pairs of runs (default: 5)")
     for setting in fields(Settings):
         experiment.add_argument(
-            "--" + setting.name.replace("_", "-"),
+            flag(setting.name),
             type=type(setting.default),
             default=setting.default,
             metavar=type(setting.default).__name__.upper(),
             help=f"{setting.metadata['help']} (default: {setting.default})",
         )
     files = parser.add_argument_group("running")
-    files.add_argument("--out", type=Path, default=Path("runs/long-range"), help="folder (default: %(default)s)")
+    files.add_argument("--out", type=given_path, default=Path("runs/long-range"), help="folder (default: %(default)s)")
     files.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
     files.add_argument("--report", action="store_true", help="only table and chart, from the existing results")
     files.add_argument(
-        "--draw", type=Path, metavar="SUMMARY", help="only the chart, from a summary.json that a run wrote"
+        "--draw", type=given_path, metavar="SUMMARY", help="only the chart, from a summary.json that a run wrote"
     )
     args = parser.parse_args(arguments)
     for name in ("seeds", "processes", *(setting.name for setting in fields(Settings))):
         if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+            fail(f"{flag(name)} must be above 0, got {getattr(args, name)}")
     return args, Settings(**{setting.name: getattr(args, setting.name) for setting in fields(Settings)})
 
 
@@ -372,10 +362,10 @@ def draw(summary: Path) -> int:
     """Write the chart of a summary beside it."""
     path = summary.with_suffix(".svg")
     try:
-        text = chart(json.loads(summary.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = chart(json.loads(summary.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         fail(f"{summary}: it cannot be read as a summary ({error!r})")
-    write(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
     print(path)
     return 0
 
@@ -406,12 +396,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fail(f"{out}: expected results of both arms")
     marks_file = out / "baselines.json"
     if not marks_file.exists():
-        _write_json(baselines(settings), marks_file)
+        write_json(marks_file, baselines(settings))
     marks = json.loads(marks_file.read_text())
     text = table(found, marks)
-    write(out / "table.md", lambda file: file.write(text.encode()))
+    write_text(out / "table.md", text)
     print(text, end="")
-    _write_json(summarize(found, marks, settings), out / "summary.json")
+    write_json(out / "summary.json", summarize(found, marks, settings))
     draw(out / "summary.json")
     print(f"results, table and images are in {out}")
     return 0

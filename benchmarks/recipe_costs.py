@@ -12,7 +12,6 @@ from __future__ import annotations
 import examples_path  # isort: skip
 import training.threads  # noqa: F401  before torch  # isort: skip
 
-import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,10 +22,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from measurement.operators import OperatorCounter
-from training.command_line import read_arguments, resolve_config, script
+from training.command_line import Parser, read_arguments, resolve_config, script
 from training.configuration import Config
 from training.objectives import objective
-from training.runs.checkpointing import write
+from training.runs.atomic_files import write_text
 from training.runs.memory import readable
 from training.state import build_networks
 from training.step import GAN, Piece, no_augmentation, training_step
@@ -162,12 +161,8 @@ def with_estimate(recipe: str, lines: Sequence[str]) -> str:
     return "\n".join([*old[:start], *lines, *old[end:]]) + "\n"
 
 
-def write_text(path: Path, text: str) -> None:
-    write(path, lambda file: file.write(text.encode()))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("recipe_costs.py", description="Estimate what the recipes cost.")
+    parser = Parser(description="Estimate what the recipes cost.")
     parser.add_argument("--write", action="store_true", help="write the estimates into the recipes")
     args = parser.parse_args(arguments)
     for name, data in DATA.items():

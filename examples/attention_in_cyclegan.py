@@ -69,7 +69,7 @@ def train(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = short_run_parser(
-        "attention_in_cyclegan.py", "Put attention into a CycleGAN that turns dark hair fair and back.", 600
+        "Put attention into a CycleGAN that turns dark hair fair and back.", 600, out="runs/attention-in-cyclegan"
     )
     parser.add_argument(
         "--attention", choices=("both", "generators", "discriminators", "none"), default="both",

@@ -52,7 +52,7 @@ def train(generator: nn.Module, discriminator: nn.Module, images: Tensor, steps:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = short_run_parser(
-        "attention_in_dcgan.py", "Put attention into a DCGAN and train it on procedural faces.", 1400
+        "Put attention into a DCGAN and train it on procedural faces.", 1400, out="runs/attention-in-dcgan"
     )
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # more threads would add in another order and give another figure

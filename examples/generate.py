@@ -18,10 +18,10 @@ import training.threads  # noqa: F401  before torch  # isort: skip
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from evaluation.class_agreement import class_agreement
 from evaluation.evaluator import Evaluator, real_images
 from torch_sagan import SAGANGenerator
-from training.command_line import Parser, script
+from training.command_line import Parser, fail, given_path, script
 from training.data.image_folder import ImageFolder
 from training.data.labels import parse_labels
 from training.data.sources import crop_setting, open_data
@@ -42,19 +42,13 @@ ROWS = 16  # at most so many classes in a grid if none are named
 LISTED = 8  # at most so many paths to print; of more, the first and the last
 
 
-def fail(message: object) -> NoReturn:
-    """End with one line on stderr and a non-zero status."""
-    raise SystemExit("generate.py: " + " ".join(str(message).split()))
-
-
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
-        "generate.py",
         description="Make images with a trained generator: grids, single images, walks.",
         epilog="Without any of --grid, --images, --interpolate, --video, --export, --score: a grid.",
     )
     model = parser.add_argument_group("generator")
-    model.add_argument("model", type=Path, help="a run's folder, a checkpoint, a .safetensors, mmgeneration's .pth")
+    model.add_argument("model", type=given_path, help="a run's folder, checkpoint, .safetensors, mmgeneration's .pth")
     model.add_argument("--no-ema", action="store_true", help="the last weights, not their average (checkpoints only)")
     model.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps … (default: %(default)s)")
 
@@ -68,12 +62,15 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="draw latent numbers outside [-T, T] again: less variety, fewer failures",
     )  # fmt: skip
     inputs.add_argument(
-        "--labels", metavar="A,B,…", help="classes, by name or number: a row of the grid each (default: all)"
+        "--labels",
+        metavar="CLASSES",
+        help="by name or number, such as cat,dog or 0,3: a row of the grid each, in turn with --images; a name with a "
+        "comma is quoted (default: all)",
     )
 
     files = parser.add_argument_group("what is written")
     files.add_argument(
-        "--out", type=Path, help="folder (default: generated in the run's folder; runs/generated without a run)"
+        "--out", type=given_path, help="folder (default: generated in the run's folder; runs/generated without a run)"
     )
     files.add_argument("--grid", action="store_true", help="grid.png")
     files.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: 8)")
@@ -84,20 +81,26 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     files.add_argument("--frames", type=int, help="images from one stop to the next (default: rows 8, video 24)")
     files.add_argument("--fps", type=float, default=20, help="frames of the video in a second (default: 20)")
     files.add_argument(
-        "--export", type=Path, metavar="PATH", help="the generator alone, as .safetensors and a .json with its card"
+        "--export",
+        type=given_path,
+        metavar="PATH",
+        help="the generator alone, as .safetensors, and its card as .json",
     )
 
     score = parser.add_argument_group("scores")
-    score.add_argument("--score", metavar="DATA", help="compare with images; DATA as the trainer's --data")
+    expanded = os.path.expanduser
+    score.add_argument(
+        "--score", metavar="DATA", type=expanded, help="compare with images; DATA as the trainer's --data"
+    )
     score.add_argument(
         "--classes",
         default="auto",
         help="the classes of DATA, as the trainer's (default: own for faces and digits, else none)",
     )
-    score.add_argument("--attributes", default="", help="CelebA's list_attr_celeba.txt, as the trainer's")
+    score.add_argument("--attributes", type=expanded, default="", help="list_attr_celeba.txt, as the trainer's")
     score.add_argument("--samples", type=int, default=2048, help="images of each kind (default: 2048)")
     score.add_argument("--crop", help="centre crop, as the trainer's (default: that of the generator's run)")
-    score.add_argument("--inception", type=Path, metavar="PATH", help="its weights (default: where torch.hub has them)")
+    score.add_argument("--inception", type=given_path, metavar="PATH", help="its weights (default: torch.hub's)")
     return parser.parse_args(arguments)
 
 
@@ -120,6 +123,11 @@ def check(args: argparse.Namespace, generator: SAGANGenerator) -> None:
         fail("--classes, --attributes and --crop: without --score there are no real images to read")
     if args.classes not in ("auto", "none") and generator.num_classes is None:
         fail(f"--classes {args.classes}: this generator has no classes")
+
+
+def class_names(generator: SAGANGenerator, card: Card) -> list[str]:
+    """The names of all classes; a published generator has numbers alone."""
+    return list(card.get("classes", ())) or [str(number) for number in range(generator.num_classes or 0)]
 
 
 def chosen_classes(args: argparse.Namespace, generator: SAGANGenerator, card: Card) -> list[int]:
@@ -145,11 +153,14 @@ def make(generator: SAGANGenerator, z: Tensor, labels: list[int], device: torch.
     for start in range(0, len(z), BATCH):
         part = slice(start, start + BATCH)
         made.append(generator(z[part].to(device), None if classes is None else classes[part].to(device)).cpu())
-    return torch.cat(made)
+    images = torch.cat(made)
+    if not images.isfinite().all():
+        raise ValueError("the generator's images hold infinities or NaN: its training has diverged")
+    return images
 
 
 def write_images(
-    args: argparse.Namespace, generator: SAGANGenerator, classes: list[int], device: torch.device
+    args: argparse.Namespace, generator: SAGANGenerator, card: Card, classes: list[int], device: torch.device
 ) -> list[Path]:
     """Write all images that were asked for; returns their paths."""
     written: list[Path] = []
@@ -165,7 +176,8 @@ def write_images(
         rows = classes if args.labels is not None or len(classes) <= ROWS else classes[:: -(-len(classes) // ROWS)]
         z = latents(args.columns).repeat(len(rows), 1)  # (rows · columns, z_dim)
         labels = [label for label in rows for _ in range(args.columns)]
-        save_grid(file("grid.png"), make(generator, z, labels, device), args.columns)
+        names = class_names(generator, card)
+        save_grid(file("grid.png"), make(generator, z, labels, device), args.columns, [names[label] for label in rows])
     elif args.grid:
         save_grid(file("grid.png"), make(generator, latents(args.count), [], device), args.columns)
     if args.images:
@@ -236,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(args, generator)
         classes = chosen_classes(args, generator, card)
         generator.to(device)
-        written = write_images(args, generator, classes, device)
+        written = write_images(args, generator, card, classes, device)
         if args.score:
             card["scores"] = score(args, generator, card, classes, device)
             print("scores    " + ", ".join(f"{name} {value}" for name, value in card["scores"].items()))

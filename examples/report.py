@@ -19,12 +19,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
-from training.command_line import Parser, flag, script
+from training.command_line import Parser, fail, flag, given_path, script
 from training.configuration import Config
-from training.runs.checkpointing import write
+from training.output.image_io import row_names
+from training.runs.atomic_files import write_text
 
 Item = TypeVar("Item")
 Points = list[tuple[float, float]]  # (step, value)
@@ -34,7 +35,9 @@ UNITS = {"losses": "loss", "gammas of the attention layers": "gamma", "speed": "
 COLORS = ("#3b78c8", "#d0603f", "#3f9a62", "#9468bd", "#b98a1f", "#4aa3a8", "#c4588f", "#808080")
 WIDTH, HEIGHT = 400, 230  # of a chart; nearly the width of a phone, so that its numbers stay legible
 LEFT, RIGHT, ABOVE, BELOW = 58, 20, 26, 40  # margins around its curves
+PLAIN = (str, bool, int, float)  # the types of settings
 MOST = 12  # at most so many images of a kind: first, last, and evenly spaced ones between
+MOST_NESTED = 3  # levels of tables in a line of the log, of which the trainer's has one
 MOST_STEPS = 2**53  # up to this number integers are exact as floats
 LARGEST = 1e300  # the largest value that is drawn: sums and differences of such values are finite
 
@@ -62,10 +65,10 @@ img { display: block; max-width: 100%; height: auto; }
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log, oldest first, without invalid ones, such as a line that was cut off by a kill."""
     lines = []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.is_file() else []:  # reading a FIFO would wait for its writer
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int) and abs(line["step"]) < MOST_STEPS:
             lines.append(line)
@@ -79,7 +82,8 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
     def add(step: int, values: Mapping[str, Any], prefix: str) -> None:
         for name, value in values.items():
             if isinstance(value, Mapping):
-                add(step, value, f"{prefix}{name}/")
+                if prefix.count("/") < MOST_NESTED:
+                    add(step, value, f"{prefix}{name}/")
             elif isinstance(value, (int, float)) and abs(value) < LARGEST:  # nan is not
                 found.setdefault(prefix + name, []).append((step, value))
 
@@ -174,6 +178,8 @@ def image(path: Path) -> str:
     content = base64.b64encode(path.read_bytes()).decode()
     step = path.stem.rpartition("-")[2]
     caption = f"step {int(step):,}" if step.isdecimal() else path.stem
+    if rows := row_names(path):
+        caption += f"; rows: {', '.join(rows)}"
     shown = f'<img src="data:image/png;base64,{content}" alt="{escape(path.name)}">'
     return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
 
@@ -181,9 +187,9 @@ def image(path: Path) -> str:
 def settings(path: Path) -> str:
     """The settings of a run: the data and all that differ from the default; the others unfold on a click."""
     try:
-        config = json.loads(path.read_bytes())
-        given = {name: value for name, value in config.items() if name != "out"}
-    except (OSError, ValueError, AttributeError):  # missing, or cut off by a kill
+        config = json.loads(path.read_bytes() if path.is_file() else "null")
+        given = {name: value if isinstance(value, PLAIN) else "…" for name, value in config.items() if name != "out"}
+    except (OSError, ValueError, AttributeError, RecursionError):  # missing, or cut off by a kill
         return "<p>No config.json yet.</p>"
     defaults = asdict(Config())
     changed = {name: value for name, value in given.items() if name == "data" or value != defaults.get(name)}
@@ -206,7 +212,10 @@ def page(folder: Path, beside: Path | None = None) -> str:
         ValueError: where the folder holds neither a log nor images.
     """
     lines = read_log(folder / "log.jsonl")
-    samples, overlays = (sorted(folder.glob(f"{kind}-*.png"), reverse=True) for kind in ("samples", "attention"))
+    samples, overlays = (
+        sorted((path for path in folder.glob(f"{kind}-*.png") if path.is_file()), reverse=True)
+        for kind in ("samples", "attention")
+    )
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if not (lines or samples or overlays):
@@ -244,22 +253,17 @@ def page(folder: Path, beside: Path | None = None) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{"".join(parts)}\n</body></html>\n'
 
 
-def fail(message: object) -> NoReturn:
-    """End with one line on stderr and a non-zero status."""
-    raise SystemExit("report.py: " + " ".join(str(message).split()))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser("report.py", description="Write a run of the trainer as one page: settings, curves, images.")
-    parser.add_argument("folder", type=Path, help="the run's folder, which was the trainer's --out")
-    parser.add_argument("--out", type=Path, help="the page (default: summary.html in that folder)")
+    parser = Parser(description="Write a run of the trainer as one page: settings, curves, images.")
+    parser.add_argument("folder", type=given_path, help="the run's folder, which was the trainer's --out")
+    parser.add_argument("--out", type=given_path, help="the page (default: summary.html in that folder)")
     given = parser.parse_args(arguments)
     out = given.out or given.folder / "summary.html"
     try:
-        content = page(given.folder, out.parent).encode(errors="backslashreplace")  # a name need not be UTF-8
+        content = page(given.folder, out.parent)
     except (ValueError, OSError) as error:
         fail(error)
-    write(out, lambda file: file.write(content))
+    write_text(out, content)  # in which a name need not be UTF-8
     print(out)
     return 0
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from torch_sagan import record_attention
-from training.command_line import Parser, script
+from training.command_line import Parser, fail, given_path, script
 from training.data.labels import parse_labels
 from training.output.image_io import save_attention, save_explorer
 from training.output.model_card import open_generator, output_folder
@@ -34,8 +34,8 @@ def fraction(text: str, size: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser("show_attention.py", "%(prog)s MODEL [options]", description="Draw what a generator attends to.")
-    parser.add_argument("model", type=Path, help="a run's folder, a checkpoint of the trainer, or a .safetensors file")
+    parser = Parser(usage="%(prog)s MODEL [options]", description="Draw what a generator attends to.")
+    parser.add_argument("model", type=given_path, help="a run's folder, a checkpoint, or a .safetensors file")
     parser.add_argument(
         "--query", metavar="ROW,COLUMN", action="append",
         help="a query position: pixels (33,24) or fractions of the image (0.52,0.37), from its upper left corner; "
@@ -43,10 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--layer", help="the attention layer of the figure (default: the last one)")
     parser.add_argument("--samples", type=int, default=4, help="images, one row each (default: %(default)s)")
-    parser.add_argument("--labels", metavar="A,B,…", help="classes in turn, by name or number (default: all)")
+    parser.add_argument(
+        "--labels", metavar="CLASSES", help="in turn, by name or number, such as cat,dog or 0,3 (default: all)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="fixes the latent vectors (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path,
+        "--out", type=given_path,
         help="the figure, or a folder for attention.png; the page has its name with .html (default: "
         "generated/attention.png in the run's folder, or in runs/ without a run)",
     )  # fmt: skip
@@ -61,12 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         generator, card = open_generator(given.model)
         z = torch.randn(given.samples, generator.z_dim, generator=torch.Generator().manual_seed(given.seed))
         count = generator.num_classes or 0
-        if given.labels and not count:
+        if given.labels is not None and not count:
             parser.error("--labels: this generator has no classes")
-        chosen = parse_labels(given.labels, list(card["classes"]), count) if given.labels else range(count)
+        names = list(card["classes"]) or [str(number) for number in range(count)]
+        chosen = parse_labels(given.labels, names, count) if given.labels is not None else range(count)
         labels = torch.tensor(list(itertools.islice(itertools.cycle(chosen), given.samples)))  # (B,), or none
         with record_attention(generator) as records, torch.no_grad():
             images = generator(z, labels if len(labels) else None)  # (B, C, S, S)
+        # Which includes that of its maps, whose layers are below the images.
+        if not images.isfinite().all():
+            raise ValueError(f"{given.model}: its images hold infinities or NaN: the training has diverged")
     except ValueError as error:
         parser.error(str(error))
 
@@ -82,10 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         positions.append((row, column))
     page = figure.with_suffix(".html")
     try:
-        save_attention(figure, images, records[layer][0], positions)
+        rows = [names[label] for label in labels.tolist()]
+        save_attention(figure, images, records[layer][0], positions, rows)
         explored = save_explorer(page, images, records)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"show_attention.py: --out {figure}: {error}") from None
+        fail(f"--out {figure}: {error}")
     print(f"figure    {figure}: {layer} of {given.samples} samples")
     print(f"explorer  {page}: {', '.join(records)} of {explored} samples")
 

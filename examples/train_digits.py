@@ -25,7 +25,7 @@ import torch
 
 import train_celeba
 from evaluation.class_agreement import ClassAgreement, kernel_classifier
-from training.command_line import read_arguments, script
+from training.command_line import fail, read_arguments, script
 from training.configuration import Config, default_out
 from training.data.mnist import is_mnist
 from training.data.sources import ArrayDataset, open_data
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [f"@{RECIPE}", *(sys.argv[1:] if arguments is None else arguments)]
     args = read_arguments(Config, arguments, "Train a SAGAN on handwritten digits; the settings are train_celeba.py's.")
     if args["data"] != "digits" and not is_mnist(Path(args["data"])):
-        raise SystemExit(f"train_digits.py: --data {args['data']} is neither 'digits' nor a folder with MNIST's files")
+        fail(f"--data {args['data']} is neither 'digits' nor a folder with MNIST's files")
     status = train_celeba.main(arguments)
     if status == 0 and not args["dry_run"] and int(os.environ.get("RANK", "0")) == 0:
         resumed = train_celeba.folder_to_resume(args["resume"], args)

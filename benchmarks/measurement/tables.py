@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from training.runs.atomic_files import write
+
 
 def print_rows(rows: Sequence[dict[str, Any]], *, header: bool = True) -> None:
     """Print rows below their column names, with three digits of each number."""
@@ -55,4 +57,5 @@ def draw_growth(rows: list[dict[str, Any]], path: Path) -> None:
             axis.set(title=title)
             axis.grid(alpha=0.3)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(lines))
-        figure.savefig(path, dpi=110, transparent=True)
+        kind = path.suffix.removeprefix(".") or "svg"
+        write(path, lambda file: figure.savefig(file, format=kind, dpi=110, transparent=True))

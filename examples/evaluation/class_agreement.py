@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from training.data.sources import ArrayDataset, DataSource
+from training.data.dataset import ImageSet
+from training.data.sources import ArrayDataset
 
 READ = 10_000  # at most so many real images: more would take minutes
 LARGE = 32  # pixels; images of this size or more are halved until they are smaller
@@ -32,14 +33,14 @@ def linear_classifier() -> Classifier:
     """For procedural faces: the hair's colour is a linear function of the pixels."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")  # type: ignore[no-any-return]
+    return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
 
 
 def kernel_classifier() -> Classifier:
     """For handwritten digits."""
     from sklearn.svm import SVC
 
-    return SVC(C=10)  # type: ignore[no-any-return]
+    return SVC(C=10)
 
 
 CLASSIFIERS = {"faces": linear_classifier, "digits": kernel_classifier}
@@ -72,7 +73,7 @@ def _pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return pixels.reshape(len(pixels), -1).astype(np.float32) / 127.5 - 1
 
 
-def class_agreement(name: str, data: DataSource) -> ClassAgreement | None:
+def class_agreement(name: str, data: ImageSet) -> ClassAgreement | None:
     """A classifier for the built-in data set of this name, or None for other data, where pixels are not enough."""
     kind = name.partition(":")[0]  # faces:200 is faces, too
     if kind not in CLASSIFIERS or data.labels is None or not isinstance(data, ArrayDataset):

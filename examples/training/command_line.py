@@ -1,24 +1,31 @@
-"""A dataclass of settings as a command line: --help in groups, and errors of one line."""
+"""How scripts read a command line and end: settings as flags, recipes, errors of one line, streams that may be closed.
+
+The trainer's own flags are in configuration.py.
+"""
 
 from __future__ import annotations
 
 import argparse
 import io
 import math
+import os
 import shlex
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from training.runs.streams import unfailing_streams
 
 Settings = TypeVar("Settings")
 
 
 def line(message: object) -> str:
-    """A message as one line that begins with the script's name."""
-    return "train_celeba.py: " + " ".join(str(message).split())
+    """A message as one line that begins with the name of the script that runs."""
+    return f"{Path(sys.argv[0]).name}: " + " ".join(str(message).split())
 
 
 def fail(message: object) -> NoReturn:
@@ -38,25 +45,40 @@ def option(
     least: float | None = None,
     fixed: bool = False,
     choices: tuple[str, ...] = (),
+    path: bool = False,
 ) -> Any:
     """A setting: its default, its heading in --help, and its help text, which is also its comment in the code.
 
     `least` is the smallest allowed value. A `fixed` setting, like those of the networks, cannot change when a run is
-    resumed.
+    resumed. A `path` may begin with ~, which a shell does not expand in --data=~/images, and nobody in a recipe.
     """
     more = {"group": group, "help": text, "least": least, "fixed": fixed or group == "networks", "choices": choices}
-    return field(default=default, metadata=more)
+    return field(default=default, metadata=more | {"path": path})
+
+
+path_option = partial(option, path=True)
 
 
 def script(main: Callable[[], int | None]) -> NoReturn:
-    """Run the main function of a script. Characters unknown to the terminal are escaped; Ctrl-C gives status 130."""
+    """Run the main function of a script and end with its status: 1 after an error of one line, 130 after Ctrl-C.
+
+    Characters unknown to the terminal, and those that would control it, are escaped. A script goes on and has the same
+    status when nobody reads what it prints.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with unfailing_streams():
+        try:
+            status: Any = main()
+        except KeyboardInterrupt:
+            status = 130
+        except SystemExit as end:
+            status = end.code
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+    sys.exit(status)
 
 
 def interpreter() -> str:
@@ -66,25 +88,48 @@ def interpreter() -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line that begins with `prog`. `@file` stands for the flags in that file."""
+    """A parser whose errors are one line. `@file` stands for the flags in that file, a recipe."""
 
-    def __init__(self, prog: str, usage: str | None = None, **more: Any) -> None:
-        super().__init__(prog, usage, fromfile_prefix_chars="@", **more)
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Read the arguments, each recipe replaced by what it holds."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([word for argument in given for word in self._words(argument)], namespace)
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """Split a line of a recipe into flags and values; a # begins a comment."""
-        return shlex.split(arg_line, comments=True)
+    def _words(self, argument: str, including: tuple[Path, ...] = ()) -> list[str]:
+        """An argument, or the flags and values of a recipe; in one a # begins a comment."""
+        if not argument.startswith("@"):
+            return [argument]
+        recipe = given_path(argument[1:])
+        if recipe.resolve() in including:
+            self.error(f"{argument}: the recipe includes itself")
+        try:
+            lines = recipe.read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
+            self.error(f"{argument}: {error.strerror}")
+        except UnicodeDecodeError:
+            self.error(f"{argument}: expected a recipe, a text file of flags; this is no text in UTF-8")
+        words = []
+        for number, text in enumerate(lines, start=1):
+            try:
+                words += shlex.split(text, comments=True)
+            except ValueError as error:
+                self.error(f"{argument}, line {number}: {error} (a \\ before an apostrophe or space makes it a letter)")
+        return [found for word in words for found in self._words(word, (*including, recipe.resolve()))]
 
     def error(self, message: str) -> NoReturn:
-        raise SystemExit(f"{self.prog}: {message} (--help lists all settings)")
+        fail(f"{message} (--help lists all settings)")
 
 
-def short_run_parser(prog: str, description: str, steps: int) -> Parser:
+def given_path(text: str) -> Path:
+    """A path of the command line, which may begin with ~."""
+    return Path(os.path.expanduser(text))
+
+
+def short_run_parser(description: str, steps: int, out: str) -> Parser:
     """The command line of an example that trains for minutes: `--steps`, `--out` and `--seed`."""
-    out = Path("runs") / prog.removesuffix(".py").replace("_", "-")
-    parser = Parser(prog, description=description)
+    parser = Parser(description=description)
     parser.add_argument("--steps", type=at_least_one, default=steps, help="of each network (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=out, help="folder for its images (default: %(default)s)")
+    parser.add_argument("--out", type=given_path, default=Path(out), help="of its images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="fixes everything (default: %(default)s)")
     return parser
 
@@ -98,9 +143,8 @@ def at_least_one(text: str) -> int:
 
 def read_arguments(settings: type[Any], arguments: Sequence[str] | None, description: str) -> dict[str, Any]:
     """The settings given on the command line, and only those: the rest comes from the defaults or from a checkpoint."""
-    parser = Parser(
-        "train_celeba.py", "%(prog)s [@recipe] [settings]", description=description, argument_default=argparse.SUPPRESS
-    )
+    usage = "%(prog)s [@recipe] [settings]"
+    parser = Parser(usage=usage, description=description, argument_default=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     kinds = typing.get_type_hints(settings)
     for setting in fields(settings):
@@ -109,7 +153,7 @@ def read_arguments(settings: type[Any], arguments: Sequence[str] | None, descrip
         groups[setting.metadata["group"]].add_argument(flag(setting.name), **_how(setting, kinds[setting.name]))
     resuming = parser.add_argument_group("resuming")
     resuming.add_argument(
-        "--resume", metavar="PATH", default=None,
+        "--resume", metavar="PATH", type=os.path.expanduser, default=None,
         help="continue from this checkpoint, or from the newest in this folder, with its settings; auto: from the "
         "newest in --out, or begin if there is none",
     )  # fmt: skip
@@ -127,7 +171,8 @@ def _how(setting: Field[Any], kind: type) -> dict[str, Any]:
             "help": f"{text} (default: {'yes' if setting.default else 'no'})",
         }
     text += f" (default: {setting.default})" if setting.default != "" else ""
-    return {"type": kind, "help": text} | ({"choices": choices} if choices else {"metavar": kind.__name__.upper()})
+    how: Callable[[str], Any] = os.path.expanduser if setting.metadata["path"] else kind
+    return {"type": how, "help": text} | ({"choices": choices} if choices else {"metavar": kind.__name__.upper()})
 
 
 def resolve_config(settings: type[Settings], given: dict[str, Any], stored: dict[str, Any] | None) -> Settings:

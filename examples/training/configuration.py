@@ -9,7 +9,7 @@ from pathlib import Path
 
 from training.architectures import ARCHITECTURES
 from training.augmentation import augmentation
-from training.command_line import fail, option
+from training.command_line import fail, option, path_option
 from training.objectives import DEFAULT_WEIGHT, LOSSES
 
 
@@ -17,13 +17,17 @@ from training.objectives import DEFAULT_WEIGHT, LOSSES
 class Config:
     """All settings of the trainer. The text of each is both its comment here and its help on the command line."""
 
-    data: str = option("faces", "data", "faces, faces:200, digits, an image folder or zip, MNIST's or CIFAR-10's files")
+    data: str = path_option("faces", "data", "faces, faces:200, digits, image folder or zip, MNIST's, CIFAR-10's files")
     classes: str = option("none", "data", "none, own (folders, digits, hair …) or attributes:Smiling,Male", fixed=True)
-    attributes: str = option("", "data", "CelebA's list_attr_celeba.txt (default: the one in or beside --data)")
+    attributes: str = path_option("", "data", "CelebA's list_attr_celeba.txt (default: the one in or beside --data)")
     image_size: int = option(64, "data", "width and height, pixels: 4 to 7 doubled several times", fixed=True)
     crop: str = option("auto", "data", "centre crop, pixels, or 0: the largest square; auto: 0, or CelebA's usual 160")
+    channels: str = option(
+        "auto", "data", "1: gray, 3: colors; auto: 3 of a folder, others' own", choices=("auto", "1", "3"), fixed=True
+    )
+    mirror: bool = option(True, "data", "mirror images at random (digits and MNIST never are)")
     cache: bool = option(True, "data", "decode a folder's images once, into a file, instead of at every epoch")
-    cache_dir: str = option("", "data", "folder for decoded images (default: cache/ beside the folder --out)")
+    cache_dir: str = path_option("", "data", "folder for decoded images (default: cache/ beside the folder --out)")
     num_workers: int = option(4, "data", "processes that decode with --no-cache, at most one per core", least=0)
 
     architecture: str = option("dcgan", "networks", "resnet is the paper's, mnist a tutorial's", choices=ARCHITECTURES)
@@ -60,7 +64,7 @@ class Config:
     grad_accum_steps: int = option(1, "speed", "passes that a step's images are divided among, to save memory", least=1)
     sync_batch_norm: bool = option(True, "speed", "batch norm over the images of all processes, on CUDA")
 
-    out: str = option("", "output", "folder for what the run makes (default: runs/ and the name of the data)")
+    out: str = path_option("", "output", "folder for what the run makes (default: runs/ and the name of the data)")
     log_every: int = option(50, "output", "steps between two lines of log.jsonl", least=1)
     sample_every: int = option(1000, "output", "steps between two sample grids and attention overlays", least=1)
     save_every: int = option(1000, "output", "steps between two checkpoints", least=1)
@@ -70,7 +74,7 @@ class Config:
 
     eval_every: int = option(5000, "evaluation", "steps between evaluations of the averaged G, 0 to disable", least=0)
     eval_samples: int = option(2000, "evaluation", "images of each kind (published FIDs take 50000)", least=2)
-    inception: str = option("", "evaluation", "Inception's weights, for FID (default: where torch.hub has them)")
+    inception: str = path_option("", "evaluation", "Inception's weights, for FID (default: where torch.hub has them)")
 
     @property
     def has_penalty(self) -> bool:

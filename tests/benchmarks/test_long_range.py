@@ -265,11 +265,24 @@ def test_the_chart_of_the_docs_is_drawn_from_the_numbers_of_its_table(tmp_path, 
             assert f"{of_pair[arm]['mean']:.3g} ± {of_pair[arm]['deviation']:.2g}" == cells[arm][i]
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"eyes": {}}'])
-def test_what_is_no_summary_is_one_line(text, tmp_path):
+def test_names_in_a_summary_are_no_markup(tmp_path: Path) -> None:
+    """A chart is opened in a browser, and its summary may come from anybody."""
+    summary = json.loads((Path(__file__).parents[2] / "docs" / "images" / "long-range.json").read_text())
+    name = "</text><script>alert(1)</script>&\"'"
+    summary[name] = summary.pop(next(iter(summary)))
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(summary))
+    assert long_range.main(["--draw", str(path)]) == 0
+    drawn = ElementTree.parse(path.with_suffix(".svg"))
+    assert not [element for element in drawn.iter() if element.tag.endswith("script")]
+    assert name in {element.text for element in drawn.iter() if element.tag.endswith("text")}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"eyes": {}}', "{}", "[" * 100_000])
+def test_what_is_no_summary_is_one_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     path.write_text(text)
-    with pytest.raises(SystemExit, match=r"^long_range\.py: .*summary\.json: it cannot be read as a summary") as error:
+    with pytest.raises(SystemExit, match=r"summary\.json: it cannot be read as a summary") as error:
         long_range.main(["--draw", str(path)])
     assert "\n" not in str(error.value)
     assert not path.with_suffix(".svg").exists()
@@ -319,9 +332,13 @@ def test_a_run_leaves_results_and_the_next_one_goes_on_with_them(small, tmp_path
     with pytest.raises(SystemExit, match=r"attention-\d\.json was made with steps 3: give another --out") as error:
         long_range.main([*TINY, "--steps", "4", "--out", str(tmp_path)])
     assert "\n" not in str(error.value)
+    (tmp_path / "local-0.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"local-0\.json: it cannot be read as a result"):
+        long_range.main([*TINY, "--report", "--out", str(tmp_path)])
 
 
-@pytest.mark.slow  # starts processes of its own, which import torch
+@pytest.mark.slow  # starts processes of its own, which import torch and read as many faces as an experiment
+@pytest.mark.exhaustive
 def test_runs_take_processes_of_their_own(tmp_path):
     assert long_range.main([*TINY, "--seeds", "1", "--processes", "2", "--out", str(tmp_path)]) == 0
     assert "1 pairs" in (tmp_path / "table.md").read_text()

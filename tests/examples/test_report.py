@@ -6,20 +6,25 @@ import base64
 import itertools
 import json
 import math
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from PIL import Image
 
 import report
 from chromium import FOUND, chromium
 from report import chart, charts, curves, page, read_log, spread, ticks, varies
 from training.configuration import Config
+from training.output.image_io import save_grid
 
 
 def line(step: int, **more: object) -> str:
@@ -77,7 +82,9 @@ def read(html: str) -> Outline:
     return outline
 
 
-def test_the_page_contains_curves_and_images_and_needs_nothing_else(folder, capsys):
+def test_the_page_contains_curves_and_images_and_needs_nothing_else(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert report.main([str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "summary.html")
     html = (folder / "summary.html").read_text()
@@ -91,7 +98,7 @@ def test_the_page_contains_curves_and_images_and_needs_nothing_else(folder, caps
         assert text in outline.text, text
 
 
-def test_the_settings_are_on_top(folder):
+def test_the_settings_are_on_top(folder: Path) -> None:
     html = page(folder)
     outline = read(html)
     assert html.index("<h2>settings") < html.index("<h2>curves") < html.index("<h2>samples")
@@ -107,12 +114,12 @@ def test_the_settings_are_on_top(folder):
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"steps": 3'])
-def test_settings_that_cannot_be_read(content, folder):
+def test_settings_that_cannot_be_read(content: str, folder: Path) -> None:
     (folder / "config.json").write_text(content)
     assert "No config.json yet." in read(page(folder)).text
 
 
-def test_the_link_leads_to_the_explorer_from_wherever_the_page_is(folder, tmp_path):
+def test_the_link_leads_to_the_explorer_from_wherever_the_page_is(folder: Path, tmp_path: Path) -> None:
     for out, link in (
         (tmp_path / "page.html", "first%20%3Crun%3E/attention-000030.html"),
         (tmp_path / "pages" / "x.html", "../first%20%3Crun%3E/attention-000030.html"),
@@ -125,7 +132,7 @@ def test_the_link_leads_to_the_explorer_from_wherever_the_page_is(folder, tmp_pa
     assert read(page(folder)).links == []
 
 
-def test_what_never_changes_is_a_sentence_and_no_chart(folder):
+def test_what_never_changes_is_a_sentence_and_no_chart(folder: Path) -> None:
     """Losses vary; gammas and speed do not, and there is one score."""
     outline = read(html := page(folder))
     assert html.count("<svg") == 1
@@ -138,7 +145,7 @@ def test_what_never_changes_is_a_sentence_and_no_chart(folder):
     assert "D 11, D.attention.8 -0.2, G 2" in outline.text
 
 
-def test_axes_are_labeled(folder):
+def test_axes_are_labeled(folder: Path) -> None:
     (folder / "log.jsonl").write_text(line(10, scores={"swd": 3}) + line(20, scores={"swd": 2}, images_per_second=8))
     drawn = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page(folder))]
     labels = [[text.text for text in svg.iter("text")] for svg in drawn]
@@ -149,7 +156,9 @@ def test_axes_are_labeled(folder):
             assert 11 < float(text.get("y")) < report.HEIGHT
 
 
-def test_on_a_phone_nothing_is_wider_than_the_screen_and_images_are_not_resampled_by_pixels(folder, tmp_path):
+def test_on_a_phone_nothing_is_wider_than_the_screen_and_images_are_not_resampled_by_pixels(
+    folder: Path, tmp_path: Path
+) -> None:
     if FOUND is None:
         pytest.skip("no Chromium: none of chromium, chromium-browser, google-chrome is on the path")
     for kind, width in (("samples", 1042), ("attention", 972)):  # of 64 pixels: 8 tiles of 128, 5 of 192
@@ -175,13 +184,13 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_images_are_not_resample
             assert tab.complaints() == []
 
 
-def test_what_is_not_a_line_of_the_log_is_left_out(folder):
+def test_what_is_not_a_line_of_the_log_is_left_out(folder: Path) -> None:
     with open(folder / "log.jsonl", "ab") as file:
         file.write(b"\nnull\n[1]\n\xff\xfe\n" + line(10**20).encode())
     assert [entry["step"] for entry in read_log(folder / "log.jsonl")] == [10, 20, 30]
 
 
-def test_curves_have_every_number_at_its_step():
+def test_curves_have_every_number_at_its_step() -> None:
     found = curves(json.loads(text) for text in (line(1), line(2, scores={"swd": 3}), line(5, loss_d=float("nan"))))
     assert found["loss_d"] == [(1, 2.0), (2, 3.0)]  # a loss that is no number cannot be drawn
     assert found["scores/swd"] == [(2, 3)]
@@ -198,7 +207,7 @@ def test_curves_have_every_number_at_its_step():
     }
 
 
-def test_a_chart_puts_points_where_they_belong():
+def test_a_chart_puts_points_where_they_belong() -> None:
     svg = ElementTree.fromstring(chart({"a": [(0, 0.0), (50, 10.0), (100, 5.0)], "b": [(100, 2.0)]}, "loss"))
     one, other = (
         [tuple(map(float, p.split(","))) for p in line.get("points").split()] for line in svg.iter("polyline")
@@ -215,7 +224,7 @@ def test_a_chart_puts_points_where_they_belong():
     assert all(0 <= value <= report.HEIGHT for value in marks.values())
 
 
-def test_two_values_of_one_step_are_drawn():
+def test_two_values_of_one_step_are_drawn() -> None:
     ElementTree.fromstring(chart({"a": [(5, 1.0), (5, 2.0)]}, "a"))
 
 
@@ -224,7 +233,7 @@ def test_two_values_of_one_step_are_drawn():
     [([1.0], False), ([0.0, 0.0], False), ([0.0, 1e-16], False), ([3.0, 3.0 + 1e-12], False), ([3.0, 3.0001], True),
      ([1e9, -1e-9], True), ([2.0, 1.0, 2.0], True)],
 )  # fmt: skip
-def test_what_varies(values, expected):
+def test_what_varies(values: Sequence[float], expected: Any) -> None:
     points = list(enumerate(values))
     assert varies(points) is expected
     if expected:
@@ -235,7 +244,7 @@ ABSURD = [math.nan, math.inf, 1e308, -1e308, 10**400, 9e299, -9e299, 5e-324, 1e-
 
 
 @pytest.mark.parametrize("values", [*itertools.combinations(ABSURD, 1), *itertools.combinations(ABSURD, 2)])
-def test_absurd_numbers_are_drawn_or_left_out(values, tmp_path):
+def test_absurd_numbers_are_drawn_or_left_out(values: Sequence[float], tmp_path: Path) -> None:
     text = "".join(line(step, loss_d=value) for step, value in zip((2**53 - 1, 0), values, strict=False))
     (tmp_path / "log.jsonl").write_text(text)
     html = page(tmp_path)
@@ -252,27 +261,63 @@ def test_absurd_numbers_are_drawn_or_left_out(values, tmp_path):
     ("low", "high", "expected"),
     [(0, 10, [0, 2, 4, 6, 8, 10]), (-0.1, 0.42, [0, 0.2, 0.4]), (989, 1011, [990, 995, 1000, 1005, 1010])],
 )
-def test_ticks_are_round(low, high, expected):
+def test_ticks_are_round(low: float, high: float, expected: Any) -> None:
     assert ticks(low, high) == pytest.approx(expected)
 
 
-def test_first_and_last_of_many_images():
+def test_first_and_last_of_many_images() -> None:
     assert spread(range(5), 12) == [0, 1, 2, 3, 4]
     chosen = spread(range(100), 12)
     assert (len(chosen), chosen[0], chosen[-1]) == (12, 0, 99)
     assert {b - a for a, b in pairwise(chosen)} == {9}
 
 
+def test_images_say_what_their_rows_are(folder: Path) -> None:
+    save_grid(folder / "samples-000030.png", torch.zeros(4, 3, 8, 8), columns=2, rows=["cat <3", "猫"])
+    text = read(page(folder)).text
+    assert "step 30; rows: cat <3, 猫" in text
+    assert "step 20" in text
+
+
+@pytest.mark.parametrize("deep", ["[" * 100_000, '{"a":' * 900 + "1" + "}" * 900])
+def test_nesting_ends_nothing(deep: str, folder: Path) -> None:
+    """What is nested deeper than any run's numbers is left out, and the page has all else."""
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(f'\n{{"step": 50, "loss_d": 3, "deep": {deep}}}\n{deep}\n')
+    (folder / "config.json").write_text(f'{{"steps": 30, "deep": {deep}}}')
+    assert report.main([str(folder)]) == 0
+    text = (folder / "summary.html").read_text(encoding="utf-8")
+    assert "losses" in read(text).text
+    assert len(text) < 50_000
+
+
+def test_what_is_no_file_is_left_out(folder: Path) -> None:
+    """Whoever reads a FIFO waits for its writer, who may never come."""
+    for name in ("log.jsonl", "config.json", "samples-000020.png"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    assert report.main([str(folder)]) == 0
+    text = read((folder / "summary.html").read_text()).text
+    assert "No line in the log yet." in text
+    assert "No config.json yet." in text
+
+
+def test_the_page_replaces_no_device(folder: Path) -> None:
+    (folder / "summary.html").symlink_to("/dev/null")
+    with pytest.raises(SystemExit, match=r"cannot save .*summary\.html: .*found a character device"):
+        report.main([str(folder)])
+
+
 @pytest.mark.parametrize(
     ("removed", "text"), [("*.png", "None yet."), ("log.jsonl", "No line in the log yet."), ("attention*", "None yet.")]
 )
-def test_partial_runs(removed, text, folder):
+def test_partial_runs(removed: str, text: str, folder: Path) -> None:
     for path in folder.glob(removed):
         path.unlink()
     assert text in read(page(folder)).text
 
 
-def test_errors_are_one_line(tmp_path):
+def test_errors_are_one_line(tmp_path: Path) -> None:
     for name, message in (("nowhere", "no such folder"), (".", "neither a log.jsonl nor images")):
         with pytest.raises(SystemExit, match=message) as error:
             report.main([str(tmp_path / name)])

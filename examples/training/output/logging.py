@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.command_line import fail
-from training.runs.checkpointing import write
+from training.runs.atomic_files import write
 from training.runs.distributed import Ranks
 
 if TYPE_CHECKING:
