@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+
+from torch_sagan import SAGANGenerator, SelfAttention2d
 
 
 class ResidualBlock(nn.Module):
@@ -114,3 +120,39 @@ class Restless(nn.Module):
         self.count += 1
         self.last = torch.randn(4)
         return x + torch.rand_like(x)
+
+
+class Example(NamedTuple):
+    make: Callable[[], nn.Module]
+    after: list[str]
+    shape: tuple[int, ...]
+
+
+# Attention sees 32×32 positions at most: whole maps of 128×128 take a gigabyte per sample.
+MODELS = {
+    "residual generator": Example(
+        residual_generator, ["model.9", "model.12", "model.18", "model.10.conv_block"], (3, 32, 32)
+    ),
+    "patch discriminator": Example(patch_discriminator, ["model.4", "model.7", "model.10"], (3, 32, 32)),
+    "dcgan generator": Example(dcgan_generator, ["model.0", "model.1", "model.5"], (3, 8, 8)),
+    "unet": Example(
+        unet,
+        ["model.0", "model.1.model.0", "model.1.model.3.model.3", "model.1.model.3", "model.1.model.4"],
+        (3, 32, 32),
+    ),
+    "whole Sequential": Example(residual_generator, ["model"], (3, 32, 32)),
+    "own generator": Example(
+        partial(SAGANGenerator, 16, base_channels=4, z_dim=8), ["blocks.0", "blocks.1.conv"], (8,)
+    ),
+}
+
+
+def inserted(model: nn.Module) -> list[SelfAttention2d]:
+    paths = [path for path, _ in model.named_modules() if path.split(".")[-1] == "inserted_attention"]
+    return [model.get_submodule(path) for path in paths]
+
+
+def wake(model: nn.Module) -> nn.Module:
+    for layer in inserted(model):
+        nn.init.ones_(layer.gamma)
+    return model

@@ -236,10 +236,10 @@ def test_table() -> None:
     points = insertion_points(model, torch.zeros(16, 3, 32, 32))
     assert str(points).splitlines() == [
         "path  module      channels   size  calls  operations         memory, here  memory, plain",
-        "0     Conv2d            32  16×16      1        86 M  +108%        18 MiB         18 MiB",
-        "1.0   ReLU              32  16×16      1        86 M  +108%        18 MiB         18 MiB",
-        "1.1   Conv2d            64    8×8      1        20 M   +25%       1.8 MiB        1.8 MiB",
-        "1     Sequential        64    8×8      1        20 M   +25%       1.8 MiB        1.8 MiB",
+        "0     Conv2d            32  16x16      1        86 M  +108%        18 MiB         18 MiB",
+        "1.0   ReLU              32  16x16      1        86 M  +108%        18 MiB         18 MiB",
+        "1.1   Conv2d            64    8x8      1        20 M   +25%       1.8 MiB        1.8 MiB",
+        "1     Sequential        64    8x8      1        20 M   +25%       1.8 MiB        1.8 MiB",
         "the model itself: 80 M operations, keeps 704 KiB for its backward pass",
     ]
 
@@ -248,8 +248,39 @@ def test_a_model_without_any() -> None:
     points = insertion_points(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.zeros(3, 1, 2, 2))
     assert points == []
     assert points.operations == 2 * 3 * 4 * 2
-    assert str(points).startswith("path")
+    assert str(points).splitlines() == [
+        "no insertion points",
+        "  '0' returns a tensor (3, 4), expected a feature map (B, C, H, W)",
+        "  '1' returns a tensor (3, 2), expected a feature map (B, C, H, W)",
+    ]
+    assert str(insertion_points(nn.Linear(4, 2), torch.zeros(3, 4))) == "no insertion points"
     assert str(insertion_points(nn.Sequential(nn.Identity()), IMAGES)).count("%") == 0  # no share of nothing
+
+
+def test_a_network_for_volumes() -> None:
+    model = nn.Sequential(*(nn.Conv3d(1, 1, 1) for _ in range(7)))
+    lines = str(insertion_points(model, torch.zeros(2, 1, 3, 4, 5))).splitlines()
+    assert lines[0] == "no insertion points"
+    assert lines[1] == "  '0' returns a tensor (2, 1, 3, 4, 5), expected a feature map (B, C, H, W)"
+    assert lines[5].startswith("  '4' returns")
+    assert lines[6:] == ["  and 2 more"]
+    five = insertion_points(model[:5], torch.zeros(2, 1, 3, 4, 5))
+    assert len(str(five).splitlines()) == 6
+    assert len(five.refused) == 5
+
+
+def test_a_terminal_that_knows_ascii_alone() -> None:
+    code = """
+import torch
+from torch import nn
+from torch_sagan import insertion_points
+print(insertion_points(nn.Sequential(nn.Conv2d(3, 32, 4)), torch.zeros(1, 3, 8, 8)))
+print(insertion_points(nn.Sequential(nn.Conv3d(3, 2, 1)), torch.zeros(1, 3, 8, 8, 8)))
+"""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "5x5" in done.stdout
 
 
 # --- the model stays as it was -------------------------------------------------------------------------------------
@@ -285,7 +316,7 @@ def test_after_an_error_too() -> None:
 def test_what_cannot_get_attention_is_refused() -> None:
     with pytest.raises(ValueError, match="Sequential is compiled"):
         insertion_points(nn.Sequential(torch.compile(nn.Conv2d(3, 3, 1), backend="eager")), IMAGES)
-    with pytest.raises(ValueError, match="the model is wrapped in DataParallel: insert before you wrap it"):
+    with pytest.raises(ValueError, match=r"the model is wrapped in DataParallel: insert into its \.module"):
         insertion_points(nn.DataParallel(nn.Conv2d(3, 3, 1)), IMAGES)
     with pytest.raises(TypeError, match=r"example_input takes a tensor, .* got list"):
         insertion_points(nn.Conv2d(3, 3, 1), [IMAGES])  # type: ignore[arg-type]

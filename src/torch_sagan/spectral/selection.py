@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import nn
 
 from torch_sagan._checks import nearest_names
-from torch_sagan.surgery.mark import MARK, NAME
+from torch_sagan.surgery.inserted_layer import MARK, NAME
 
 __all__ = ["Layers", "select_layers"]
 

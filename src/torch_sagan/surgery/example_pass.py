@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from torch_sagan._modes import evaluation_mode
+from torch_sagan._torch import is_autocast
 
-__all__ = ["ExampleInput", "outputs_of_a_pass"]
+__all__ = ["ExampleInput", "FeatureMap", "outputs_of_a_pass"]
 
 ExampleInput: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
+class FeatureMap(NamedTuple):
+    """What is known of a tensor (B, C, H, W) that a module returned, and whether autocast was on then."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    autocast: bool
+
+
 def outputs_of_a_pass(
     model: nn.Module, modules: Mapping[str, nn.Module], example_input: ExampleInput
-) -> dict[str, list[Tensor | str]]:
+) -> dict[str, list[FeatureMap | str]]:
     """Call a model once, in evaluation mode, and note what some of its modules return.
 
-    Modes, buffers, hooks and random states are then as they were, after an error too. A graph is recorded unless the
-    caller disabled gradients.
+    Modes, buffers, hooks and the random states of PyTorch, NumPy and Python are then as they were, after an error too.
+    A graph is recorded unless the caller disabled gradients.
 
     Args:
         model: any module.
@@ -30,8 +43,8 @@ def outputs_of_a_pass(
         example_input: what the model is called with: a tensor, a tuple of arguments or a mapping of keyword arguments.
 
     Returns:
-        For each name an output per call: a tensor of its shape and dtype on the meta device, or the description of
-        anything else. Names are in the order in which the modules first returned; one that was not called is missing.
+        For each name an output per call: a feature map, or the description of anything else. Names are in the order in
+        which the modules first returned; one that was not called is missing.
 
     Raises:
         TypeError: for an example of another type.
@@ -44,17 +57,17 @@ def outputs_of_a_pass(
             f"{type(example_input).__name__}"
         )
     args, kwargs = (example_input, {}) if isinstance(example_input, tuple) else ((), dict(example_input))
-    outputs: dict[str, list[Tensor | str]] = {}
+    outputs: dict[str, list[FeatureMap | str]] = {}
 
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        outputs.setdefault(name, []).append(_without_content(output))
+        outputs.setdefault(name, []).append(_described(output))
 
     # Evaluation mode keeps the statistics of norms; all other changes to buffers are made to copies.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    gpus = sorted({t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     handles = [module.register_forward_hook(partial(note, name)) for name, module in modules.items()]
     try:
-        with evaluation_mode(model), torch.random.fork_rng(gpus):
+        with evaluation_mode(model), _random_states_kept((*tensors, *model.parameters(), *model.buffers())):
             torch.func.functional_call(model, buffers, args, kwargs)
     finally:
         for handle in handles:
@@ -62,9 +75,22 @@ def outputs_of_a_pass(
     return outputs
 
 
-def _without_content(output: Any) -> Tensor | str:
+@contextmanager
+def _random_states_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(sorted({t.device.index for t in tensors if t.is_cuda}), device_type="cuda"):
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
+
+
+def _described(output: Any) -> FeatureMap | str:
+    if isinstance(output, Tensor) and output.ndim == 4:
+        return FeatureMap(output.shape, output.dtype, output.device, is_autocast(output.device.type))
     if isinstance(output, Tensor):
-        return torch.empty_like(output, device="meta", requires_grad=False)
-    if isinstance(output, (tuple, list)):
-        return f"a {type(output).__name__} of {len(output)}"
-    return f"a {type(output).__name__}"
+        return f"a tensor {tuple(output.shape)}"
+    return f"a {type(output).__name__}" + (f" of {len(output)}" if isinstance(output, (tuple, list)) else "")

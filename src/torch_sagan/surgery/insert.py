@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_sagan._checks import nearest_names
 from torch_sagan.attention.layer import SelfAttention2d
-from torch_sagan.surgery.example_pass import ExampleInput, outputs_of_a_pass
-from torch_sagan.surgery.mark import MARK, NAME, inserted_layer
+from torch_sagan.surgery.example_pass import ExampleInput, FeatureMap, outputs_of_a_pass
+from torch_sagan.surgery.inserted_layer import NAME, attach, detach, inserted_layer, prepare
 
 __all__ = ["insert_self_attention", "remove_self_attention"]
 
@@ -28,15 +28,16 @@ def insert_self_attention(
     """Put a new attention layer after one or several modules of a model, in place.
 
     The layer becomes the child ``inserted_attention`` of the module that it follows, and everything that calls this
-    module receives the layer's output. No name or class in the model changes: its own state-dict keys stay, and a
-    checkpoint from before the insertion still loads, with ``strict=True`` too (the layer then keeps its weights).
-    A new :class:`SelfAttention2d` is the identity, so the model's outputs stay the same until it is trained.
+    module receives the layer's output; what calls its ``forward`` directly does not. No name or class in the model
+    changes: its own state-dict keys stay. A checkpoint from before the insertion still loads, with ``strict=True`` too,
+    and makes the layer new again. A new :class:`SelfAttention2d` is the identity, so the model's outputs stay the same
+    until it is trained.
 
-    The layer stays when modules are converted afterwards, as by ``SyncBatchNorm.convert_sync_batchnorm``. A conversion
-    that would lose it raises an error, either when it replaces the module or when the new module is called. After a
-    ``Sequential`` the layer is the last of its children, so its ``len`` grows by one.
+    The layer stays when modules are converted afterwards, as by ``SyncBatchNorm.convert_sync_batchnorm``. Where a
+    conversion has lost it, the next pass raises an error. After a ``Sequential`` the layer is the last of its children,
+    so its ``len`` grows by one.
 
-    Insert before you create the optimiser, which otherwise does not know the new parameters, and before
+    Insert before you create the optimizer, which otherwise does not know the new parameters, and before
     ``torch.compile`` or ``DistributedDataParallel``. A module that a model uses several times has one layer, which runs
     each time.
 
@@ -45,11 +46,13 @@ def insert_self_attention(
         after: dotted path of a submodule, as ``model.named_modules()`` gives it, or several. The submodule has to
             return a feature map (B, C, H, W): a convolution, a norm, an activation, a block, a ``Sequential``.
         example_input: what the model can be called with, a tensor, a tuple of arguments or a mapping of keyword
-            arguments. One pass of it in evaluation mode shows what each module returns; buffers and random states stay
-            as they are. It is needed where a module does not declare its channels. Convolutions and norms do, and so
-            does a ``Sequential`` that ends in one of them, with or without activations after it.
-        attention: ``attention(channels) -> Module``, called once for each path. The result takes the device, dtype
-            and mode of the module that it follows.
+            arguments. One pass of it in evaluation mode shows what each module returns; buffers stay as they are, and
+            so do the random states of PyTorch, NumPy and Python. It is needed where a module does not declare its
+            channels. Convolutions and norms do, and so does a ``Sequential`` that ends in one of them, with or without
+            activations after it.
+        attention: ``attention(channels) -> Module``, called once for each path. The result takes the mode of the module
+            that it follows, and the device and dtype of the feature map that the example gives; without an example, or
+            under autocast, those of the module's parameters, or else of the model's.
 
     Returns:
         The model itself.
@@ -58,8 +61,8 @@ def insert_self_attention(
         ValueError: for a path that does not exist (the message lists the nearest ones) or is named twice; for a module
             that has an inserted layer already, or whose channels are not known without ``example_input``; for one that
             the model does not call with this example, or that returns no feature map (the message says what it
-            returns) or several with different channels; for a model that is compiled or wrapped for parallel training.
-            The model is then as it was.
+            returns) or several with different channels, dtypes or devices; for a ``Sequential`` that has a ``forward``
+            of its own; for a model that is compiled or wrapped for parallel training. The model is then as it was.
         TypeError: when ``after`` contains anything but paths, ``example_input`` is neither a tensor nor a tuple nor
             a mapping, or ``attention`` is not a function or does not return a module.
 
@@ -81,25 +84,22 @@ def insert_self_attention(
     if isinstance(attention, nn.Module) or not callable(attention):  # a layer can be called too, but not with channels
         raise TypeError(f"attention takes channels and returns a module, got {type(attention).__name__}")
     targets = _find(model, after)
+    maps: dict[str, FeatureMap] = {}
     if example_input is None:
         channels = {path: _declared_channels(path, module) for path, module in targets.items()}
     else:
-        channels = _channels_of_a_pass(model, targets, example_input)
+        maps = _maps_of_a_pass(model, targets, example_input)
+        channels = {path: map.shape[1] for path, map in maps.items()}
     layers = {}
     for path, module in targets.items():
-        layer = attention(channels[path])
+        with torch.device("cpu"):  # for values to begin with, also where everything is made on the meta device
+            layer = attention(channels[path])
         if not isinstance(layer, nn.Module):
             raise TypeError(f"attention must return a module, got {type(layer).__name__}")
-        like = next((p for part in (module, model) for p in part.parameters() if p.is_floating_point()), None)
-        layers[path] = (layer if like is None else layer.to(like.device, like.dtype)).train(module.training)
-
-    # Here, because it registers itself for every module of the process.
-    from torch_sagan.surgery.hook import keep_own_weights
-
+        prepare(layer)
+        layers[path] = layer.to(*_device_and_dtype(model, module, maps.get(path))).train(module.training)
     for path, module in targets.items():  # nothing fails from here on
-        layers[path].register_load_state_dict_pre_hook(keep_own_weights)
-        setattr(layers[path], MARK, True)
-        module.add_module(NAME, layers[path])  # the hook then makes the module call the layer
+        attach(model, module, layers[path])
     return model
 
 
@@ -115,19 +115,7 @@ def remove_self_attention(model: M) -> M:
     Raises:
         ValueError: when nothing was inserted.
     """
-    from torch_sagan.surgery.hook import attend  # not before it is needed, see there
-
-    found = False
-    for module in list(model.modules()):
-        if inserted_layer(module) is not None:
-            delattr(module, NAME)
-            found = True
-        # PyTorch lists a module's hooks nowhere else, and handles are lost where a conversion copies the hooks alone.
-        for handle, hook in list(module._forward_hooks.items()):
-            if hook is attend:
-                del module._forward_hooks[handle]
-                found = True
-    if not found:
+    if not detach(model):
         raise ValueError(f"{type(model).__name__} has no inserted attention")
     return model
 
@@ -157,23 +145,37 @@ def _find(model: nn.Module, after: object) -> dict[str, nn.Module]:
 def check_insertable(model: nn.Module) -> None:
     """Refuse a model that would not run or not train a layer inserted now."""
     # torch.compile leaves one of these: a wrapper around the original, or the compiled call of the module itself.
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
+    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError(f"{type(model).__name__} is compiled, and would not run the new layers: insert before that")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ValueError(f"the model is wrapped in {type(model).__name__}: insert before you wrap it")
+    kinds = _kinds(model)
+    if "DataParallel" in kinds:
+        raise ValueError("the model is wrapped in DataParallel: insert into its .module")
+    for wrapper in kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}:
+        raise ValueError(f"the model is wrapped ({wrapper}): insert before you wrap it")
 
 
 def check_target(path: str, module: nn.Module) -> None:
     """Refuse a module after which no layer can be inserted, whatever it returns."""
     if inserted_layer(module) is not None:
         raise ValueError(f"{path!r} has an inserted attention layer already")
-    if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
+    # Some libraries give the instance a forward. It may call the old one, or anything else.
+    own_forward = type(module).forward is not nn.Sequential.forward or "forward" in vars(module)
+    if isinstance(module, nn.Sequential) and own_forward:
         raise ValueError(
             f"{path!r} is a Sequential with a forward of its own, which may run its children in any way: name the "
             "module inside it"
         )
+    if "ActivationWrapper" in _kinds(module):
+        raise ValueError(
+            f"{path!r} is a {type(module).__name__}, which renames state-dict keys: name the module inside it"
+        )
     if hasattr(module, NAME):
-        raise ValueError(f"{path!r} has an attribute {NAME!r} of its own")
+        raise ValueError(f"{path!r} has an attribute {NAME!r} already, its own or that of a module that it wraps")
+
+
+def _kinds(module: nn.Module) -> set[str]:
+    """The names of its classes: importing some of these classes takes long, and not every PyTorch has them."""
+    return {kind.__name__ for kind in type(module).__mro__}
 
 
 # Modules that return as many channels as they receive.
@@ -207,27 +209,38 @@ def _declared_channels(path: str, module: nn.Module) -> int:
     return channels
 
 
-def _channels_of_a_pass(
+def _maps_of_a_pass(
     model: nn.Module, targets: Mapping[str, nn.Module], example_input: ExampleInput
-) -> dict[str, int]:
+) -> dict[str, FeatureMap]:
     with torch.no_grad():
         outputs = outputs_of_a_pass(model, targets, example_input)
     for path, module in targets.items():
         if path not in outputs:
             inside = ", but perhaps the modules inside it" if any(module.children()) else ""
             raise ValueError(f"{path!r} is not reached: with this example_input the model does not call it{inside}")
-    return {path: channels_of(path, outputs[path]) for path in targets}
+    return {path: feature_maps(path, outputs[path])[0] for path in targets}
 
 
-def channels_of(path: str, outputs: Sequence[Tensor | str]) -> int:
-    """The channels that all outputs of a module have."""
+def feature_maps(path: str, outputs: Sequence[FeatureMap | str]) -> list[FeatureMap]:
+    """All outputs of a module, if one layer can serve them."""
+    maps = [output for output in outputs if isinstance(output, FeatureMap)]
     for output in outputs:
-        if isinstance(output, str) or output.ndim != 4:
-            returned = output if isinstance(output, str) else f"a tensor {tuple(output.shape)}"
-            raise ValueError(f"{path!r} returns {returned}, expected a feature map (B, C, H, W)")
-    channels = {output.shape[1] for output in outputs if isinstance(output, Tensor)}
-    if len(channels) > 1:
-        raise ValueError(
-            f"{path!r} runs {len(outputs)} times, with {sorted(channels)} channels: one layer cannot serve them all"
-        )
-    return channels.pop()
+        if isinstance(output, str):
+            raise ValueError(f"{path!r} returns {output}, expected a feature map (B, C, H, W)")
+    autocast = any(map.autocast for map in maps)  # then dtypes may differ, and a layer takes them all
+    kinds = {f"{map.shape[1]} channels on {map.device}" + ("" if autocast else f" in {map.dtype}") for map in maps}
+    if len(kinds) > 1:
+        listed = " and ".join(sorted(kinds))
+        raise ValueError(f"{path!r} runs {len(maps)} times, with {listed}: one layer cannot serve them all")
+    return maps
+
+
+def _device_and_dtype(
+    model: nn.Module, host: nn.Module, map: FeatureMap | None
+) -> tuple[torch.device | None, torch.dtype | None]:
+    """What a new layer is moved to; None where nothing tells."""
+    like = next((p for part in (host, model) for p in part.parameters() if p.is_floating_point()), None)
+    device = map.device if map else like.device if like is not None else None
+    if map and map.dtype.is_floating_point and not map.autocast:
+        return device, map.dtype
+    return device, like.dtype if like is not None else None

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_sagan.attention.equation import SMALL_MATRIX
 from torch_sagan.attention.layer import SelfAttention2d
 from torch_sagan.attention.tiles import TILE_KEYS, TILE_QUERIES
-from torch_sagan.surgery.example_pass import ExampleInput, outputs_of_a_pass
-from torch_sagan.surgery.insert import channels_of, check_insertable, check_target
+from torch_sagan.surgery.example_pass import ExampleInput, FeatureMap, outputs_of_a_pass
+from torch_sagan.surgery.insert import check_insertable, check_target, feature_maps
 
 __all__ = ["InsertionPoint", "InsertionPoints", "insertion_points"]
 
@@ -53,19 +53,26 @@ class InsertionPoints(list[InsertionPoint]):
     Attributes:
         operations: floating-point operations of the model's own forward pass.
         memory: bytes that the model's own forward pass keeps for the backward pass, without the parameters.
+        refused: for each other module that ran, why it is not an insertion point.
     """
 
-    def __init__(self, points: Iterable[InsertionPoint], operations: int, memory: int) -> None:
+    def __init__(
+        self, points: Iterable[InsertionPoint], operations: int, memory: int, refused: Iterable[str] = ()
+    ) -> None:
         super().__init__(points)
         self.operations = operations
         self.memory = memory
+        self.refused = list(refused)
 
     def __str__(self) -> str:
+        if not self:
+            shown, more = self.refused[:5], len(self.refused) - 5
+            return "\n  ".join(["no insertion points", *shown, *([f"and {more} more"] if more > 0 else [])])
         rows = [("path", "module", "channels", "size", "calls", "operations", "", "memory, here", "memory, plain")]
         for point in self:
             share = f"+{point.operations / self.operations:.0%}" if self.operations else ""
             height, width = point.size
-            where = (point.path, point.type, str(point.channels), f"{height}×{width}", str(point.calls))
+            where = (point.path, point.type, str(point.channels), f"{height}x{width}", str(point.calls))
             rows.append(
                 (*where, _operations(point.operations), share, _bytes(point.memory), _bytes(point.plain_memory))
             )
@@ -84,8 +91,8 @@ def insertion_points(model: nn.Module, example_input: ExampleInput) -> Insertion
 
     These are the modules that return a feature map (B, C, H, W), always with the same number of channels; those inside
     a :class:`SelfAttention2d` or a parametrization are left out. The example is passed through the model once, in
-    evaluation mode, and leaves modes, buffers, hooks and random states as they were. Costs are proportional to the
-    batch of the example, so give it the size that you train with.
+    evaluation mode, and leaves modes, buffers, hooks and the random states of PyTorch, NumPy and Python as they were.
+    Costs are proportional to the batch of the example, so give it the size that you train with.
 
     For B maps with N = H·W positions, C channels of the value and D = C // 8 of query and key, a layer takes
 
@@ -107,7 +114,8 @@ def insertion_points(model: nn.Module, example_input: ExampleInput) -> Insertion
             arguments.
 
     Returns:
-        The insertion points, in the order in which the modules first return. Print them for a table.
+        The insertion points, in the order in which the modules first return. Print them for a table, or if there are
+        none, for what the modules return instead.
 
     Raises:
         ValueError: for a model that is compiled or wrapped for parallel training.
@@ -143,14 +151,13 @@ def insertion_points(model: nn.Module, example_input: ExampleInput) -> Insertion
     ):
         outputs = outputs_of_a_pass(model, modules, example_input)
 
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    points = []
+    points, refused = [], []
     for path, returned in outputs.items():
-        with suppress(ValueError):
-            channels = channels_of(path, returned)
-            maps = [output for output in returned if isinstance(output, Tensor)]
-            points.append(_insertion_point(path, type(modules[path]).__name__, channels, maps, on_cpu))
-    return InsertionPoints(points, counter.get_total_flops(), sum(kept.values()))
+        try:
+            points.append(_insertion_point(path, type(modules[path]).__name__, feature_maps(path, returned)))
+        except ValueError as error:
+            refused.append(str(error))
+    return InsertionPoints(points, counter.get_total_flops(), sum(kept.values()), refused)
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -170,8 +177,12 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     return candidates
 
 
-def _insertion_point(path: str, kind: str, channels: int, maps: list[Tensor], on_cpu: bool) -> InsertionPoint:
-    costs = [_costs(len(map), channels, map.shape[2] * map.shape[3], map.itemsize, on_cpu) for map in maps]
+def _insertion_point(path: str, kind: str, maps: list[FeatureMap]) -> InsertionPoint:
+    channels = maps[0].shape[1]
+    costs = [
+        _costs(map.shape[0], channels, map.shape[2] * map.shape[3], map.dtype.itemsize, map.device.type == "cpu")
+        for map in maps
+    ]
     largest = max(maps, key=lambda map: map.shape[2] * map.shape[3])
     return InsertionPoint(
         path,
