@@ -1,0 +1,171 @@
+"""What is saved by one process runs in another, which knows nothing of the first: every kind of file, of every subject.
+
+A program in memory may hold what its file cannot, and may find in its own process what no other one has.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import loaded_artifacts
+from subjects import ATTENTION, REPRESENTATIVE, SUBJECTS, build, inputs
+
+pytestmark = pytest.mark.slow  # exporting, and starting a process, takes seconds
+
+# The exporter of torch 2.5 fails on batch norm with the onnxscript of today.
+ONNX_EXPORTS = (
+    hasattr(torch.compiler, "is_exporting")
+    and find_spec("onnxscript") is not None
+    and find_spec("onnxruntime") is not None
+)
+
+Example = tuple[Tensor, ...]
+
+
+def export(module: nn.Module, example: Example, path: Path) -> None:
+    batch = torch.export.Dim("batch", min=1, max=1024)  # without an end, torch 2.5 objects to the largest integer
+    program = torch.export.export(module, example, dynamic_shapes=tuple({0: batch} for _ in example))
+    with path.open("wb") as file:  # a path would have to end in .pt2
+        torch.export.save(program, file)
+
+
+def export_to_onnx(module: nn.Module, example: Example, path: Path) -> None:
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in example)
+    torch.onnx.export(module, example, path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+
+
+def save_safetensors(module: nn.Module, example: Example, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(module.state_dict(), path)
+
+
+SAVERS: dict[str, Callable[[nn.Module, Example, Path], object]] = {
+    "torch.export": export,
+    "torch.jit.trace": lambda module, example, path: torch.jit.save(torch.jit.trace(module, example), path),
+    "ONNX": export_to_onnx,
+    "make_fx": lambda module, example, path: torch.save(make_fx(module)(*example), path),
+    # In a model, since torch cannot pickle the graph of a module whose own annotations are postponed.
+    "torch.fx": lambda module, _, path: torch.save(torch.fx.symbolic_trace(nn.Sequential(module)), path),
+    "torch.save": lambda module, _, path: torch.save(module, path),
+    "pickle": lambda module, _, path: path.write_bytes(pickle.dumps(module)),
+    "state dict": lambda module, _, path: torch.save(module.state_dict(), path),
+    "state dict, assigned": lambda module, _, path: torch.save(module.state_dict(), path),
+    "safetensors": save_safetensors,
+}
+
+
+PROGRAMS = ("torch.export", "torch.jit.trace", "ONNX", "make_fx")
+MODULES = ("torch.fx", "torch.save", "pickle")  # torch refuses those with a parametrization
+PAIRS = [
+    (kind, subject)
+    for kind in SAVERS
+    for subject in (ATTENTION if kind in MODULES else SUBJECTS)
+    if (kind != "ONNX" or ONNX_EXPORTS) and (kind != "safetensors" or find_spec("safetensors"))
+]
+
+
+def is_representative(kind: str, subject: str) -> bool:
+    """Exporting takes seconds."""
+    if kind in PROGRAMS:
+        return subject == "discriminator" or (subject == "official attention" and kind != "ONNX")
+    return subject in REPRESENTATIVE
+
+
+def save(kind: str, subject: str, path: Path) -> None:
+    """The file, and beside it inputs with the outputs that they had in this process."""
+    dtype = torch.float32 if kind == "ONNX" else torch.float64
+    module = build(subject, dtype).eval()
+    SAVERS[kind](module, inputs(subject, 3, dtype), path)
+    sizes = (3,) if kind == "make_fx" else (1, 3, 7)  # its batch size is fixed
+    batches = [inputs(subject, size, dtype) for size in sizes]
+    torch.save([(list(batch), module(*batch).detach()) for batch in batches], path.with_name(f"{path.name}.cases"))
+
+
+Outcomes = dict[tuple[str, str], str]
+
+
+@pytest.fixture(scope="module", params=["representative", pytest.param("others", marks=pytest.mark.exhaustive)])
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What is wrong with each kind of file of each subject; all are loaded by one process."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    manifest: list[dict[str, str]] = []
+    found: Outcomes = {}
+    for kind, subject in PAIRS:
+        if is_representative(kind, subject) != (request.param == "representative"):
+            continue
+        file = f"{kind}, {subject}"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what torch's exporters and traces use, and has deprecated
+                save(kind, subject, folder / file)
+        except Exception:
+            found[kind, subject] = f"not saved: {traceback.format_exc()}"
+        else:
+            manifest.append({"kind": kind, "subject": subject, "file": file})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    script = Path(loaded_artifacts.__file__)
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(folder)], cwd=folder, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    results = json.loads(child.stdout.splitlines()[-1])
+    for artifact in manifest:
+        found[artifact["kind"], artifact["subject"]] = results[artifact["file"]]
+    return found
+
+
+def assert_loaded(outcomes: Outcomes, kind: str) -> None:
+    of_this_kind = {subject: error for (other, subject), error in outcomes.items() if other == kind}
+    assert of_this_kind, "nothing was saved"
+    wrong = {subject: error for subject, error in of_this_kind.items() if error}
+    assert not wrong, "\n".join(f"{subject}: {error}" for subject, error in wrong.items())
+
+
+def test_export(outcomes: Outcomes) -> None:
+    """For batches of any size."""
+    assert_loaded(outcomes, "torch.export")
+
+
+def test_onnx(outcomes: Outcomes) -> None:
+    """For batches of any size, in onnxruntime."""
+    if not ONNX_EXPORTS:
+        pytest.skip("needs torch 2.7, onnxscript and onnxruntime")
+    assert_loaded(outcomes, "ONNX")
+
+
+def test_trace(outcomes: Outcomes) -> None:
+    assert_loaded(outcomes, "torch.jit.trace")
+
+
+def test_saved_graph(outcomes: Outcomes) -> None:
+    assert_loaded(outcomes, "make_fx")
+
+
+def test_saved_symbolic_trace(outcomes: Outcomes) -> None:
+    assert_loaded(outcomes, "torch.fx")
+
+
+@pytest.mark.parametrize("way", ["torch.save", "pickle"])
+def test_saved_module(outcomes: Outcomes, way: str) -> None:
+    assert_loaded(outcomes, way)
+
+
+@pytest.mark.parametrize("packing", ["state dict", "state dict, assigned", "safetensors"])
+def test_state_dict_in_a_file(outcomes: Outcomes, packing: str) -> None:
+    if packing == "safetensors":
+        pytest.importorskip("safetensors")
+    assert_loaded(outcomes, packing)
