@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def test_the_table_has_every_flag_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("setting", fields(Config), ids=lambda setting: setting.name)
-def test_the_table_has_the_defaults(setting) -> None:
+def test_the_table_has_the_defaults(setting: Field[Any]) -> None:
     stated = flag_table()[flag(setting.name)]
     if isinstance(setting.default, bool):
         assert stated == ("yes" if setting.default else "no")

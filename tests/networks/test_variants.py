@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, spectral_norms
 from torch_sagan.networks.blocks import PooledConv2d, UpsampledConv2d
 
-pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
+both_kernels = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 
 PAGE = (Path(__file__).parents[2] / "docs" / "variants.md").read_text(encoding="utf-8")
 CLASSES = 1000
@@ -70,6 +71,7 @@ def test_every_weight_of_the_residual_network(network: str, rows: int) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == total
 
 
+@both_kernels
 @pytest.mark.parametrize("network", ["Generator", "Discriminator"])
 def test_maps_of_the_residual_network(network: str) -> None:
     """The outputs of each block and of the attention have the order and sizes of the table."""
@@ -108,8 +110,14 @@ def test_every_weight_is_normalized_and_starts_xavier(network: str) -> None:
     assert attention.pool == 2
 
 
-@pytest.mark.parametrize("size", [32, 64, 128, 256])
-@pytest.mark.parametrize("classes", [None, 3])
+@both_kernels
+@pytest.mark.parametrize(
+    ("size", "classes"),
+    [
+        pytest.param(*case, marks=[] if case in ((32, 3), (64, None)) else pytest.mark.exhaustive)
+        for case in product((32, 64, 128, 256), (None, 3))
+    ],
+)
 def test_sizes_forward_and_backward(size: int, classes: int | None) -> None:
     generator = SAGANGenerator(size, base_channels=4, z_dim=8, num_classes=classes, architecture="resnet")
     discriminator = SAGANDiscriminator(size, base_channels=4, num_classes=classes, architecture="resnet")

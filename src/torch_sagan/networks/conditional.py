@@ -38,7 +38,7 @@ class ConditionalBatchNorm2d(nn.Module):
         norm: the batch norm without an affine part, which ``SyncBatchNorm.convert_sync_batchnorm`` finds.
 
     Raises:
-        ValueError, TypeError: in ``forward``, for labels that are missing, or of another shape, type or range.
+        ValueError, TypeError: in ``forward``, for labels that are missing, or of another shape, type, device or range.
 
     Source: de Vries et al., *Modulating early visual processing by language*, arXiv:1707.00683, as used by
     Zhang et al., arXiv:1805.08318.
@@ -95,7 +95,7 @@ class ProjectionHead(nn.Module):
 
     Raises:
         ValueError, TypeError: in ``forward``, for labels that are missing or given when not wanted, or of another
-            shape, type or range.
+            shape, type, device or range.
 
     Source: Miyato and Koyama, *cGANs with Projection Discriminator*, arXiv:1802.05637, equation 5.
 

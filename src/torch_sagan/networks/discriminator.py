@@ -59,25 +59,16 @@ class SAGANDiscriminator(Stages):
     convolution covers it whole, and its sum over positions in ``"resnet"``.
 
     Args:
-        image_size: S, the width and height of the images: 4, 5, 6 or 7 doubled at least once.
-        base_channels: channels of the largest feature map.
-        image_channels: channels of the images.
-        num_classes: classes of a conditional network, or None.
-        architecture: ``"dcgan"`` or ``"resnet"``.
+        image_size, base_channels, image_channels, num_classes, architecture, attention, device, dtype: as those of
+            :class:`SAGANGenerator`.
         attention_resolutions: sizes of the feature maps that get attention, () for none. Default of ``"dcgan"``: the
             last two; of ``"resnet"``: 32, or the largest below.
-        attention: ``attention(channels) -> Module``. Default: the architecture's own.
-        spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalises, or
+        spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalizes, or
             None for no normalization, as :func:`gradient_penalty` needs it. An ``attention`` of your own is not
             changed.
-        device: where the parameters are made; default: PyTorch's default device.
-        dtype: of the parameters; default: PyTorch's default dtype.
 
     Raises:
-        ValueError: for a size that cannot be built, an unknown architecture, and attention resolutions that do not
-            occur (the message lists those that do); in ``forward`` for images of another shape.
-        ValueError, TypeError: in ``forward``, for labels that are missing or given when not wanted, or of another
-            shape, type or range.
+        ValueError, TypeError: as :class:`SAGANGenerator` does; in ``forward`` also for images of another shape.
 
     Source: Zhang et al., arXiv:1805.08318; layers as in heykeetae/Self-Attention-GAN (``"dcgan"``) and
     brain-research/self-attention-gan (``"resnet"``).

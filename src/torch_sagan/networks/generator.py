@@ -76,7 +76,7 @@ class SAGANGenerator(Stages):
         ValueError: for a size that cannot be built, an unknown architecture, and attention resolutions that do not
             occur (the message lists those that do); in ``forward`` for a z of another shape.
         ValueError, TypeError: in ``forward``, for labels that are missing or given when not wanted, or of another
-            shape, type or range.
+            shape, type, device or range.
 
     Source: Zhang et al., arXiv:1805.08318; layers as in heykeetae/Self-Attention-GAN (``"dcgan"``) and
     brain-research/self-attention-gan (``"resnet"``).
