@@ -38,9 +38,10 @@ from measurement.stopwatch import Run, Stopwatch, on_device
 from torch_sagan import functional, spectral_norms
 from training.average import recalibrated
 from training.configuration import Config
-from training.data.image_folder import Batch
+from training.data.dataset import Batch
+from training.data.loading import read_batches
 from training.data.sources import ArrayDataset, InfiniteBatchSampler
-from training.data.workers import decoded, usable_cores
+from training.data.workers import usable_cores
 from training.output.sampling import draw
 from training.runs.distributed import SINGLE_PROCESS, ShardSampler, pick_device
 from training.state import TrainingState
@@ -206,7 +207,7 @@ def state_of(machine: Machine, architecture: str, batch: int, **settings: Any) -
     state = TrainingState(config, classes=classes, device=machine.device)
     images = torch.randint(256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8)
     labels = torch.randint(1000, (batch,)) if classes else None
-    made = Batch(images, labels, {})
+    made = Batch(images, labels)
     return state, state.batches(itertools.repeat(made.pin_memory() if machine.cuda else made))
 
 
@@ -258,7 +259,7 @@ def loader(machine: Machine) -> Iterator[Row]:
             images = np.memmap(file, np.uint8, "w+", shape=(count, 3, size, size))
             images[:] = np.arange(size, dtype=np.uint8)
             shards = ShardSampler(InfiniteBatchSampler(count, batch, seed=0, flip=True), SINGLE_PROCESS, 1)
-            batches = decoded(ArrayDataset(images), shards, workers=0, pin_memory=machine.cuda)
+            batches = read_batches(ArrayDataset(images), shards, pin_memory=machine.cuda)
             repeats = 3 if machine.tiny else 2 * count // batch
             next(batches)
             start = time.perf_counter()

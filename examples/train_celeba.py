@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from evaluation.class_agreement import class_agreement
 from evaluation.evaluator import Evaluator, Sampler, real_images
@@ -39,9 +38,11 @@ from evaluation.sliced_wasserstein import COARSEST
 from torch_sagan import spectral_norms
 from training.command_line import fail, interpreter, read_arguments, resolve_config, script
 from training.configuration import Config, check, default_out
-from training.data.image_folder import Batch, ImageFolder
-from training.data.sources import DataSource, InfiniteBatchSampler, crop_setting, open_data
-from training.data.workers import decoded, usable_cores
+from training.data.dataset import Batch, changes
+from training.data.image_folder import ImageFolder, left_out
+from training.data.loading import read_batches
+from training.data.sources import DataSource, InfiniteBatchSampler, crop_setting, folder_of, open_data
+from training.data.workers import usable_cores
 from training.output.logging import RunLog, one_report
 from training.output.model_card import image_channels
 from training.output.sampling import draw, redraw, save_reals, usable_average
@@ -70,12 +71,7 @@ def read_images(
     # From memory or the cache a batch is one copy; to transfer it from a worker would take four times as long.
     workers = min(config.num_workers, usable_cores()) if isinstance(data, ImageFolder) else 0
     shards = ShardSampler(order, ranks, config.grad_accum_steps)
-    named: dict[str, str] = {}
-    for batch in decoded(data, shards, workers=workers, pin_memory=device.type == "cuda"):
-        for path in sorted(batch.unreadable.keys() - named):
-            tqdm.write(f"{batch.unreadable[path]}, left out: {path}", file=sys.stderr)
-        named.update(batch.unreadable)
-        yield batch
+    return read_batches(data, shards, workers=workers, pin_memory=device.type == "cuda")
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
@@ -161,6 +157,7 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
             if not (end or logs or draws or saves or evaluates):
                 continue
             with ranks.agreeing():
+                state.classes = data.counts()  # without the images that turned out to be unreadable
                 best = report(state, log, evaluate if evaluates else None)
                 if end or saves or evaluates:
                     checkpoint = state.state_dict()
@@ -250,6 +247,8 @@ def start(args: dict[str, Any], ranks: Ranks, open_evaluator: OpenEvaluator) -> 
                         verify=verify,
                         classes=config.classes,
                         attributes=config.attributes,
+                        channels=config.channels,
+                        mirror=config.mirror,
                     )
         with ranks.agreeing(ValueError):
             state = begin(config, data, checkpoint, device, ranks, resume)
@@ -313,17 +312,19 @@ def begin(
     resume: str | None,
 ) -> TrainingState:
     """The state of a new run on this data, or of the run in the checkpoint."""
-    classes = data.labels.counts() if data.labels else {}
+    classes = data.counts()
     channels = data[[(0, False)]].images.shape[1]
     if checkpoint is None:
-        return TrainingState(config, image_channels=channels, classes=classes, device=device, ranks=ranks)
+        state = TrainingState(config, image_channels=channels, classes=classes, device=device, ranks=ranks)
+        state.data = data.fingerprint()
+        return state
     if list(checkpoint["classes"]) != list(classes):
         before, now = (", ".join(names) or "none" for names in (checkpoint["classes"], classes))
         fail(f"--resume {resume}: its networks have other classes ({before}) than --data {config.data} ({now})")
     state = restore(config, checkpoint, device, ranks, resume)
     if channels != (built := image_channels(checkpoint["generator"])):
         fail(f"--resume {resume}: its networks have image_channels={built}, but the images of --data have {channels}")
-    state.classes = classes  # of the images as they are now
+    state.classes, state.data = classes, data.fingerprint()  # of the images as they are now
     return state
 
 
@@ -361,14 +362,23 @@ def train_or_say_why_not(state: TrainingState, data: DataSource, out: Path, eval
 def announce(state: TrainingState, data: DataSource, reals: Path, checkpoint: dict[str, Any] | None) -> None:
     """Print what the run will do."""
     config = state.config
-    if isinstance(data, ImageFolder):
-        for path, reason in data.others.items():
-            print(f"{reason}, left out: {path}", file=sys.stderr)
+    folder = folder_of(data)
+    for line in left_out(data.others) if isinstance(data, ImageFolder) else ():  # the builder of a cache names them
+        print(line, file=sys.stderr)
     if checkpoint and (other := {n: v for n, v in checkpoint["versions"].items() if v != versions().get(n)}):
         print(f"versions  the checkpoint was made with {', '.join(f'{name} {v}' for name, v in other.items())}")
-    print(f"data      {config.data}: {len(data)} images at {config.image_size} px; the first are in {reals}")
-    if folder := data if isinstance(data, ImageFolder) else data.folder:
+    readable, of_the_class = len(data) - data.missing, " of the same class" if data.labels else ""
+    print(f"data      {config.data}: {readable} images at {config.image_size} px; the first are in {reals}")
+    if data.missing:
+        print(f"          {data.missing} more cannot be read; another image{of_the_class} takes the place of each")
+    if checkpoint and (changed := changes(checkpoint.get("data") or state.data, state.data)):
+        print(f"          since the checkpoint the data have changed: {changed}")
+    if folder:
         print(f"crop      {folder.crops()}")
+        if folder.skipped:
+            print(f"not read  {folder.skipped}")
+        if config.channels == "auto" and folder.gray():
+            print("channels  3, though these images are gray; a new run with --channels 1 would train on one")
     if state.classes:
         shown = [f"{name} {count}" for name, count in list(state.classes.items())[:12]]
         print(f"classes   {len(state.classes)}: {', '.join(shown)}{', …' if len(state.classes) > 12 else ''}")

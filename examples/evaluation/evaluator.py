@@ -28,18 +28,11 @@ from evaluation.inception_score import inception_score
 from evaluation.kid import kid
 from evaluation.precision_recall import NEIGHBOR, precision_recall
 from evaluation.sliced_wasserstein import distances, slices
-from training.data.sources import DataSource
+from training.data.dataset import Batch, ImageSet
 
 SLICED = 2048  # at most so many images for the sliced Wasserstein distance, since their patches are kept
 
 Sampler = Callable[[int, torch.Generator], Sequence[Tensor]]  # how many, random numbers -> z, or z and labels
-
-
-class Images(NamedTuple):
-    """A batch of real images: uint8 (B, 1 or 3, H, W), with labels (B,) or without."""
-
-    images: Tensor
-    labels: Tensor | None = None
 
 
 class Seen(NamedTuple):
@@ -74,7 +67,7 @@ class Evaluator:
 
     def __init__(
         self,
-        real: Iterable[Images],
+        real: Iterable[Batch],
         *,
         samples: int,
         batch_size: int = 64,
@@ -112,11 +105,11 @@ class Evaluator:
         rng = torch.Generator().manual_seed(seed)
         wanted = self.samples if self.extract else min(self.samples, SLICED)
 
-        def generated() -> Iterator[Images]:
+        def generated() -> Iterator[Batch]:
             for start in range(0, wanted, self.batch_size):
                 z, *labels = draw(min(self.batch_size, wanted - start), rng)
                 images = generator(z.to(self.device), *(y.to(self.device) for y in labels))
-                yield Images((images.float() * 127.5 + 127.5).round().clamp(0, 255).byte(), *labels)
+                yield Batch((images.float() * 127.5 + 127.5).round().clamp(0, 255).byte(), *labels)
 
         with torch.no_grad(), evaluation_mode(generator), seeded(self.device, seed):
             fake = self._look(generated())
@@ -142,7 +135,7 @@ class Evaluator:
         return scores
 
     @torch.no_grad()
-    def _look(self, batches: Iterable[Images]) -> Seen:
+    def _look(self, batches: Iterable[Batch]) -> Seen:
         images, features, labels, count = [], [], [], 0
         for batch, classes in batches:
             if batch.ndim != 4 or batch.shape[1] not in (1, 3) or batch.dtype != torch.uint8:
@@ -164,18 +157,18 @@ class Evaluator:
         )
 
 
-def real_images(source: DataSource, count: int, *, batch_size: int = 64, flip: bool = False) -> Iterator[Images]:
+def real_images(source: ImageSet, count: int, *, batch_size: int = 64, flip: bool = False) -> Iterator[Batch]:
     """`count` images of a source, always the same, or all if it has fewer; `flip` mirrors every other one."""
     chosen = np.random.default_rng(0).permutation(len(source))[:count].tolist()
     pairs = [(index, flip and i % 2 == 1) for i, index in enumerate(chosen)]
     for start in range(0, len(pairs), batch_size):
-        yield Images(*source[pairs[start : start + batch_size]][:2])
+        yield source[pairs[start : start + batch_size]]
 
 
-def _first(batches: Iterable[Images], count: int) -> Iterator[Images]:
+def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
     left = count
     for images, labels in batches:
-        yield Images(images[:left], None if labels is None else labels[:left])
+        yield Batch(images[:left], None if labels is None else labels[:left])
         left -= len(images)
         if left <= 0:
             return

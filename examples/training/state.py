@@ -24,7 +24,7 @@ from training.average import update_average
 from training.command_line import resolutions
 from training.configuration import Config
 from training.cuda_graph import GraphedStep
-from training.data.image_folder import Batch
+from training.data.dataset import Batch
 from training.objectives import objective
 from training.output.logging import Means
 from training.runs.checkpointing import CONTENTS, versions
@@ -76,6 +76,7 @@ class TrainingState:
         )
         self.latents = torch.Generator(device)
         self.step = 0
+        self.data: dict[str, Any] = {}  # what the images of this run are recognized by
         self.images = 0  # read from the data so far, by all processes together
         self.best: dict[str, float] = {}  # the lowest score of an evaluation so far, by the score's name
         self.scores: dict[str, float] = {}  # of the last evaluation
@@ -113,7 +114,7 @@ class TrainingState:
         while True:
             pieces = []
             for z in self.sample_latents():
-                images, labels, _ = next(data)
+                images, labels = next(data)
                 labels = None if labels is None else labels.to(self.device, non_blocking=True)
                 pieces.append(Piece(self.to_device(images), z, labels))
             yield pieces
@@ -164,7 +165,7 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint: state dicts, tensors and plain values."""
-        parts = {name: getattr(self, name) for name in CONTENTS} | {"config": asdict(self.config)}
+        parts = {name: getattr(self, name) for name in CONTENTS} | {"config": asdict(self.config), "data": self.data}
         return {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

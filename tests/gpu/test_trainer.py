@@ -18,7 +18,7 @@ from numerics import HAS_GPU
 from tiny_runs import SCRIPT, checkpoint, lines, train
 from training.configuration import Config
 from training.cuda_graph import WARM_UP
-from training.data.image_folder import Batch
+from training.data.dataset import Batch
 from training.runs.distributed import processes
 from training.state import TrainingState
 from training.step import GAN, training_step
@@ -144,7 +144,7 @@ def batches(state: TrainingState, count: int) -> Iterator[list]:
     size = state.config.image_size
     images = [torch.randint(256, (state.config.batch_size, 3, size, size), dtype=torch.uint8) for _ in range(count)]
     images = [part.pin_memory() for part in images] if state.device.type == "cuda" else images
-    return state.batches(Batch(part, None, {}) for part in images)
+    return state.batches(Batch(part, None) for part in images)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="test_train_celeba.py counts the readings of a step on the CPU")

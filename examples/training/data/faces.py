@@ -1,8 +1,8 @@
 """Procedural portraits: an endless, aligned set of cartoon faces that needs no download.
 
-Face `index` of `seed` is always the same face, at every size. Five pairs of distant parts have one colour each: the two
+Face `index` of `seed` is always the same face, at every size. Five pairs of distant parts have one color each: the two
 irises, the two earrings, the two cheeks, the hair and the brows, the headband and the shirt. Nothing near a part shows
-which colour it should have, so only a model that relates distant positions can draw both alike.
+which color it should have, so only a model that relates distant positions can draw both alike.
 
     from training.data.faces import render, traits
     images = render(traits(64), size=64)        # uint8, (64, 3, 64, 64)
@@ -33,7 +33,7 @@ SKIN = ((255, 226, 200), (244, 202, 166), (226, 172, 128), (190, 130, 88), (146,
 
 EYE_CENTER = (0.255, 0.04)  # of the right-hand eye before the pose; the other one is its mirror image
 WHITE, NIGHT, TEETH = (np.full((1, 3), value, np.float32) for value in (250, 18, 244))
-LIPS = np.array([[112, 10, 28]], np.float32)  # added to a share of the skin's colour
+LIPS = np.array([[112, 10, 28]], np.float32)  # added to a share of the skin's color
 
 
 class Traits(NamedTuple):
@@ -123,7 +123,7 @@ def traits(count: int, *, seed: int = 0, first: int = 0) -> Traits:
 
 
 def hair_colors(people: Traits) -> NDArray[np.int64]:
-    """The number of each face's hair colour (n,), its index in `HAIR_COLORS`."""
+    """The number of each face's hair color (n,), its index in `HAIR_COLORS`."""
     same = (people.hair[:, None] == np.array(HAIR, np.float32)).all(2)  # (n, 6)
     numbers: NDArray[np.int64] = same.argmax(1).astype(np.int64)
     return numbers

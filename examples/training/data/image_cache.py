@@ -1,8 +1,9 @@
 """Decode the images of a folder once, into an array on the disk, so that later epochs need no decoding.
 
-A cache is one `.npy` file, uint8 (N, 3, size, size), that runs map into memory. Row i is what the folder itself would
-return for image i, so that training from the cache and training without it are bitwise the same. After the array come
-the numbers of the decoded images (where image i cannot be read, row i is another image) and a checksum.
+A cache is one `.npy` file, uint8 (N, 3, size, size), with all images of the folder, those without a class too. Training
+from it and training without it are bitwise the same. After the array come N numbers (i where image i could be read) and
+a checksum. Runs read the rows that they need; they do not map the file, because access to a mapping kills the process
+where the file was cut off or the disk cannot read it.
 
 The name contains crop, size and a fingerprint of the files. A cache is written under another name, by one process at a
 time, and renamed when it is complete and on the disk. So a file with the name that a run expects is up to date. If its
@@ -19,21 +20,22 @@ import shutil
 import sys
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
-import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from training.data.image_folder import ImageFolder
-from training.data.workers import decoded, usable_cores
+from training.data.ahead import made_ahead
+from training.data.dataset import ImageSet, Pixels, Problems, SourceLost
+from training.data.files import SharedFile
+from training.data.image_folder import ImageFolder, Replacements, left_out
+from training.data.workers import Workers, usable_cores
 from training.runs.memory import readable
 
 DECODER = f"3, Pillow {PIL.__version__}"  # increase the number when `ImageFolder` returns other pixels for a file
@@ -41,25 +43,84 @@ CHECKSUM = 4  # bytes at the end of a cache: the CRC-32 of all before them
 CHUNK = 2**20  # bytes that are read at a time
 
 
+class Rows:
+    """The images in the file of a cache, uint8 (N, C, size, size), read when they are indexed."""
+
+    def __init__(self, path: Path, start: int, shape: tuple[int, ...]) -> None:
+        self.path, self.start, self.shape = path, start, shape
+        self._file = SharedFile(path)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: NDArray[np.int64]) -> Pixels:
+        """The images of these numbers, a copy."""
+        images = np.empty((len(index), *self.shape[1:]), np.uint8)
+        size = math.prod(self.shape[1:])
+        for image, row in zip(images, index.tolist(), strict=True):
+            # At its own position: several threads read.
+            if os.preadv(self._file.descriptor, [image.reshape(-1)], self.start + size * row) != size:
+                raise SourceLost(f"{self.path} was cut off while it was read; the next start decodes the images again")
+        return images
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Pixels:
+        return self[np.arange(len(self))].astype(dtype or np.uint8, copy=False)
+
+
+class CachedFolder(ImageSet):
+    """The images of a folder, from its cache.
+
+    Raises:
+        ValueError: if no image of a class could be read.
+    """
+
+    def __init__(self, folder: ImageFolder, decoded: Decoded) -> None:
+        self.folder, self.labels, self.unreadable = folder, folder.labels, {}
+        self.images, self.readable = decoded.images, decoded.readable[folder.kept]
+        self.rows = folder.kept.copy()  # for each image the row of its pixels
+        replacements = Replacements(self.labels, ~self.readable)
+        for number in (~self.readable).nonzero()[0].tolist():
+            other = next(replacements(number), None)
+            if other is None:
+                raise ValueError(folder.nothing_readable(number))
+            self.rows[number] = folder.kept[other]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pixels(self, numbers: Sequence[int]) -> tuple[Pixels, Problems]:
+        return self.images[self.rows[list(numbers)]], {}
+
+    @property
+    def missing(self) -> int:
+        return int((~self.readable).sum())
+
+    def counts(self) -> dict[str, int]:
+        return self.labels._replace(numbers=self.labels.numbers[self.readable]).counts() if self.labels else {}
+
+    def marks(self) -> dict[str, str]:
+        return self.folder.marks()
+
+
 class Decoded(NamedTuple):
-    """All images of a folder."""
+    """All images of a folder, those without a class too."""
 
-    images: NDArray[np.uint8]  # (N, 3, size, size)
-    sources: NDArray[np.int64]  # (N,) the number of the image in each row: its own, or of the one that replaces it
+    images: Rows  # (N, C, size, size), zeros where a file could not be read
+    readable: NDArray[np.bool_]  # (N,)
 
 
-def open_cache(folder: ImageFolder, directory: Path, *, verify: bool = True) -> Decoded:
-    """All images of a folder from its cache in `directory`, which is built if necessary.
+def open_cache(folder: ImageFolder, directory: Path, *, verify: bool = True) -> CachedFolder:
+    """The images of a folder from its cache in `directory`, which is built if necessary.
 
     Without `verify` only the length of a cache that is there is checked, in no time: for a process beside another one
     that has just verified it.
     """
-    shape = (len(folder), 3, folder.size, folder.size)
+    shape = (len(folder.all_paths), folder.channels, folder.size, folder.size)
     stem = _stem(folder)
     path = directory / f"{stem}-{_fingerprint(folder)}.npy"
-    images = _map(path, shape, verify=verify)
+    images = _open(path, shape, verify=verify)
     if images is not None:
-        return images
+        return CachedFolder(folder, images)
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / f"{stem}.lock")  # the kernel's: it ends with the process, however that ends
     try:
@@ -68,7 +129,7 @@ def open_cache(folder: ImageFolder, directory: Path, *, verify: bool = True) -> 
         print(f"waiting for another process, which decodes {folder.root}", file=sys.stderr, flush=True)
         lock.acquire()
     try:
-        images = _map(path, shape)  # by now, another process may have built it
+        images = _open(path, shape)  # by now, another process may have built it
         if images is None:
             for file in directory.iterdir():  # out of date, or left by a process that was killed
                 if file.name.startswith(f"{stem}-") and file.suffix in (".npy", ".part"):
@@ -76,24 +137,25 @@ def open_cache(folder: ImageFolder, directory: Path, *, verify: bool = True) -> 
                         print(f"damaged, decoded again: {path}", file=sys.stderr, flush=True)
                     file.unlink()
             _build(folder, path, shape)
-            images = _map(path, shape)
+            images = _open(path, shape)
             if images is None:
                 raise OSError(f"{path} differs from what was just written: choose another folder with --cache-dir")
     finally:
         lock.release()
-    return images
+    return CachedFolder(folder, images)
 
 
 def _stem(folder: ImageFolder) -> str:
     """The part of the name that all caches of this folder, crop and size share, whatever the folder contained."""
     where = hashlib.sha256(os.fsencode(folder.root)).hexdigest()[:8]
     crop = "auto" if folder.crop is None else folder.crop
-    return f"{folder.root.stem[:64]}-{folder.size}px-crop{crop}-{where}"
+    gray = "-gray" if folder.channels == 1 else ""
+    return f"{folder.root.stem[:64]}-{folder.size}px-crop{crop}{gray}-{where}"
 
 
 def _fingerprint(folder: ImageFolder) -> str:
     digest = hashlib.sha256(DECODER.encode())
-    for stamp in folder.stamps:
+    for stamp in folder.all_stamps:
         digest.update(os.fsencode(stamp) + b"\0")
     return digest.hexdigest()[:16]
 
@@ -104,7 +166,7 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-def _map(path: Path, shape: tuple[int, ...], *, verify: bool = True) -> Decoded | None:
+def _open(path: Path, shape: tuple[int, ...], *, verify: bool = True) -> Decoded | None:
     """The cache, or None if there is none, it has another length, or its checksum is wrong."""
     header = _header(shape)
     pixels = len(header) + math.prod(shape)
@@ -121,8 +183,7 @@ def _map(path: Path, shape: tuple[int, ...], *, verify: bool = True) -> Decoded 
             sources = file.read(end - pixels)
             if verify and file.read() != zlib.crc32(sources, checksum).to_bytes(CHECKSUM, "little"):
                 return None
-            images = np.memmap(file, np.uint8, "r", offset=len(header), shape=shape)
-            return Decoded(images, np.frombuffer(sources, np.dtype("<i8")).astype(np.int64))
+            return Decoded(Rows(path, len(header), shape), np.frombuffer(sources, "<i8") == np.arange(shape[0]))
     except OSError:
         return None
 
@@ -135,8 +196,8 @@ def _build(folder: ImageFolder, path: Path, shape: tuple[int, ...]) -> None:
             f"the decoded images need {readable(need)} in {path.parent}, {readable(need - free)} more than are "
             "free: choose another folder with --cache-dir, or give --no-cache"
         )
-    for other, reason in folder.others.items():
-        print(f"{reason}, left out: {other}", file=sys.stderr)
+    for line in left_out(folder.others):
+        print(line, file=sys.stderr)
     part = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}.part")
     try:
         with open(part, "xb") as file:
@@ -145,47 +206,42 @@ def _build(folder: ImageFolder, path: Path, shape: tuple[int, ...]) -> None:
             checksum = zlib.crc32(header)
             sources = bytearray()
             for images, numbers in _decoded(folder):
-                file.write(images.numpy().data)
-                checksum = zlib.crc32(images.numpy().data, checksum)
-                sources += numbers.numpy().astype("<i8").tobytes()
+                file.write(images.data)
+                checksum = zlib.crc32(images.data, checksum)
+                sources += numbers.astype("<i8").tobytes()
             file.write(sources)
             checksum = zlib.crc32(sources, checksum)
             file.write(checksum.to_bytes(CHECKSUM, "little"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except SourceLost:
+        raise
     except OSError as error:
         raise OSError(f"cannot write {path} ({readable(need)}): {error}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-class _Sources(Dataset[tuple[Tensor, Tensor, dict[str, str]]]):
-    """A folder that also returns the numbers of the images that it has read, and no classes."""
-
-    def __init__(self, folder: ImageFolder) -> None:
-        self.folder = folder
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor, dict[str, str]]:
-        images, sources, problems = zip(*map(self.folder.read, indices), strict=True)
-        unreadable = {path: reason for problem in problems for path, reason in problem.items()}
-        return torch.stack(images), torch.tensor(sources), unreadable
-
-
-def _decoded(folder: ImageFolder) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in their order, uint8 (n, 3, size, size) at a time, and their numbers (n,), decoded on all cores."""
-    step = min(64, max(1, 2**20 // (3 * folder.size**2)))  # at most a MiB, so that little shared memory is enough
-    starts = range(0, len(folder), step)
-    batches = [list(range(len(folder))[start : start + step]) for start in starts]
-    decoding = decoded(_Sources(folder), batches, workers=min(usable_cores(), len(batches)))
-    named: dict[str, str] = {}
+def _decoded(folder: ImageFolder) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
+    """All images in their order, uint8 (n, C, size, size) at a time, with their numbers (n,) or -1, decoded on all
+    cores."""
+    count = len(folder.all_paths)
+    step = min(64, max(1, 2**20 // (folder.channels * folder.size**2)))  # at most a MiB, so that all cores get some
+    parts = [range(start, min(start + step, count)) for start in range(0, count, step)]
+    workers = min(usable_cores(), len(parts))
+    pool = Workers(folder.rows, workers)
     interval = 0.1 if sys.stderr.isatty() else 10
-    with tqdm(
-        total=len(folder), desc=f"decoding {folder.root.name}", unit="img", dynamic_ncols=True, mininterval=interval
-    ) as bar:
-        for images, numbers, unreadable in decoding:
-            for path in sorted(unreadable.keys() - named):
-                tqdm.write(f"{unreadable[path]}, left out: {path}", file=sys.stderr)
-            named.update(unreadable)
-            bar.update(len(images))
-            yield images, numbers
+    unreadable: Problems = {}
+    bar = tqdm(total=count, desc=f"decoding {folder.root.name}", unit="img", dynamic_ncols=True, mininterval=interval)
+    decoding = made_ahead(pool, parts, threads=workers, ahead=2 * workers, why_late=pool.state, abandon=pool.kill)
+    with bar, closing(decoding):
+        try:
+            for part, (images, problems) in zip(parts, decoding, strict=True):
+                unreadable |= problems
+                bar.update(len(part))
+                yield images, np.array([-1 if folder.all_paths[i] in problems else i for i in part])
+        except OSError as error:
+            raise SourceLost(f"{folder.root} cannot be decoded: {error}") from None
+    for line in left_out(unreadable):
+        print(line, file=sys.stderr)

@@ -1,139 +1,210 @@
-"""Images of a folder or a zip archive, at any depth: found, decoded, cropped and resized.
+"""Images of a folder or a zip archive, at any depth: decoded, cropped and resized.
 
 A file that is not an image, or that cannot be read without guessing, is left out and reported with the reason.
 """
 
 from __future__ import annotations
 
-import heapq
-import io
-import mmap
-import os
-import stat
-import warnings
-import zipfile
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import IO, NamedTuple, cast
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path, PurePosixPath
 
 import numpy as np
-import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import Dataset
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
+from training.data.dataset import ImageSet, Pixels, Problems, digest
+from training.data.decoding import SUFFIXES, is_gray, upright_rgb, upright_size, without_warnings
+from training.data.files import Archive, Folder, reason
 from training.data.labels import UNLABELED, Labels
-from training.runs.memory import readable
 
-Indices = list[tuple[int, bool]]  # the images of a batch: each one's number, and whether it is mirrored
-Found = tuple[str, str, str]  # a file's path, a text that changes when the file does, and why it is left out, or ""
 Labeling = Callable[[list[str]], Labels]  # paths within a folder, with slashes -> their classes
 CELEBA, CELEBA_CROP = (178, 218), 160  # the size of CelebA's aligned images, and what is usually cropped from them
-LARGEST_FILE = 2**29  # bytes; a member of an archive is read into memory as a whole
 NO_CLASS = "no class"  # the reason for leaving out an image without a class
-SAMPLE = 64  # images whose sizes are looked at
+TRIES = 64  # images that are drawn to replace one, before all of its class are gone through
+NAMED = 10  # files that are named for each reason
+SAMPLE = 64  # images whose headers are looked at
 
 
-class Batch(NamedTuple):
-    """A batch of a data set that is indexed by a whole batch at once."""
+class Replacements:
+    """The images that are tried in the place of an unreadable one: others of its class, in an order of its own, since
+    unreadable files are often neighbors."""
 
-    images: Tensor  # uint8 (B, C, size, size)
-    labels: Tensor | None  # (B,), if the data set has classes
-    unreadable: dict[str, str]  # files that could not be read, each with the reason
+    def __init__(self, labels: Labels | None, unreadable: NDArray[np.bool_]) -> None:
+        self.labels, self.unreadable = labels, unreadable  # (N,) what is known to be unreadable is not tried
+        self._members: dict[int, NDArray[np.int64]] = {}
 
-    def pin_memory(self) -> Batch:
-        """The same in page-locked memory, which a GPU reads while the program goes on."""
-        labels = None if self.labels is None else self.labels.pin_memory()
-        return self._replace(images=self.images.pin_memory(), labels=labels)
+    def __call__(self, number: int) -> Iterator[int]:
+        members, rng = self._like(number), np.random.default_rng(number)
+        yield from self._left(members[rng.integers(len(members), size=TRIES)])
+        yield from self._left(rng.permutation(members))  # takes long where there are many, and is hardly ever needed
+
+    def _left(self, tried: NDArray[np.int64]) -> Iterator[int]:
+        return (other for other in tried[~self.unreadable[tried]].tolist() if not self.unreadable[other])
+
+    def _like(self, number: int) -> NDArray[np.int64]:
+        if self.labels is None:
+            return self._members.setdefault(UNLABELED, np.arange(len(self.unreadable)))
+        label = int(self.labels.numbers[number])
+        if label not in self._members:
+            self._members[label] = (self.labels.numbers == label).nonzero()[0]
+        return self._members[label]
 
 
-class ImageFolder(Dataset[Batch]):
-    """The images below a folder, at any depth, cropped and resized. `others` are the files left out, each with the
-    reason.
+class ImageFolder(ImageSet):
+    """The images below a folder or in a zip archive, cropped and resized. `others` are the files left out, each with
+    the reason, and `skipped` says what was not looked at.
 
-    An image that turns out to be unreadable is replaced by the next one that can be read, so that a batch always has
-    its size. `crop` is the side of the centre square that is kept, in pixels, 0 for the largest; None takes 160 pixels
-    of images of CelebA's size and the largest square of all others. With `labeling`, images without a class are left
-    out, and an image that replaces an unreadable one has its own label.
+    An image that turns out to be unreadable is replaced by another one of its class, always the same, so that a batch
+    has its size and its labels. `crop` is the side of the center square that is kept, in pixels, 0 for the largest;
+    None takes 160 pixels of images of CelebA's size and the largest square of all others. With `labeling`, images
+    without a class are left out. `channels` is 3, or 1 for gray values.
     """
 
-    flip = True  # a mirrored image could be in the data set
-
-    def __init__(self, root: Path, size: int, crop: int | None = None, labeling: Labeling | None = None) -> None:
-        self.labeling = labeling
-        self.labels: Labels | None = None
-        self.root, self.size, self.crop = root.resolve(), size, crop
-        suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
-        self.paths: list[str] = []
-        self.stamps: list[str] = []  # for each image a text that changes when its file does, found without reading it
-        self.others: dict[str, str] = {}
-        for path, stamp, problem in sorted(self._find()):
-            # Names that start with a dot belong to other programs, such as macOS's ._000001.jpg.
-            image = os.path.splitext(path)[1].lower() in suffixes and not os.path.basename(path).startswith(".")
-            if image and not problem:
-                self.paths.append(path)
-                self.stamps.append(stamp)
+    def __init__(
+        self,
+        root: Path,
+        size: int,
+        crop: int | None = None,
+        labeling: Labeling | None = None,
+        *,
+        channels: int = 3,
+    ) -> None:
+        self.root, self.size, self.crop, self.channels = root.resolve(), size, crop, channels
+        self.source = Folder(self.root) if self.root.is_dir() else Archive(self.root)
+        found: list[tuple[str, str]] = []
+        self.others: Problems = {}
+        for path, stamp, problem in sorted(self.source.files()):
+            if PurePosixPath(path).suffix.lower() in SUFFIXES and not problem:
+                found.append((path, stamp))
             else:
                 self.others[path] = problem or "not an image"
+        # All images, of which those with a class are used: a cache of all serves runs with and without classes.
+        self.all_paths, self.all_stamps = [path for path, _ in found], [stamp for _, stamp in found]
+        self.kept: NDArray[np.int64] = np.arange(len(found))  # the numbers among all images of those that are used
         if labeling:
             self._label(labeling)
-        self.unreadable: dict[str, str] = {}  # the images found unreadable so far in this process, each with the reason
-        self._instead: dict[int, int] = {}  # from the index of each of them to that of the image that replaces it
+        self.paths = [self.all_paths[i] for i in self.kept]
+        self.unreadable = {}
+        self._bad = np.zeros(len(self.paths), bool)  # the same by their numbers
+        self._replacements = Replacements(self.labels, self._bad)
+        self._instead: dict[int, int] = {}  # from the number of each unreadable image to that of its replacement
+
+    @property
+    def skipped(self) -> str:
+        """What was not looked at, in one line."""
+        return str(self.source.skipped)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, indices: Indices) -> Batch:
-        images, sources, unreadable = [], [], {}
-        for index, flip in indices:
-            image, source, problem = self.read(index)
-            images.append(image.flip(-1) if flip else image)
-            sources.append(source)
-            unreadable.update(problem)
-        labels = None if self.labels is None else torch.from_numpy(self.labels.numbers[sources])  # (B,)
-        return Batch(torch.stack(images), labels, unreadable)
+    def pixels(self, numbers: Sequence[int]) -> tuple[Pixels, Problems]:
+        """These images; an unreadable one is replaced by another of its class."""
+        images = self.empty(len(numbers))
+        found: Problems = {}
+        for target, number in zip(images, numbers, strict=True):
+            self._fill(target, number, found)
+        return images, found
 
-    def read(self, index: int) -> tuple[Tensor, int, dict[str, str]]:
-        """Image `index`, uint8 (3, size, size), and its index, or those of the next image that can be read and the
-        path of the unreadable one with the reason."""
-        failed: list[int] = []
-        at = index
-        while len(failed) < len(self.paths):
-            at = self._instead.get(at, at)
-            try:
-                image = self._decode(self.paths[at])
-            except Exception as error:  # damaged files raise errors of many types
-                self.unreadable[self.paths[at]] = _reason(error)
-                failed.append(at)
-                at = (at + 1) % len(self.paths)
+    def rows(self, numbers: Sequence[int]) -> tuple[Pixels, Problems]:
+        """The images of these numbers among all of the folder, those without a class too; zeros if unreadable."""
+        images = self.empty(len(numbers))
+        found: Problems = {}
+        for target, number in zip(images, numbers, strict=True):
+            if problem := self._decode_into(target, self.all_paths[number]):
+                found[self.all_paths[number]] = problem
+        return images, found
+
+    def empty(self, count: int) -> Pixels:
+        """Black images."""
+        return np.zeros((count, self.channels, self.size, self.size), np.uint8)
+
+    def _fill(self, target: Pixels, number: int, found: Problems) -> None:
+        """Fill (C, size, size) with an image, or with one that replaces it; `found` gets what cannot be read."""
+        if not self._bad[number] and (problem := self._decode_into(target, self.paths[number])):
+            self._note(number, problem, found)
+        if not self._bad[number]:
+            return
+        found[self.paths[number]] = self.unreadable[self.paths[number]]
+        known = [self._instead[number]] if number in self._instead else []
+        for other in chain(known, self._replacements(number)):
+            if problem := self._decode_into(target, self.paths[other]):
+                self._note(other, problem, found)
             else:
-                self._instead.update(dict.fromkeys(failed, at))
-                path = self.paths[index]
-                return image, at, {path: self.unreadable[path]} if path in self.unreadable else {}
-        path, reason = next(iter(self.unreadable.items()))
-        raise ValueError(f"none of the {len(failed)} images can be read, for example {path}: {reason}")
+                self._instead[number] = other
+                return
+        raise ValueError(self.nothing_readable(number))
+
+    def _note(self, number: int, problem: str, found: Problems) -> None:
+        self._bad[number] = True
+        self.unreadable[self.paths[number]] = found[self.paths[number]] = problem
+
+    def nothing_readable(self, number: int) -> str:
+        """The message where neither this image nor any other of its class can be read."""
+        kind = f" of the class {self.labels.classes[self.labels.numbers[number]]}" if self.labels else ""
+        path = self.paths[number]
+        why = self.unreadable.get(path) or self._decode_into(self.empty(1)[0], path)
+        return f"no image{kind} can be read, for example {path}: {why}"
+
+    def _decode_into(self, target: Pixels, path: str) -> str:
+        """Fill (C, size, size) with an image. Returns why that is not possible, or ""."""
+        try:
+            with without_warnings():
+                self._decode(target, path)
+        except Exception as error:  # damaged files raise errors of many types
+            self.source.check()
+            return "not in a format that can be read" if isinstance(error, UnidentifiedImageError) else reason(error)
+        return ""
+
+    def _decode(self, target: Pixels, path: str) -> None:
+        with Image.open(self.source.open(path)) as file:
+            image = upright_rgb(file)
+        if self.channels == 1:
+            image = image.convert("L")
+        width, height = image.size
+        side = self._side(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+        image = image.crop(box).resize((self.size, self.size), Image.Resampling.LANCZOS)
+        target[:] = np.asarray(image).reshape(self.size, self.size, -1).transpose(2, 0, 1)
+
+    def _side(self, width: int, height: int) -> int:
+        """Width and height of the square that is cropped from an image."""
+        crop = (CELEBA_CROP if (width, height) == CELEBA else 0) if self.crop is None else self.crop
+        return min(width, height, crop or width)
 
     def _label(self, labeling: Labeling) -> None:
-        labels = labeling([self._name(path) for path in self.paths])
-        kept = (labels.numbers != UNLABELED).nonzero()[0].tolist()
-        self.others |= dict.fromkeys(set(self.paths) - {self.paths[i] for i in kept}, NO_CLASS)
-        self.paths, self.stamps = [self.paths[i] for i in kept], [self.stamps[i] for i in kept]
-        self.labels = labels.only(kept)
+        # Composed, as everywhere but on a Mac's older disks: the same name is then the same class.
+        names = [unicodedata.normalize("NFC", self.source.name(path)) for path in self.all_paths]
+        labels = labeling(names)
+        used = labels.numbers != UNLABELED
+        self.kept = used.nonzero()[0]
+        self.others |= {self.all_paths[i]: NO_CLASS for i in (~used).nonzero()[0]}
+        self.labels = labels.only(self.kept.tolist())
 
-    def _name(self, path: str) -> str:
-        """The path within the folder, with slashes."""
-        return Path(path).relative_to(self.root).as_posix()
+    def counts(self) -> dict[str, int]:
+        if self.labels is None:
+            return {}
+        known = [path not in self.unreadable for path in self.paths] if self.unreadable else slice(None)
+        return self.labels._replace(numbers=self.labels.numbers[known]).counts()
+
+    def marks(self) -> dict[str, str]:
+        stamps = [self.all_stamps[i].rsplit(" ", 2) for i in self.kept]
+        what = ("names", "sizes", "times" if isinstance(self.source, Folder) else "checksums")
+        columns = zip(*stamps, strict=True)
+        return {
+            f"{kind} of files": digest(
+                unicodedata.normalize("NFC", text).encode("utf-8", "surrogateescape") for text in column
+            )
+            for kind, column in zip(what, columns, strict=True)
+        }
 
     def crops(self) -> str:
         """The crop and the sizes of the images, from the headers of all of them, or of a sample in a large folder."""
-        sample = self.paths[:: -(-len(self.paths) // SAMPLE)]
         crops: Counter[str] = Counter()
-        for path in sample:
-            try:
-                width, height = self._upright_size(path)
-            except Exception:  # as in `read`, which reports it
-                continue
+        for width, height, _ in self._headers():
             side = self._side(width, height)
             crops[f"{side}x{side} of {width}x{height}"] += 1
         if len(crops) == 1:
@@ -142,150 +213,33 @@ class ImageFolder(Dataset[Batch]):
             text = ", ".join(f"{what} ({count})" for what, count in crops.most_common(3))
             if others := crops.total() - sum(count for _, count in crops.most_common(3)):
                 text += f", other sizes ({others})"
-        return text if len(sample) == len(self.paths) else f"{text}, in a sample of {len(sample)}"
+        looked_at = len(self._sample())
+        return text if looked_at == len(self) else f"{text}, in a sample of {looked_at}"
 
-    def _find(self) -> Iterator[Found]:
-        """All files. Each folder is read once, and links to folders last, so that links cannot form a cycle."""
-        folders, links = [str(self.root)], list[str]()
-        read = set()
-        while folders or links:
-            folder = folders.pop() if folders else heapq.heappop(links)
+    def gray(self) -> bool:
+        """Whether no image stores colors, as far as the same headers tell."""
+        return all(gray for *_, gray in self._headers())
+
+    def _sample(self) -> list[str]:
+        return self.paths[:: -(-len(self) // SAMPLE)]
+
+    def _headers(self) -> Iterator[tuple[int, int, bool]]:
+        """Width and height of decoded images, and whether they are gray."""
+        for path in self._sample():
             try:
-                status = os.stat(folder)
-                entries = list(os.scandir(folder))
-            except OSError as error:
-                yield folder, "", _reason(error)
+                with without_warnings(), Image.open(self.source.open(path)) as file:
+                    found = (*upright_size(file), is_gray(file))
+            except Exception:  # as in `_decode_into`, whose caller reports it
                 continue
-            if (status.st_dev, status.st_ino) in read:
-                yield folder, "", "a link to a folder that is read already"
-                continue
-            read.add((status.st_dev, status.st_ino))
-            for entry in entries:
-                try:
-                    status = entry.stat()
-                except OSError as error:  # a broken link
-                    yield entry.path, "", _reason(error)
-                    continue
-                if not stat.S_ISDIR(status.st_mode):
-                    regular = stat.S_ISREG(status.st_mode)  # opening a pipe would wait for its writer
-                    problem = _too_large(status.st_size) if regular else "not a regular file"
-                    name = entry.path[len(str(self.root)) :]
-                    yield entry.path, f"{name} {status.st_size} {status.st_mtime_ns}", problem
-                elif entry.is_symlink():
-                    heapq.heappush(links, entry.path)
-                else:
-                    folders.append(entry.path)
-
-    def _open(self, path: str) -> ImageFile.ImageFile:
-        return _open_image(path)
-
-    def _decode(self, path: str) -> Tensor:
-        with self._open(path) as file:
-            image = upright_rgb(file)
-        width, height = image.size
-        side = self._side(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        box = (left, top, left + side, top + side)
-        image = image.crop(box).resize((self.size, self.size), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, size, size)
-
-    def _side(self, width: int, height: int) -> int:
-        """Width and height of the square that is cropped from an image."""
-        crop = (CELEBA_CROP if (width, height) == CELEBA else 0) if self.crop is None else self.crop
-        return min(width, height, crop or width)
-
-    def _upright_size(self, path: str) -> tuple[int, int]:
-        """Width and height that the decoded image will have, from its header."""
-        with self._open(path) as file:
-            width, height = file.size
-            if isinstance(file, TiffImagePlugin.TiffImageFile):  # some versions of Pillow have swapped the size already
-                width, height = (file.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
-            lies = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (height, width) if lies else (width, height)
+            yield found
 
 
-class _Mapped(mmap.mmap):
-    """A file in memory. Each process has its own reading position, so that workers can share one open archive."""
-
-    def seekable(self) -> bool:  # zipfile calls it, and mmap has it only from Python 3.13 on
-        return True
-
-
-class ZippedImageFolder(ImageFolder):
-    """A folder in a zip archive, which is not unpacked. Paths are those in the archive."""
-
-    def __init__(self, root: Path, size: int, crop: int | None = None, labeling: Labeling | None = None) -> None:
-        with open(root, "rb") as file:
-            mapped = _Mapped(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._archive = zipfile.ZipFile(cast("IO[bytes]", mapped))
-        super().__init__(root, size, crop, labeling)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # For workers that do not share memory: they open the archive again.
-        return type(self), (self.root, self.size, self.crop, self.labeling)
-
-    def _find(self) -> Iterator[Found]:
-        for member in self._archive.infolist():
-            if not member.is_dir():
-                problem = "encrypted" if member.flag_bits & 1 else _too_large(member.file_size)
-                yield member.filename, f"{member.filename} {member.file_size} {member.CRC}", problem
-
-    def _name(self, path: str) -> str:
-        return path
-
-    def _open(self, path: str) -> ImageFile.ImageFile:
-        return _open_image(io.BytesIO(self._archive.read(path)))  # read as a whole, so that its checksum is verified
-
-
-def _too_large(size: int) -> str:
-    return f"{readable(size)}, at most {readable(LARGEST_FILE)} are read" if size > LARGEST_FILE else ""
-
-
-def _reason(error: Exception) -> str:
-    """Why a file cannot be read, without its path, which the messages already contain."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not in a format that can be read"
-    text = getattr(error, "strerror", None) or str(error)
-    return (text.splitlines() or [type(error).__name__])[0]
-
-
-def _open_image(source: str | io.BytesIO) -> ImageFile.ImageFile:
-    with warnings.catch_warnings():
-        # Pillow warns about images half as large as those that it refuses.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(source)
-
-
-def upright_rgb(file: ImageFile.ImageFile) -> Image.Image:
-    """The pixels of an open file as RGB, rotated as its EXIF data say, on white where they are transparent."""
-    if file.mode == "F" or file.mode.startswith("I"):
-        return _gray_bytes(file).convert("RGB")
-    if file.format == "PNG" and "transparency" in file.info and file.tile[0][3] in ("L;2", "L;4", "RGB;16B"):
-        # Pillow converts the pixels to bytes, but compares them with the unconverted colour of the file.
-        raise ValueError("a transparent colour of 2, 4 or 16 bits, which Pillow does not find in the image")
-    image = ImageOps.exif_transpose(file)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _gray_bytes(file: ImageFile.ImageFile) -> Image.Image:
-    """Grey values of more than 8 bits, which Pillow's own conversion would cut off at 255."""
-    tags = file.tag_v2 if isinstance(file, TiffImagePlugin.TiffImageFile) else {}
-    if file.mode == "F":
-        white = 1
-    elif file.format in ("PNG", "PPM", "JPEG2000"):
-        white = 65535
-    elif file.format == "TIFF" and file.mode != "I":  # mode I: numbers with a sign, or of 32 bits
-        white = 2 ** tags[ExifTags.Base.BitsPerSample][0] - 1
-    else:
-        raise ValueError(f"grey values of {file.format} mode {file.mode}, for which no value is known to be white")
-    values = np.asarray(ImageOps.exif_transpose(file), np.float32)  # (H, W)
-    if not (values.min() >= 0 and values.max() <= white):  # nor is nan
-        raise ValueError(f"grey values from {values.min():g} to {values.max():g}, expected 0 to {white}")
-    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white
-        values = white - values
-    if "transparency" in file.info:
-        values = np.where(values == file.info["transparency"], white, values)
-    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+def left_out(others: Problems) -> Iterator[str]:
+    """A line for each file; of many with the same reason, the first few and how many more there are."""
+    reasons: dict[str, list[str]] = {}
+    for path, why in others.items():
+        reasons.setdefault(why, []).append(path)
+    for why, paths in reasons.items():
+        yield from (f"{why}, left out: {path}" for path in paths[:NAMED])
+        if len(paths) > NAMED:
+            yield f"{why}, left out: {len(paths) - NAMED} more"

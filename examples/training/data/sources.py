@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +20,23 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from training.data import faces
 from training.data.cifar10 import is_cifar10, read_cifar10
-from training.data.image_cache import open_cache
-from training.data.image_folder import NO_CLASS, Batch, ImageFolder, Indices, Labeling, ZippedImageFolder
-from training.data.labels import Labels, check_classes, find_attributes, from_attributes, from_folders, read_attributes
+from training.data.dataset import ImageSet, Indices, Pixels, Problems
+from training.data.image_cache import CachedFolder, open_cache
+from training.data.image_folder import NO_CLASS, ImageFolder, Labeling
+from training.data.labels import (
+    ATTRIBUTE_FILES,
+    Labels,
+    check_classes,
+    find_attributes,
+    from_attributes,
+    from_folders,
+    parse_attributes,
+    read_attributes,
+)
 from training.data.mnist import is_mnist, read_mnist
 
 FACES = 4096
@@ -62,35 +74,28 @@ class InfiniteBatchSampler(Sampler[Indices]):
         return list(zip(order, flips.tolist(), strict=True))
 
 
-class ArrayDataset(Dataset[Batch]):
-    """Images in memory, or mapped into it: uint8 (N, C, size, size).
+class ArrayDataset(ImageSet):
+    """Images in memory: uint8 (N, C, size, size). `flip` says whether a mirrored image could be in the data set."""
 
-    `folder` is the folder that they were decoded from; `flip` says whether a mirrored image could be in the data set.
-    """
-
-    def __init__(
-        self,
-        images: NDArray[np.uint8],
-        labels: Labels | None = None,
-        *,
-        folder: ImageFolder | None = None,
-        flip: bool = True,
-    ) -> None:
-        self.images, self.labels, self.folder, self.flip = images, labels, folder, flip
+    def __init__(self, images: Pixels, labels: Labels | None = None, *, flip: bool = True) -> None:
+        self.images, self.labels, self.flip, self.unreadable = images, labels, flip, {}
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, indices: Indices) -> Batch:
-        # In numpy: torch takes ten times as long to index and select bytes.
-        index, flip = (np.array(column) for column in zip(*indices, strict=True))
-        images = np.asarray(self.images)[index]  # (B, C, size, size), a copy
-        images[flip] = images[flip, :, :, ::-1]
-        labels = None if self.labels is None else torch.from_numpy(self.labels.numbers[index])  # (B,)
-        return Batch(torch.from_numpy(images), labels, {})
+    def pixels(self, numbers: Sequence[int]) -> tuple[Pixels, Problems]:
+        return self.images[list(numbers)], {}  # a copy
+
+    def marks(self) -> dict[str, str]:
+        return {"pixels": f"{zlib.crc32(np.ascontiguousarray(self.images).data):08x}"}
 
 
-DataSource = ArrayDataset | ImageFolder
+DataSource = ArrayDataset | ImageFolder | CachedFolder
+
+
+def folder_of(data: DataSource) -> ImageFolder | None:
+    """The folder or archive that images come from, decoded as they are needed or once."""
+    return data.folder if isinstance(data, CachedFolder) else data if isinstance(data, ImageFolder) else None
 
 
 def open_data(
@@ -102,11 +107,16 @@ def open_data(
     verify: bool = True,
     classes: str = "none",
     attributes: str = "",
+    channels: str = "auto",
+    mirror: bool = True,
 ) -> DataSource:
     """The data set that `--data` names, with the classes that `--classes` names.
 
     A folder of images is decoded once, into the folder `cache`, or in every epoch without one; `verify` says whether a
     cache that is there has its checksum verified. All other data sets are read into memory within seconds.
+
+    With `channels` "auto" a folder has three, and every other data set its own; "1" turns colors into gray values. With
+    `mirror` false no image is mirrored, even if it could be in the data set.
 
     Every error is a ValueError or an OSError with one line.
     """
@@ -117,7 +127,7 @@ def open_data(
         raise ValueError(f"--classes {classes}: expected none, own, or {ATTRIBUTES} and names such as Smiling,Male")
     root = Path(data)
     if numbers := face_numbers(data):
-        source: DataSource = procedural_faces(size, len(numbers), first=numbers.start)
+        source = procedural_faces(size, len(numbers), first=numbers.start)
     elif data == "digits":
         source = digits(size)
     elif is_cifar10(root):
@@ -126,7 +136,12 @@ def open_data(
         source = mnist(root, size)
     else:
         labeling = _attribute_labeling(root, named, attributes) if named else from_folders if classes == "own" else None
-        return _open_folder(data, size, crop, cache, verify, labeling)
+        colors = 1 if channels == "1" else 3
+        folder = _open_folder(data, size, crop, cache, verify, labeling, colors)
+        folder.flip = mirror
+        return folder
+    source.images = with_channels(source.images, channels)
+    source.flip = source.flip and mirror
     if named:
         raise ValueError(f"--classes {classes}: {data} has no attributes, give own or none")
     assert source.labels is not None
@@ -156,7 +171,7 @@ def procedural_faces(size: int, count: int = FACES, *, first: int = 0) -> ArrayD
 
 
 def digits(size: int) -> ArrayDataset:
-    """The 1797 handwritten digits that scikit-learn ships, 8×8 pixels in 17 greys: enlarged, with more contrast."""
+    """The 1797 handwritten digits that scikit-learn ships, 8×8 pixels in 17 grays: enlarged, with more contrast."""
     from sklearn.datasets import load_digits  # imported here, because only this data set needs it
 
     margin = 3 * size // 28  # the strokes reach the edge of the 8×8 pixels, and are easier to read with a margin
@@ -182,21 +197,46 @@ def cifar10(archive: Path, size: int) -> ArrayDataset:
     return ArrayDataset(_resized(images, size), Labels(classes, labels))
 
 
+def with_channels(images: Pixels, channels: str) -> Pixels:
+    """Images (N, 1 or 3, H, W) with so many channels, or their own if that is "auto"."""
+    if channels == "auto" or images.shape[1] == int(channels):
+        return images
+    if channels == "3":
+        return np.repeat(images, 3, axis=1)
+    red, green, blue = np.moveaxis(images.astype(np.uint32), 1, 0)  # (N, H, W) each
+    # The luma of ITU-R 601, in integers as Pillow computes it for files.
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(np.uint8)[:, None]
+
+
 def crop_setting(text: str) -> int | None:
     """The value of `--crop`: a number of pixels, or None for auto."""
     if text != "auto" and not text.isdecimal():
-        raise ValueError(f"--crop {text}: expected auto, or a number of pixels, 0 for the largest centre square")
+        raise ValueError(f"--crop {text}: expected auto, or a number of pixels, 0 for the largest center square")
     return None if text == "auto" else int(text)
 
 
 def _attribute_labeling(root: Path, names: list[str], attributes: str) -> Labeling:
-    table = read_attributes(Path(attributes) if attributes else find_attributes(root), names)
-    return partial(from_attributes, table=table, attributes=names)
+    return partial(from_attributes, table=_attribute_table(root, names, attributes), attributes=names)
+
+
+def _attribute_table(root: Path, names: list[str], attributes: str) -> dict[str, tuple[bool, ...]]:
+    if not attributes and root.is_file() and zipfile.is_zipfile(root):
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(root) as archive:  # Kaggle's has images and table in it
+            for member in archive.namelist():
+                if re.split(r"[/\\]", member)[-1] in ATTRIBUTE_FILES:
+                    return parse_attributes(archive.read(member), f"{root}, {member}", names)
+    return read_attributes(Path(attributes) if attributes else find_attributes(root), names)
 
 
 def _open_folder(
-    data: str, size: int, crop: int | None, cache: Path | None, verify: bool, labeling: Labeling | None
-) -> DataSource:
+    data: str,
+    size: int,
+    crop: int | None,
+    cache: Path | None,
+    verify: bool,
+    labeling: Labeling | None,
+    channels: int,
+) -> ImageFolder | CachedFolder:
     root = Path(data)
     if not root.exists():
         raise ValueError(f"--data {data}: no such folder or zip archive (and neither 'faces' nor 'digits')")
@@ -204,9 +244,8 @@ def _open_folder(
         raise ValueError(
             f"--data {data}: expected a folder of images or a zip archive; this is neither, or it is incomplete"
         )
-    kind = ImageFolder if root.is_dir() else ZippedImageFolder
     try:
-        folder = kind(root, size, crop, labeling)
+        folder = ImageFolder(root, size, crop, labeling, channels=channels)
     except (zipfile.BadZipFile, ValueError) as error:  # a ValueError if an offset points outside the file
         raise ValueError(f"--data {data}: a damaged zip archive: {error}") from None
     if folder.labels and (folder.paths or NO_CLASS in folder.others.values()):
@@ -216,16 +255,15 @@ def _open_folder(
         if folder.others:
             path, reason = next(iter(folder.others.items()))
             message += f"; {len(folder.others)} files are left out, for example {path}: {reason}"
+        if folder.skipped:
+            message += f"; not read: {folder.skipped}"
         raise ValueError(message)
-    folder.read(0)  # raises an error before the training starts if no image can be decoded
-    if cache is None:
-        return folder
-    images, sources = open_cache(folder, cache, verify=verify)
-    return ArrayDataset(images, folder.labels and folder.labels.only(sources.tolist()), folder=folder)
+    folder.pixels([0])  # raises an error before the training starts if no image can be decoded
+    return folder if cache is None else open_cache(folder, cache, verify=verify)
 
 
 def _resized(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Images (N, C, H, W) as (N, C, size, size), the largest centre square of each channel resized as `ImageFolder`
+    """Images (N, C, H, W) as (N, C, size, size), the largest center square of each channel resized as `ImageFolder`
     does."""
     count, channels, height, width = images.shape
     side = min(height, width)

@@ -1,7 +1,9 @@
 """Worker processes that decode images. They end when the training ends, in whichever way, and not before.
 
 Ctrl-C, `torchrun` and schedulers signal every process of a run, but the current step still needs its images. Therefore
-a worker ends only when its parent asks for it, through the loader's queue or by SIGTERM, or when its parent has died.
+a worker ends only when its parent asks for it, by closing the pipe or by SIGTERM, or when its parent has died.
+
+Images come through a pipe, not through shared memory: containers have 64 MiB of that, less than a few batches.
 """
 
 from __future__ import annotations
@@ -9,14 +11,24 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Iterator
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+import numpy as np
 
-from training.data.prefetch import prefetched
+from training.data.dataset import Pixels, Problems
+from training.runs.signals import ASKING
+
+Read = Callable[[Any], tuple[Pixels, Problems]]
+
+LOOK = 5.0  # seconds between two looks at the parent
+STATES = {"T": "is stopped", "t": "is stopped", "D": "waits for a disk", "Z": "has ended"}  # of Linux' /proc
 
 
 def usable_cores() -> int:
@@ -24,52 +36,109 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def decoded(source: Dataset[Any], batches: Iterable[Any], *, workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """The items of `source` for each batch, in order, from `workers` processes, or from this one if there are 0.
+class Worker:
+    """A process that calls `read` for whoever asks it."""
 
-    With `pin_memory`, for a GPU, they are in page-locked memory, and a thread makes them ahead where no workers do.
+    def __init__(self, read: Read) -> None:
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(target=serve, args=(read, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
 
-    Raises:
-        OSError: if a worker was killed, or its source can no longer be read.
-    """
-    images: Iterator[Any]
-    if workers:
-        images = _from_workers(source, batches, workers, pin_memory)
-    elif pin_memory:
-        images = prefetched(source[batch].pin_memory() for batch in batches)
-    else:  # on the CPU a thread would only take a core from the step
-        images = map(source.__getitem__, batches)
+    def __call__(self, items: Any) -> tuple[Pixels, Problems]:
+        """`read(items)`, or an OSError with the line that it raised, or that says how the process ended."""
+        try:
+            self.pipe.send(items)
+            answer = self.pipe.recv()
+            if isinstance(answer, str):
+                raise OSError(answer)
+            shape, problems = answer
+            images = np.empty(shape, np.uint8)
+            self.pipe.recv_bytes_into(images.reshape(-1))
+        except (EOFError, ConnectionError):
+            self.process.join(LOOK)
+            raise OSError(f"a worker {ended(self.process.exitcode)}") from None
+        return images, problems
+
+    def kill(self) -> None:
+        """End the process, suspended or not, and whoever waits for its answer."""
+        self.process.kill()
+        with suppress(OSError), socket.socket(fileno=os.dup(self.pipe.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)  # a process that waits for a dead disk may outlive the signal
+        self.process.join(LOOK)
+
+
+class Workers:
+    """So many processes, of which whichever is free answers."""
+
+    def __init__(self, read: Read, count: int) -> None:
+        self.workers = [Worker(read) for _ in range(count)]
+        self.free: SimpleQueue[Worker] = SimpleQueue()
+        for worker in self.workers:
+            self.free.put(worker)
+
+    def __call__(self, items: Any) -> tuple[Pixels, Problems]:
+        """`read(items)` by one of them; waits until one is free. For several threads."""
+        worker = self.free.get()
+        try:
+            return worker(items)
+        finally:
+            self.free.put(worker)
+
+    def kill(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+
+    def state(self) -> str:
+        """Workers that are stopped or wait for a disk, as the end of a sentence, where the system tells."""
+        found = [(w.process.pid, state) for w in self.workers if (state := _state(w.process.pid)) in STATES]
+        return "".join(f"; worker {pid} {STATES[state]}" for pid, state in found)
+
+
+def ended(status: int | None) -> str:
+    """How a process ended, from its exit code."""
+    if status is None or status >= 0:
+        return f"ended with status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    return f"was killed by {name}" + (", perhaps because memory ran out" if name == "SIGKILL" else "")
+
+
+def _state(pid: int | None) -> str:
     try:
-        yield from images
-    except (RuntimeError, ValueError, OSError, EOFError) as error:
-        said = str(error).strip() or "a worker was killed while it transferred them"
-        said = said.splitlines()[-1 if workers else 0]  # a worker's begins with its traceback
-        reason = said.removeprefix(f"{type(error).__name__}: ")
-        raise OSError(f"no more images: {reason}") from None
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+    except OSError:
+        return ""
 
 
-def _from_workers(source: Dataset[Any], batches: Iterable[Any], workers: int, pin_memory: bool) -> Iterator[Any]:
-    loader = DataLoader(
-        source,
-        sampler=batches,
-        batch_size=None,  # the sampler's items are whole batches already
-        num_workers=workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # or it would use that of the training
-        worker_init_fn=obey_only_the_parent,
-    )
-    # The loader's handler of SIGCHLD raises an error as soon as a worker dies, perhaps in the middle of a save. Without
-    # the handler the error is raised by `next`, some seconds after the worker's images are due.
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    images = iter(loader)
-    if handler is not None:
-        signal.signal(signal.SIGCHLD, handler)
-    return images
+# In the worker.
 
 
-def obey_only_the_parent(worker: int) -> None:
-    """In a worker: ignore Ctrl-C, and every SIGTERM that does not come from the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def serve(read: Read, pipe: Connection[Any, Any]) -> None:
+    """Answer until the parent closes the pipe or is gone."""
+    obey_only_the_parent()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    ends: list[Any] = [pipe, parent.sentinel]
+    father = os.getppid()
+    # A worker that was started later holds a copy of the other end, so a closed pipe alone tells too little.
+    with suppress(EOFError, ConnectionError):
+        while parent.sentinel not in (ready := wait(ends, LOOK)) and os.getppid() == father:
+            if not ready:
+                continue
+            items = pipe.recv()
+            try:
+                images, problems = read(items)
+            except Exception as error:
+                pipe.send((str(error).splitlines() or [type(error).__name__])[0])
+                continue
+            pipe.send((images.shape, problems))
+            pipe.send_bytes(np.ascontiguousarray(images).reshape(-1).data)
+
+
+def obey_only_the_parent() -> None:
+    """Ignore what schedulers and terminals send, and every SIGTERM that does not come from the parent."""
+    for number in set(ASKING) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent and hasattr(signal, "sigwaitinfo"):  # without sigwaitinfo, any SIGTERM ends a worker
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch_sagan import SAGANGenerator, record_attention
 from training.average import recalibrated
 from training.command_line import fail
-from training.data.sources import DataSource, InfiniteBatchSampler
+from training.data.dataset import ImageSet
+from training.data.sources import InfiniteBatchSampler
 from training.output.image_io import save_attention, save_explorer, save_grid
 from training.state import TrainingState
 
@@ -74,7 +75,7 @@ def redraw(state: TrainingState, out: Path) -> None:
         draw(state, out)
 
 
-def save_reals(data: DataSource, seed: int, path: Path) -> None:
+def save_reals(data: ImageSet, seed: int, path: Path) -> None:
     """Write a grid of the run's first images as the discriminator sees them: cropped, resized, mirrored."""
     order = InfiniteBatchSampler(len(data), min(64, len(data)), seed=seed, flip=data.flip)
     images = data[next(iter(order))].images  # (64, C, S, S); unreadable files are reported when the training reads them

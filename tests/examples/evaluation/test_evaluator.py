@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from evaluation import inception as inception_module
-from evaluation.evaluator import Evaluator, Images, real_images
+from evaluation.evaluator import Evaluator, real_images
 from evaluation.inception import Features
 from evaluation.sliced_wasserstein import sliced_wasserstein
 from tiny_runs import assert_same, checkpoint, lines, train
 from torch_sagan import SAGANGenerator
+from training.data.dataset import Batch
 from training.data.sources import ArrayDataset, digits
 from training.output.model_card import open_generator
 
@@ -56,8 +57,8 @@ def two_means(images: Tensor) -> Features:
     return Features(means, means)
 
 
-def batches(*images: Tensor) -> list[Images]:
-    return [Images(batch) for batch in images]
+def batches(*images: Tensor) -> list[Batch]:
+    return [Batch(batch) for batch in images]
 
 
 def painted(count: int, seed: int) -> Tensor:
@@ -151,11 +152,11 @@ def test_a_sampler_gives_labels_to_a_conditional_generator():
     assert asked == [4, 4, 2]
 
 
-def labeled(count: int, classes: Tensor) -> list[Images]:
+def labeled(count: int, classes: Tensor) -> list[Batch]:
     """Painted images in two batches, with these classes in turn."""
     labels = classes[torch.arange(count) % len(classes)]
     images = painted(count, seed=1)
-    return [Images(*half) for half in zip(images.split(count // 2), labels.split(count // 2), strict=True)]
+    return [Batch(*half) for half in zip(images.split(count // 2), labels.split(count // 2), strict=True)]
 
 
 class ClassPainter(Painter):
@@ -396,7 +397,7 @@ def test_packages_that_are_missing_are_named(package, monkeypatch):
 )
 def test_wrong_real_images_are_named(batches, message):
     with pytest.raises(ValueError, match=message):
-        Evaluator([Images(batch) for batch in batches], samples=8)
+        Evaluator([Batch(batch) for batch in batches], samples=8)
 
 
 def test_a_generator_of_another_size_is_named():

@@ -14,7 +14,7 @@ from tiny_runs import assert_same
 from training import cuda_graph
 from training.configuration import Config, check
 from training.cuda_graph import WARM_UP
-from training.data.image_folder import Batch
+from training.data.dataset import Batch
 from training.state import TrainingState
 
 STEPS = WARM_UP + 3  # so that the graph is replayed more than once
@@ -53,7 +53,7 @@ def batches(state: TrainingState) -> Iterator:
             for _ in range(state.config.grad_accum_steps):
                 images = torch.randint(256, (size, 1, 16, 16), dtype=torch.uint8, generator=rng)
                 labels = torch.randint(len(CLASSES), (size,), generator=rng) if state.classes else None
-                yield Batch(images, labels, {})
+                yield Batch(images, labels)
 
     return state.batches(data())
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sagan import hinge_discriminator_loss, hinge_generator_loss
 from training.configuration import Config
-from training.data.image_folder import Batch
+from training.data.dataset import Batch
 from training.objectives import LOSSES, hinge, objective
 from training.state import TrainingState, random_seed
 from training.step import GAN, Objective, Piece, share, total, training_step
@@ -212,7 +212,7 @@ def test_random_numbers_of_a_step_depend_on_seed_step_and_process_alone() -> Non
         state = TrainingState(
             Config(image_size=8, base_channels=2, batch_size=2, noise=0.1), device=torch.device("cpu")
         )
-        images = Batch(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), None, {})
+        images = Batch(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), None)
         batches = state.batches(iter([images] * 2))
         state.advance(batches)
         torch.randn(noise_before)  # by whatever runs between two steps

@@ -1,9 +1,8 @@
-"""The cache of decoded images: the same batches as without it, built once, whole or not at all; and zip archives."""
+"""The cache of decoded images: the same batches as without it, built once, whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,8 @@ import time
 import zipfile
 import zlib
 from collections import namedtuple
+from collections.abc import Callable
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +22,14 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from torch.utils.data import DataLoader
 
 from tiny_runs import assert_same, checkpoint, resume, train
 from training.data import image_cache
-from training.data.image_folder import ImageFolder, ZippedImageFolder
-from training.data.sources import ArrayDataset, InfiniteBatchSampler, open_data
+from training.data.dataset import ImageSet, SourceLost
+from training.data.image_cache import CachedFolder
+from training.data.image_folder import ImageFolder
+from training.data.loading import read_batches
+from training.data.sources import InfiniteBatchSampler, open_data
 from training.runs.memory import readable
 
 EXAMPLES = Path(__file__).parents[4] / "examples"
@@ -56,20 +59,25 @@ def archive(folder: Path) -> Path:
     return Path(shutil.make_archive(str(folder), "zip", folder))
 
 
-def cached(data: Path, cache: Path, size: int = 16, crop: int = 160) -> ArrayDataset:
-    source = open_data(str(data), size=size, crop=crop, cache=cache)
-    assert isinstance(source, ArrayDataset)
+def cached(data: Path, cache: Path, size: int = 16, crop: int = 160, **more: str) -> CachedFolder:
+    source = open_data(str(data), size=size, crop=crop, cache=cache, **more)
+    assert isinstance(source, CachedFolder)
     return source
+
+
+def pixels(source: ImageSet) -> np.ndarray:
+    """All images of a data set, in their order."""
+    return source.pixels(range(len(source)))[0]
 
 
 def caches(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.npy"))
 
 
-def batches(source: ArrayDataset | ImageFolder, count: int, workers: int = 0) -> list[torch.Tensor]:
+def batches(source: ImageSet, count: int, workers: int = 0) -> list[torch.Tensor]:
     order = InfiniteBatchSampler(len(source), 5, seed=3, flip=True)
-    loader = DataLoader(source, sampler=order, batch_size=None, num_workers=workers)
-    return [batch.images for batch in islice(loader, count)]
+    with closing(read_batches(source, order, workers=workers)) as read:
+        return [batch.images for batch in islice(read, count)]
 
 
 def assert_equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> None:
@@ -82,61 +90,58 @@ def assert_equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_bitwise_those_of_decoding(zipped, workers, folder, archive, tmp_path):
+def test_batches_are_bitwise_those_of_decoding(
+    zipped: bool, workers: int, folder: Path, archive: Path, tmp_path: Path
+) -> None:
     data = archive if zipped else folder
     decoded = open_data(str(data), size=16, crop=160)
-    assert type(decoded) is (ZippedImageFolder if zipped else ImageFolder)
     expected = batches(decoded, 8, workers)  # more than three epochs
     assert len({image.numpy().tobytes() for batch in expected for image in batch}) > COUNT  # with their mirror images
     assert_equal(batches(cached(data, tmp_path / "cache"), 8), expected)
 
 
-def test_rows_are_the_images_in_their_order(folder, tmp_path):
-    images = cached(folder, tmp_path / "cache").images
+def test_rows_are_the_images_in_their_order(folder: Path, tmp_path: Path) -> None:
+    images = pixels(cached(folder, tmp_path / "cache"))
     assert images.shape == (COUNT, 3, 16, 16)
-    names = [f"{row:02d}" for row in range(7)] + ["more/09"] * 3 + ["more/10", "00"]
-    for row, name in enumerate(names):
-        with Image.open(folder / f"{name}.jpg") as file:
+    for row in set(range(COUNT)) - {7, 8, 11}:
+        with Image.open(folder / ("more" if row >= 9 else "") / f"{row:02d}.jpg") as file:
             square = file.crop((9, 29, 169, 189)).resize((16, 16), Image.Resampling.LANCZOS)
         np.testing.assert_array_equal(images[row], np.asarray(square).transpose(2, 0, 1))
 
 
-def test_the_cache_is_an_npy_file_that_is_mapped(folder, tmp_path):
-    images = cached(folder, tmp_path / "cache").images
+def test_the_cache_is_an_npy_file(folder: Path, tmp_path: Path) -> None:
+    images = pixels(cached(folder, tmp_path / "cache"))
     (path,) = caches(tmp_path / "cache")
-    assert isinstance(images, np.memmap)
-    np.testing.assert_array_equal(np.load(path), images)
+    stored = np.load(path)
+    for row in range(COUNT):
+        np.testing.assert_array_equal(stored[row], 0 if row in (7, 8, 11) else images[row])
 
 
-def test_what_is_left_out_is_named_once(folder, tmp_path, capsys):
+def test_a_cache_that_is_truncated_while_it_is_read_is_one_line(folder: Path, tmp_path: Path) -> None:
+    """Mapped, its pages would be gone, and access to them would kill the process by SIGBUS."""
+    source = cached(folder, tmp_path / "cache")
+    (path,) = caches(tmp_path / "cache")
+    os.truncate(path, 128 + 4 * 3 * 16 * 16 + 5)
+    np.testing.assert_array_equal(source.pixels([3])[0], ImageFolder(folder, 16, 160).pixels([3])[0])
+    with pytest.raises(SourceLost, match=r"\.npy was cut off while it was read; the next start decodes .* again$"):
+        source.pixels([4])
+
+
+def test_what_is_left_out_is_named_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cached(folder, tmp_path / "cache")
     (out, err) = capsys.readouterr()
-    for name in (*BROKEN, "notes.txt", "._00.jpg"):
+    for name in (*BROKEN, "notes.txt"):
         assert err.count(f"{name}\n") == 1
-    assert err.count("left out") == 5
+    assert err.count("left out") == 4
     assert "decoding photographs" in err
     cached(folder, tmp_path / "cache")
     assert capsys.readouterr() == (out, "")
 
 
-def test_thousands_of_unreadable_neighbors_are_tried_once_each(tmp_path, monkeypatch):
-    Image.new("RGB", (8, 8)).save(tmp_path / "3000.png")
-    for i in range(3000):  # as a full disk leaves them when an archive is unpacked
-        (tmp_path / f"{i:04d}.png").touch()
-    tried = []
-    decode = ImageFolder._decode
-    monkeypatch.setattr(ImageFolder, "_decode", lambda self, path: tried.append(path) or decode(self, path))
-    folder = ImageFolder(tmp_path, size=4, crop=0)
-    (images, _, unreadable) = folder[[(i, False) for i in range(3001)]]
-    assert images.shape == (3001, 3, 4, 4)
-    assert len(unreadable) == len(set(unreadable)) == 3000
-    assert len(tried) == 2 * 3001 - 1
-
-
 # ---------------------------------------------------------------------------------------------- when it is built
 
 
-def test_it_is_built_once(folder, tmp_path, monkeypatch):
+def test_it_is_built_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = cached(folder, tmp_path / "cache")
     monkeypatch.setattr(image_cache, "_build", lambda *arguments: pytest.fail("built again"))
     monkeypatch.chdir(folder)
@@ -144,9 +149,9 @@ def test_it_is_built_once(folder, tmp_path, monkeypatch):
         assert_equal(batches(cached(data, tmp_path / "cache"), 2), batches(first, 2))
 
 
-def test_each_crop_and_size_has_its_own(folder, tmp_path):
+def test_each_crop_and_size_has_its_own(folder: Path, tmp_path: Path) -> None:
     for size, crop in ((16, 160), (16, 0), (32, 160)):
-        assert cached(folder, tmp_path / "cache", size, crop).images.shape[2] == size
+        assert pixels(cached(folder, tmp_path / "cache", size, crop)).shape[2] == size
     assert len(caches(tmp_path / "cache")) == 3
 
 
@@ -175,7 +180,9 @@ def repair(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [add, remove, rename, touch, resize, repair])
-def test_it_is_built_again_when_the_folder_has_changed(change, folder, tmp_path):
+def test_it_is_built_again_when_the_folder_has_changed(
+    change: Callable[[Path], None], folder: Path, tmp_path: Path
+) -> None:
     cached(folder, tmp_path / "cache")
     cached(folder, tmp_path / "cache", size=32)
     before = caches(tmp_path / "cache")
@@ -187,7 +194,9 @@ def test_it_is_built_again_when_the_folder_has_changed(change, folder, tmp_path)
     assert len(after) == 2  # the one that is out of date is gone, that of the other size is not
 
 
-def test_it_is_built_again_when_the_archive_has_changed(archive, tmp_path, monkeypatch):
+def test_it_is_built_again_when_the_archive_has_changed(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cached(archive, tmp_path / "cache")
     (before,) = caches(tmp_path / "cache")
     with zipfile.ZipFile(archive, "a") as file:
@@ -201,11 +210,11 @@ def test_it_is_built_again_when_the_archive_has_changed(archive, tmp_path, monke
 
 
 @pytest.mark.parametrize("left", [0, 40, 2000], ids=["empty", "within the header", "within the images"])
-def test_a_file_that_was_cut_off_is_not_used(left, folder, tmp_path):
-    expected = cached(folder, tmp_path / "cache").images.copy()
+def test_a_file_that_was_cut_off_is_not_used(left: int, folder: Path, tmp_path: Path) -> None:
+    expected = pixels(cached(folder, tmp_path / "cache"))
     (path,) = caches(tmp_path / "cache")
     os.truncate(path, left)
-    np.testing.assert_array_equal(cached(folder, tmp_path / "cache").images, expected)
+    np.testing.assert_array_equal(pixels(cached(folder, tmp_path / "cache")), expected)
 
 
 def flip(path: Path, offset: int) -> None:
@@ -218,18 +227,21 @@ def flip(path: Path, offset: int) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 20, 90, 128, 5000, -5, -1])
-def test_a_file_of_which_a_bit_has_changed_is_built_again(offset, folder, tmp_path, capsys):
-    expected = cached(folder, tmp_path / "cache").images.copy()
+def test_a_file_of_which_a_bit_has_changed_is_built_again(
+    offset: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = pixels(cached(folder, tmp_path / "cache"))
     (path,) = caches(tmp_path / "cache")
     flip(path, offset)
     capsys.readouterr()
-    np.testing.assert_array_equal(cached(folder, tmp_path / "cache").images, expected)
+    np.testing.assert_array_equal(pixels(cached(folder, tmp_path / "cache")), expected)
     assert capsys.readouterr().err.count(f"damaged, decoded again: {path}\n") == 1
-    np.testing.assert_array_equal(np.load(path), expected)
 
 
-def test_a_disk_that_cannot_read_the_file_is_no_reason_to_stop(folder, tmp_path, monkeypatch):
-    expected = cached(folder, tmp_path / "cache").images.copy()
+def test_a_disk_that_cannot_read_the_file_is_no_reason_to_stop(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = pixels(cached(folder, tmp_path / "cache"))
     errors = [OSError(5, "Input/output error")] * 2  # when it is opened, and once more when nobody else can build it
 
     def crc32(data: bytes, value: int = 0) -> int:  # fails for the read before it
@@ -238,10 +250,12 @@ def test_a_disk_that_cannot_read_the_file_is_no_reason_to_stop(folder, tmp_path,
         return zlib.crc32(data, value)
 
     monkeypatch.setattr(image_cache, "zlib", SimpleNamespace(crc32=crc32))
-    np.testing.assert_array_equal(cached(folder, tmp_path / "cache").images, expected)
+    np.testing.assert_array_equal(pixels(cached(folder, tmp_path / "cache")), expected)
 
 
-def test_a_disk_that_does_not_keep_what_is_written_is_an_error(folder, tmp_path, monkeypatch):
+def test_a_disk_that_does_not_keep_what_is_written_is_an_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def replace(part: Path, path: Path) -> None:
         flip(part, 1000)
         os.rename(part, path)
@@ -251,22 +265,23 @@ def test_a_disk_that_does_not_keep_what_is_written_is_an_error(folder, tmp_path,
         cached(folder, tmp_path / "cache")
 
 
-def test_beside_a_process_that_has_verified_it_nothing_is_read_again(folder, tmp_path, monkeypatch):
+def test_beside_a_process_that_has_verified_it_nothing_is_read_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "cache"
-    expected = cached(folder, cache).images.copy()
+    expected = pixels(cached(folder, cache))
     (path,) = caches(cache)
     with monkeypatch.context() as patch:
         patch.setattr(image_cache, "zlib", SimpleNamespace(crc32=lambda *_: pytest.fail("verified again")))
         source = open_data(str(folder), size=16, crop=160, cache=cache, verify=False)
-    np.testing.assert_array_equal(source.images, expected)
+    np.testing.assert_array_equal(pixels(source), expected)
     for spoil in (lambda: os.truncate(path, 5000), lambda: path.unlink()):  # no process of this machine has verified it
         spoil()
         source = open_data(str(folder), size=16, crop=160, cache=cache, verify=False)
-        np.testing.assert_array_equal(source.images, expected)
-        np.testing.assert_array_equal(np.load(path), expected)
+        np.testing.assert_array_equal(pixels(source), expected)
 
 
-def test_the_classes_of_an_unverified_cache_are_those_of_its_rows(folder, tmp_path):
+def test_the_classes_of_an_unverified_cache_are_those_of_its_rows(folder: Path, tmp_path: Path) -> None:
     for path in folder.glob("*.jpg"):
         (folder / "some").mkdir(exist_ok=True)
         path.rename(folder / "some" / path.name)
@@ -278,7 +293,7 @@ def test_the_classes_of_an_unverified_cache_are_those_of_its_rows(folder, tmp_pa
     np.testing.assert_array_equal(first.labels.numbers, second.labels.numbers)
 
 
-def test_the_random_state_does_not_know_of_it(folder, tmp_path):
+def test_the_random_state_does_not_know_of_it(folder: Path, tmp_path: Path) -> None:
     before = torch.get_rng_state()
     cached(folder, tmp_path / "cache")
     assert torch.equal(torch.get_rng_state(), before)
@@ -291,14 +306,14 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 from training.data import sources as data
 decode = data.ImageFolder._decode
-def slow(self, path):
+def slow(self, target, path):
     time.sleep(float(sys.argv[4]))
-    return decode(self, path)
+    return decode(self, target, path)
 data.ImageFolder._decode = slow
 print("ready", flush=True)
 sys.stdin.readline()
-images = data.open_data(sys.argv[2], size=16, crop=160, cache=data.Path(sys.argv[3])).images
-print(images.sum(dtype=int))
+source = data.open_data(sys.argv[2], size=16, crop=160, cache=data.Path(sys.argv[3]))
+print(source.pixels(range(len(source)))[0].sum(dtype=int))
 """
 
 
@@ -316,7 +331,7 @@ class Builder(subprocess.Popen):
 
 
 @pytest.mark.slow  # starts two processes, which import torch
-def test_two_processes_that_start_together_build_it_once(folder, tmp_path):
+def test_two_processes_that_start_together_build_it_once(folder: Path, tmp_path: Path) -> None:
     with Builder(folder, tmp_path / "cache", 0.1) as one, Builder(folder, tmp_path / "cache", 0.1) as other:
         one.go()
         other.go()
@@ -324,12 +339,12 @@ def test_two_processes_that_start_together_build_it_once(folder, tmp_path):
     assert one.returncode == other.returncode == 0, errors
     assert sorted("waiting for another process" in text for text in errors) == [False, True]
     assert sorted("notes.txt" in text for text in errors) == [False, True]
-    assert said[0] == said[1] == f"{cached(folder, tmp_path / 'cache').images.sum(dtype=int)}\n"
+    assert said[0] == said[1] == f"{pixels(cached(folder, tmp_path / 'cache')).sum(dtype=int)}\n"
     assert len(caches(tmp_path / "cache")) == 1
 
 
 @pytest.mark.slow  # starts two processes, which import torch
-def test_a_builder_that_is_killed_leaves_neither_a_lock_nor_half_a_cache(folder, tmp_path):
+def test_a_builder_that_is_killed_leaves_neither_a_lock_nor_half_a_cache(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with Builder(folder, cache, 2.0) as killed, Builder(folder, cache, 0.0) as waiting:
         killed.go()
@@ -347,13 +362,13 @@ def test_a_builder_that_is_killed_leaves_neither_a_lock_nor_half_a_cache(folder,
     assert waiting.returncode == 0, errors
     assert not list(cache.glob("*.part"))
     source = cached(folder, cache)
-    assert said == f"{source.images.sum(dtype=int)}\n"
+    assert said == f"{pixels(source).sum(dtype=int)}\n"
     assert_equal(batches(source, 4), batches(ImageFolder(folder, 16, 160), 4))
 
 
 @pytest.mark.slow  # starts two processes, which import torch
-def test_a_damaged_header_is_replaced_once_while_another_process_waits(folder, tmp_path):
-    expected = cached(folder, tmp_path / "cache").images.sum(dtype=int)
+def test_a_damaged_header_is_replaced_once_while_another_process_waits(folder: Path, tmp_path: Path) -> None:
+    expected = pixels(cached(folder, tmp_path / "cache")).sum(dtype=int)
     (path,) = caches(tmp_path / "cache")
     with open(path, "r+b") as file:
         file.write(b"\x93NUMPY\1\0\xff\xff")  # a header that claims to be 64 KiB long
@@ -367,7 +382,9 @@ def test_a_damaged_header_is_replaced_once_while_another_process_waits(folder, t
     assert sorted("waiting for another process" in text for text in errors) == [False, True]
 
 
-def test_the_file_is_on_the_disk_before_it_takes_the_name(folder, tmp_path, monkeypatch):
+def test_the_file_is_on_the_disk_before_it_takes_the_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append("fsync"), fsync(descriptor)))
@@ -377,7 +394,9 @@ def test_the_file_is_on_the_disk_before_it_takes_the_name(folder, tmp_path, monk
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
-def test_a_build_that_fails_leaves_nothing(error, folder, tmp_path, monkeypatch):
+def test_a_build_that_fails_leaves_nothing(
+    error: BaseException, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(descriptor: int) -> None:
         (part,) = (tmp_path / "cache").glob("*.part")
         assert part.stat().st_size > COUNT * 3 * 16 * 16
@@ -393,14 +412,14 @@ def test_a_build_that_fails_leaves_nothing(error, folder, tmp_path, monkeypatch)
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_sizes_have_a_unit_in_which_they_are_not_zero():
+def test_sizes_have_a_unit_in_which_they_are_not_zero() -> None:
     sizes = [0, 1023, 1024, 1536, 2**20 - 1, 9 * 2**30 + 2**29, 2**50]
     assert [readable(size) for size in sizes] == [
         "0 bytes", "1023 bytes", "1 KiB", "1.5 KiB", "1024 KiB", "9.5 GiB", "1 PiB",
     ]  # fmt: skip
 
 
-def test_too_little_space_is_known_beforehand(folder, tmp_path, monkeypatch):
+def test_too_little_space_is_known_beforehand(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     need = 128 + COUNT * (3 * 16 * 16 + 8) + image_cache.CHECKSUM  # header, rows and their sources
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need - 1))
@@ -409,63 +428,10 @@ def test_too_little_space_is_known_beforehand(folder, tmp_path, monkeypatch):
         cached(folder, tmp_path / "cache")
 
 
-# ------------------------------------------------------------------------------------------------------ archives
-
-
-def test_an_archive_gives_what_its_folder_gives(folder, archive):
-    unpacked, zipped = ImageFolder(folder, 16, 160), ZippedImageFolder(archive, 16, 160)
-    assert [str(Path(path).relative_to(folder.resolve())) for path in unpacked.paths] == zipped.paths
-    assert_equal(batches(zipped, 8), batches(unpacked, 8))
-    assert sorted(folder.parent.iterdir()) == [folder, archive]  # nothing was unpacked
-
-
-def test_a_member_whose_checksum_is_wrong_is_named(archive):
-    data = bytearray(archive.read_bytes())
-    with zipfile.ZipFile(archive) as file:
-        begin = file.getinfo("03.jpg").header_offset
-    data[begin + 4000] ^= 1
-    archive.write_bytes(data)
-    (*_, unreadable) = ZippedImageFolder(archive, 16, 160).read(3)
-    assert list(unreadable) == ["03.jpg"]
-    assert "Bad CRC-32" in unreadable["03.jpg"]
-
-
-def test_an_archive_can_go_to_a_process_that_shares_no_memory(archive):
-    source = ZippedImageFolder(archive, 16, 160)
-    assert_equal(batches(pickle.loads(pickle.dumps(source)), 3), batches(source, 3))
-
-
-def write_archive(path: Path, name: str) -> None:
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr(name, "not an image, and longer than the end of an archive")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (
-            lambda path: os.truncate(path, path.stat().st_size // 2),
-            r"photographs\.zip: .*zip archive.*it is incomplete",
-        ),
-        (lambda path: path.write_bytes(b"PK"), r"photographs\.zip: .*zip archive"),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b"PK\1\2", b"PK\0\0")), r"a damaged zip archive"),
-        (lambda path: zipfile.ZipFile(path, "w").close(), r"photographs\.zip"),
-        (lambda path: write_archive(path, "notes.txt"), r"no images in this archive"),
-        (lambda path: path.unlink(), r"no such folder or zip archive"),
-    ],
-    ids=["cut off", "too short", "damaged", "empty", "no images", "missing"],
-)
-def test_wrong_archives_are_one_line(spoil, message, archive):
-    spoil(archive)
-    with pytest.raises(ValueError, match=message) as error:
-        open_data(str(archive), size=16, crop=160)
-    assert "\n" not in str(error.value)
-
-
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def test_training_with_and_without_it_is_bitwise_the_same(folder, tmp_path):
+def test_training_with_and_without_it_is_bitwise_the_same(folder: Path, tmp_path: Path) -> None:
     settings = ["--data", str(folder), "--save-every", "2"]
     with_it, without, both = tmp_path / "with", tmp_path / "without", tmp_path / "both"
     train(with_it, *settings, "--steps", "5")
@@ -479,7 +445,7 @@ def test_training_with_and_without_it_is_bitwise_the_same(folder, tmp_path):
     assert_same(checkpoint(with_it), checkpoint(both), apart_from=apart_from)
 
 
-def test_a_run_is_resumed_as_if_no_bit_had_changed(folder, tmp_path):
+def test_a_run_is_resumed_as_if_no_bit_had_changed(folder: Path, tmp_path: Path) -> None:
     settings = ["--data", str(folder), "--steps", "4", "--save-every", "2"]
     train(tmp_path / "whole", *settings)
     train(tmp_path / "resumed", *settings)
@@ -491,7 +457,7 @@ def test_a_run_is_resumed_as_if_no_bit_had_changed(folder, tmp_path):
     assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "resumed"), apart_from=("/config/out",))
 
 
-def test_the_cache_can_lie_elsewhere(folder, tmp_path):
+def test_the_cache_can_lie_elsewhere(folder: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", "--data", str(folder), "--steps", "1", "--cache-dir", str(tmp_path / "ssd"))
     assert len(caches(tmp_path / "ssd")) == 1
     assert not (tmp_path / "cache").exists()
