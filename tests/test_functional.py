@@ -1,4 +1,4 @@
-"""``torch_sagan.functional`` against nested loops, closed forms and an SVD."""
+"""``torch_sagan.functional``: attention against nested loops and closed forms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from references import attention_by_loops, largest_singular_value, power_iteration_by_numpy
+from references import attention_by_loops
 from torch_sagan import functional
 from torch_sagan.attention import equation
 
@@ -25,10 +25,6 @@ def draw(batch: int, qk: int, values: int, queries: int, keys: int, requires_gra
     """A query (B, D, N), a key (B, D, M) and a value (B, E, M)."""
     shapes = [(batch, qk, queries), (batch, qk, keys), (batch, values, keys)]
     return [torch.randn(shape, dtype=torch.float64, requires_grad=requires_grad) for shape in shapes]
-
-
-def unit(size: int) -> Tensor:
-    return torch.nn.functional.normalize(torch.randn(size, dtype=torch.float64), dim=0)
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
@@ -175,82 +171,3 @@ def test_double_backward_in_float32() -> None:
         seconds.append(torch.autograd.grad(grad.square().sum(), (query, key, value)))
     for single, double in zip(*seconds, strict=True):
         torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-3 * float(double.abs().max()))
-
-
-# --- power iteration -----------------------------------------------------------------------------------------------
-
-
-@given(rows=st.integers(1, 8), columns=st.integers(1, 8), n_iterations=st.integers(1, 4))
-def test_power_iteration_is_the_equation(rows: int, columns: int, n_iterations: int) -> None:
-    matrix, u, v = torch.randn(rows, columns, dtype=torch.float64), unit(rows), unit(columns)
-    actual = functional.power_iteration(matrix, u, v, n_iterations=n_iterations)
-    expected = power_iteration_by_numpy(matrix, u, v, n_iterations)
-    for vector, oracle in zip(actual[:2], expected, strict=True):
-        torch.testing.assert_close(vector, oracle, rtol=0, atol=1e-9)
-    assert float(actual[2]) == pytest.approx(float(expected[0] @ matrix @ expected[1]), abs=1e-9)
-
-
-def test_no_iteration_is_an_estimate() -> None:
-    matrix, u, v = torch.randn(5, 3, dtype=torch.float64), unit(5), unit(3)
-    same_u, same_v, sigma = functional.power_iteration(matrix, u, v, n_iterations=0)
-    assert torch.equal(same_u, u)
-    assert torch.equal(same_v, v)
-    assert float(sigma) == pytest.approx(float(u @ matrix @ v), abs=1e-12)
-
-
-def test_power_iteration_starts_from_u() -> None:
-    """v = normalise(Wᵀu) comes first, so the v that is passed in does not matter unless Wᵀu vanishes."""
-    matrix, u = torch.randn(5, 3, dtype=torch.float64), unit(5)
-    first = functional.power_iteration(matrix, u, unit(3))
-    second = functional.power_iteration(matrix, u, unit(3))
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
-    torch.testing.assert_close(first[1], torch.nn.functional.normalize(matrix.T @ u, dim=0))
-
-
-def test_power_iteration_finds_sigma() -> None:
-    matrix = torch.randn(12, 30, dtype=torch.float64)
-    u, v, sigma = functional.power_iteration(matrix, unit(12), unit(30), n_iterations=500)
-    assert float(u @ matrix @ v) == pytest.approx(float(sigma), rel=1e-12)
-    assert float(sigma) == pytest.approx(largest_singular_value(matrix), rel=1e-9)
-
-
-def test_power_iteration_makes_fresh_tensors() -> None:
-    """In place, the second of two forward passes would spoil the first one's backward."""
-    matrix, u, v = torch.randn(4, 6), torch.randn(4), torch.randn(6)
-    before = [t.clone() for t in (matrix, u, v)]
-    new_u, new_v, _ = functional.power_iteration(matrix, u, v)
-    for tensor, old in zip((matrix, u, v), before, strict=True):
-        assert torch.equal(tensor, old)
-    assert {new_u.data_ptr(), new_v.data_ptr()}.isdisjoint({u.data_ptr(), v.data_ptr()})
-    assert not torch.equal(new_u, u)
-    assert not torch.equal(new_v, v)
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e-20])
-def test_power_iteration_keeps_u_and_v_where_there_is_no_direction(scale: float) -> None:
-    u, v = unit(3), unit(4)
-    new_u, new_v, _ = functional.power_iteration(torch.full((3, 4), scale).double(), u, v, n_iterations=3)
-    assert torch.equal(new_u, u)
-    assert torch.equal(new_v, v)
-
-
-def test_power_iteration_leaves_the_null_space() -> None:
-    """Wᵀu = 0 with W ≠ 0: the old v is kept, and recovers."""
-    matrix = torch.tensor([[3.0, 0.0], [0.0, 0.0]]).double()
-    u = torch.tensor([0.0, 1.0]).double()
-    v = torch.tensor([0.6, 0.8]).double()
-    new_u, new_v, _ = functional.power_iteration(matrix, u, v)
-    assert torch.equal(new_v, v)
-    torch.testing.assert_close(new_u, torch.tensor([1.0, 0.0]).double())
-    new_u, new_v, _ = functional.power_iteration(matrix, new_u, new_v)
-    assert float(new_u @ matrix @ new_v) == pytest.approx(3.0)
-
-
-def test_eps_is_the_smallest_norm_that_counts() -> None:
-    matrix, u, v = torch.full((3, 4), 0.01).double(), unit(3).abs(), unit(4).abs()
-    kept = functional.power_iteration(matrix, u, v, eps=0.1)
-    assert torch.equal(kept[0], u)
-    assert torch.equal(kept[1], v)
-    moved = functional.power_iteration(matrix, u, v, eps=1e-6)
-    torch.testing.assert_close(moved[1], torch.full((4,), 0.5).double())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch_sagan import (
     apply_spectral_norm,
     functional,
     spectral_norm,
+    spectral_norms,
 )
 from training.configuration import Config
 from training.objectives import objective
@@ -159,6 +161,129 @@ def test_a_weight_that_changes_before_it_is_read_iterates_again() -> None:
     torch.testing.assert_close(norm._v, v, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_weights_whose_squares_leave_the_range(scale: float) -> None:
+    network = SAGANDiscriminator(16, base_channels=2, spectral_norm=lambda m: spectral_norm(m, eps=0))
+    with torch.no_grad():
+        network.blocks[1].conv.parametrizations.weight.original.mul_(scale)
+    alone = copy.deepcopy(network)
+    x = torch.randn(2, 3, 16, 16)
+    y = network(x)
+    with each_alone():
+        expected = alone(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)  # rounding in float32
+    assert y.abs().max() < 100
+    for mine, other in zip(network.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_weight_that_is_not_finite_keeps_its_vectors_beside_others(value: float) -> None:
+    """Also one whose sigma is not. It is returned as it is, and the other weights are not disturbed."""
+    network = SAGANDiscriminator(16, base_channels=2)
+    layer, twin = network.blocks[1].conv, copy.deepcopy(network)
+    original = layer.parametrizations.weight.original
+    with torch.no_grad():
+        original.fill_(value) if value == 3e38 else original[0, 0, 0].fill_(value)
+    u, v = norms(network)[1]._u.clone(), norms(network)[1]._v.clone()
+    seen: list[Tensor] = []
+    network.blocks[0].register_forward_hook(lambda *arguments: seen.append(layer.weight))
+    x = torch.randn(2, 3, 16, 16)
+    network(x)
+    twin(x)
+    torch.testing.assert_close(seen[0], original, rtol=0, atol=0, equal_nan=True)
+    if value != 3e38:  # whose products have a direction
+        assert torch.equal(norms(network)[1]._u, u)
+        assert torch.equal(norms(network)[1]._v, v)
+    assert torch.equal(norms(network)[0]._u, norms(twin)[0]._u)
+
+
+def test_what_a_pass_left_that_failed_is_not_used_for_another_weight() -> None:
+    """Not even for one that has had as many changes."""
+    network = SAGANDiscriminator(16, base_channels=2).double()
+    layer = network.blocks[1].conv
+    handle = network.blocks[0].register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        network(inputs("D resnet")[0])
+    handle.remove()
+    chain = layer.parametrizations.weight
+    u, version = chain[0]._u.clone(), chain.original._version
+    chain.original = nn.Parameter(torch.randn_like(chain.original))
+    for _ in range(version):
+        with torch.no_grad():
+            chain.original.add_(0)
+    assert chain.original._version == version
+    weight = layer.weight
+    _, _, sigma = functional.power_iteration(chain.original.detach().flatten(1), u, chain[0]._v)
+    torch.testing.assert_close(weight, chain.original / sigma, rtol=1e-12, atol=1e-12)
+
+
+@networks
+def test_in_inference_mode(kind: str) -> None:
+    """Made and run there; its tensors have no versions."""
+    with torch.inference_mode():
+        network = NETWORKS[kind]().double()
+        before = [norm._u.clone() for norm in norms(network)]
+        network(*inputs(kind))
+        assert any(not torch.equal(norm._u, old) for norm, old in zip(norms(network), before, strict=True))
+
+
+@networks
+def test_two_threads_and_one_network(kind: str) -> None:
+    """They share u and v, as with a norm for each weight; every pass is as one of that network at that time."""
+    network = NETWORKS[kind]().double()
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            for _ in range(30):
+                assert network(*inputs(kind)).isfinite().all()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    # After sixty passes sigma is exact to some per cent; a torn u or v would not be of unit norm.
+    assert all(norm._u.norm().item() == pytest.approx(1) == norm._v.norm().item() for norm in norms(network))
+    assert all(value == pytest.approx(1, abs=0.1) for value in spectral_norms(network).values())
+
+
+@networks
+def test_functional_call_with_other_tensors(kind: str) -> None:
+    """Neither the weights nor u and v of the network itself are read or written."""
+    network, other = NETWORKS[kind]().double(), NETWORKS[kind]().double()
+    before, twin = copy.deepcopy(network.state_dict()), copy.deepcopy(other)
+    tensors = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    x = inputs(kind)
+    torch.testing.assert_close(torch.func.functional_call(network, tensors, x), twin(*x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(other.state_dict(), twin.state_dict(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    assert all(norm._prepared is None for norm in norms(network))
+
+
+def test_a_transferred_norm_in_a_network() -> None:
+    """It belongs to two modules, and to one parameter of both."""
+    network = SAGANDiscriminator(16, base_channels=2).double()
+    old = network.blocks[1].conv
+    new = nn.Conv2d(old.in_channels, old.out_channels, 4, 2, 1).double()
+    new.bias = old.bias
+    twin = copy.deepcopy(network)
+    u = norms(network)[1]._u.clone()
+    new.eval()  # in training registration iterates
+    parametrize.transfer_parametrizations_and_params(old, new)
+    assert torch.equal(norms(network)[1]._u, u)
+    network.blocks[1].conv = new
+    network.train()
+    x = inputs("D dcgan")[0]
+    torch.testing.assert_close(network(x), twin(x), rtol=1e-12, atol=1e-12)
+    for mine, other in zip(norms(network), norms(twin), strict=True):
+        torch.testing.assert_close(mine._u, other._u, rtol=1e-12, atol=1e-12)
+
+
 class Scaled(nn.Module):
     """A parametrization in front of the norm."""
 
@@ -253,7 +378,7 @@ class Operators(TorchDispatchMode):
 # same networks made 567 and 2361 operators.
 @pytest.mark.parametrize(
     ("config", "classes", "at_most"),
-    [(Config(), None, 567 // 2), (Config(image_size=128, architecture="resnet"), 1000, 2361 // 2)],
+    [(Config(), None, 304), (Config(image_size=128, architecture="resnet"), 1000, 1000)],
     ids=["dcgan, 64 px", "resnet, 128 px"],
 )
 def test_operators_of_a_step(config: Config, classes: int | None, at_most: int) -> None:

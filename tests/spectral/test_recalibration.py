@@ -105,6 +105,16 @@ def test_a_zero_weight_leaves_unit_vectors(shape: tuple[int, int]) -> None:
     assert torch.equal(layer.weight, torch.zeros_like(layer.weight))
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e30), (torch.float64, 1e200), (torch.float64, 1e-200)])
+def test_a_weight_whose_squares_leave_the_range(dtype: torch.dtype, scale: float) -> None:
+    layer = spectral_norm(nn.Linear(6, 4, dtype=dtype), eps=0).eval()
+    with torch.no_grad():
+        raw(layer).normal_(std=scale)
+    assert spectral_norms(layer)["weight"] != pytest.approx(1, abs=1e-3)
+    recalibrate(layer)
+    assert spectral_norms(layer)["weight"] == pytest.approx(1, abs=1e-5)  # rounding of float32
+
+
 def test_a_vector_and_half_precision() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6)).bfloat16()
     spectral_norm(spectral_norm(model[0]), "bias")

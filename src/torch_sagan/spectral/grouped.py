@@ -1,4 +1,4 @@
-"""One power iteration for many weights, in about as many operations as for one.
+"""The power iterations of all weights of a network at once, in about as many operations as those of one.
 
 Each weight has matrix products of its own. What follows them, norms, divisions and choices, is done for all weights at
 once: their vectors are the rows of one matrix, padded with zeros to the length of the longest. On a GPU, launching an
@@ -7,50 +7,87 @@ operation on a vector of a few hundred numbers takes longer than the operation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-__all__ = ["Iterated", "Member", "iterate"]
+from torch_sagan._torch import no_autocast, runs_custom_operations
+from torch_sagan.spectral.iteration import unit
+from torch_sagan.spectral.norm import SpectralNorm
+
+__all__ = ["iterate_together"]
 
 
-class Member(NamedTuple):
-    """A weight, the dimension of its outputs, and its vectors u (h,) and v (w,)."""
-
+class _Member(NamedTuple):
+    norm: SpectralNorm
     weight: Tensor
-    dim: int
-    u: Tensor
-    v: Tensor
+
+    # The columns of a matrix, and so the entries of v, may be in any order. In the order in which a weight is stored, a
+    # layout such as channels last gives a matrix that is a view of the weight and not a copy.
+
+    def order(self) -> list[int]:
+        """The dimension of the outputs, then the others, those with the largest strides first."""
+        others = [i for i in range(self.weight.ndim) if i != self.norm.dim]
+        return [self.norm.dim, *sorted(others, key=self.weight.stride, reverse=True)]
+
+    def matrix(self) -> Tensor:
+        """The weight (h, w), columns in the order of storage."""
+        return self.weight.permute(self.order()).flatten(1)
+
+    def in_dimensions(self, v: Tensor, order: Sequence[int]) -> Tensor:
+        """v (w,) with the dimensions of the weight, of size 1 along the outputs, from entries in the order given."""
+        sizes = [1 if i == self.norm.dim else size for i, size in enumerate(self.weight.shape)]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return v.view([sizes[i] for i in order]).permute(back)
 
 
-class Iterated(NamedTuple):
-    """What the division of a weight by its sigma needs; the arguments of ``functional.divide_by_sigma``."""
+def iterate_together(model: nn.Module) -> None:
+    """Run the power iterations of a model's next pass in training mode, those of all weights at once.
 
-    u: Tensor  # (h,), divided by sigma, or zero where sigma counts as zero
-    v: Tensor  # in the dimensions of the weight, with size 1 along the outputs
-    divisor: Tensor  # (), sigma, or 1 where it counts as zero
+    Each :class:`SpectralNorm` uses what was computed for it when its weight is next read, unless the weight has changed
+    by then. Weights in half precision, of tensor subclasses, or computed by other parametrizations iterate on their
+    own, when they are read, as all do under a compiler or a transform.
+    """
+    groups: dict[tuple[torch.device, torch.dtype, int, float], list[_Member]] = {}
+    for module in model.modules() if runs_custom_operations() else ():
+        if isinstance(module, parametrize.ParametrizationList) and len(module) == 1:
+            norm, weight = module[0], module.original
+            if isinstance(norm, SpectralNorm) and norm.training and _can_be_grouped(norm, weight):
+                key = weight.device, weight.dtype, norm.n_power_iterations, norm.eps
+                groups.setdefault(key, []).append(_Member(norm, weight))
+    for (device, _, n_iterations, eps), members in groups.items():
+        with no_autocast(device.type):
+            _iterate(members, n_iterations=n_iterations, eps=eps)
+
+
+def _can_be_grouped(norm: SpectralNorm, weight: Tensor) -> bool:
+    # FullyShardedDataParallel leaves a part of the weight, of another shape or class, until its module is called.
+    whole = type(weight) is nn.Parameter and weight.ndim > 1 and weight.numel() == len(norm._u) * len(norm._v)
+    versioned = not weight.is_inference()
+    return whole and versioned and weight.dtype in (torch.float32, torch.float64) and norm._u.dtype == weight.dtype
 
 
 @torch.no_grad()
-def iterate(members: Sequence[Member], *, n_iterations: int, eps: float) -> list[Iterated]:
-    """Iterate for each weight as :func:`torch_sagan.functional.power_iteration` does, and store u and v.
+def _iterate(members: Sequence[_Member], *, n_iterations: int, eps: float) -> None:
+    """Iterate as :func:`torch_sagan.functional.power_iteration` does, store u and v, and prepare the division.
 
-    The weights are real, and with their u and v on one device and of one dtype.
+    The weights, with their u and v, are on one device and of one dtype.
     """
-    orders = [_storage_order(weight, dim) for weight, dim, _, _ in members]
-    matrices = [
-        member.weight.permute(order).flatten(1) for member, order in zip(members, orders, strict=True)
-    ]  # (h, w)
+    matrices = [member.matrix() for member in members]  # (h, w)
     shape = len(members), max(size for matrix in matrices for size in matrix.shape)
-    buffers = [vector for weight, dim, u, v in members for vector in (u, v.view(_across(weight, dim)))]
+    buffers = []
+    for member in members:
+        buffers += [member.norm._u, member.in_dimensions(member.norm._v, range(member.weight.ndim))]
 
     def vectors(us: Tensor, vs: Tensor) -> list[Tensor]:
         """The vectors of all weights, in the order of `buffers`, as parts of the rows of two matrices."""
         parts = []
-        for u, v, matrix, (weight, dim, _, _), order in zip(us, vs, matrices, members, orders, strict=True):
-            parts += [u[: matrix.shape[0]], _in_dimensions(v[: matrix.shape[1]], weight, dim, order)]
+        for u, v, (h, w), member in zip(us, vs, [matrix.shape for matrix in matrices], members, strict=True):
+            parts += [u[:h], member.in_dimensions(v[:w], member.order())]
         return parts
 
     us, vs = matrices[0].new_empty(2, *shape)
@@ -58,39 +95,14 @@ def iterate(members: Sequence[Member], *, n_iterations: int, eps: float) -> list
     for _ in range(n_iterations):
         u_products, v_products = matrices[0].new_zeros(2, *shape)
         for matrix, u, v in zip(matrices, us, v_products, strict=True):
-            torch.mv(matrix.mT, u[: matrix.shape[0]], out=v[: matrix.shape[1]])
-        vs, _, _ = _unit(v_products, otherwise=vs, eps=eps)
+            torch.mv(matrix.mT, u[: len(matrix)], out=v[: matrix.shape[1]])
+        vs, _, _ = unit(v_products, otherwise=vs, eps=eps)
         for matrix, u, v in zip(matrices, u_products, vs, strict=True):
-            torch.mv(matrix, v[: matrix.shape[1]], out=u[: matrix.shape[0]])
-        us, norms, nonzero = _unit(u_products, otherwise=us, eps=eps)
+            torch.mv(matrix, v[: matrix.shape[1]], out=u[: len(matrix)])
+        us, sigmas, nonzero = unit(u_products, otherwise=us, eps=eps)
     torch._foreach_copy_(buffers, vectors(us, vs))
-    divisors = torch.where(nonzero, norms, 1.0)  # (K, 1): sigma is u·Wv, and u is Wv / |Wv|
-    parts = vectors(us * (nonzero / divisors), vs)
-    return [Iterated(u, v, divisor) for u, v, divisor in zip(parts[::2], parts[1::2], divisors.view(-1), strict=True)]
-
-
-def _unit(rows: Tensor, *, otherwise: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of unit norm, their norms before (K, 1), and whether these are larger than eps; other rows do not count."""
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)  # (K, 1)
-    nonzero = norms > eps
-    return torch.where(nonzero, rows / norms, otherwise), norms, nonzero
-
-
-# The columns of a matrix, and so the entries of v, may be in any order. In the order in which a weight is stored, a
-# layout such as channels last gives a matrix that is a view of the weight and not a copy.
-
-
-def _storage_order(weight: Tensor, dim: int) -> list[int]:
-    """The dimension of the outputs, then the others, those with the largest strides first."""
-    return [dim, *sorted((i for i in range(weight.ndim) if i != dim), key=lambda i: weight.stride(i), reverse=True)]
-
-
-def _across(weight: Tensor, dim: int) -> list[int]:
-    return [1 if i == dim else size for i, size in enumerate(weight.shape)]
-
-
-def _in_dimensions(v: Tensor, weight: Tensor, dim: int, order: list[int]) -> Tensor:
-    """v in storage order (w,) with the dimensions of the weight, of size 1 along the outputs."""
-    shape = _across(weight, dim)
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return v.view([shape[i] for i in order]).permute(back)
+    nonzero = nonzero & (sigmas < math.inf)
+    divisors = torch.where(nonzero, sigmas, 1.0).view(-1)
+    parts = vectors(us * nonzero, vs)
+    for member, u, v, divisor in zip(members, parts[::2], parts[1::2], divisors, strict=True):
+        member.norm._prepared = member.weight, member.weight._version, (u, v, divisor)

@@ -5,32 +5,40 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import remove_spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm as LegacySpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook
 
-__all__ = ["LegacySpectralNorm", "convert_legacy_spectral_norm", "legacy_hooks", "remove_legacy_hook"]
+__all__ = ["LegacySpectralNorm", "convert_legacy_spectral_norm", "drop_load_hook", "legacy_hooks", "remove_legacy_hook"]
 
 # The older hook -> the parametrization, within the name of a weight.
 SUFFIXES = {"_orig": "original", "_u": "0._u", "_v": "0._v"}
 
 
 def legacy_hooks(module: nn.Module) -> dict[str, LegacySpectralNorm]:
-    """The hooks of this module, by the names of the weights that they normalise."""
+    """The hooks of this module, by the names of the weights that they normalize."""
     # PyTorch has no public way to list hooks; its own remove_spectral_norm reads this dictionary too.
     hooks = module._forward_pre_hooks.values()
     return {hook.name: hook for hook in hooks if isinstance(hook, LegacySpectralNorm)}
 
 
 def remove_legacy_hook(module: nn.Module, name: str) -> None:
-    """Leave the weight as evaluation used it, in the parameter that an optimiser knows."""
+    """Leave the weight without the norm, in the parameter that an optimizer knows."""
     original = module.get_parameter(f"{name}_orig")
     remove_spectral_norm(module, name)
-    with torch.no_grad():
-        original.copy_(module.get_parameter(name))
-    # PyTorch makes a new parameter, which an optimiser would not know, and which would be trainable in any case.
+    drop_load_hook(module, name)
+    # PyTorch makes a new parameter, which an optimizer would not know, and which would be trainable in any case.
     module.register_parameter(name, original)
+
+
+def drop_load_hook(module: nn.Module, name: str) -> None:
+    """Drop what PyTorch's ``remove_spectral_norm`` overlooks, the hook that asks state dicts for ``weight_orig``."""
+    hooks = module._load_state_dict_pre_hooks
+    for key, wrapper in list(hooks.items()):
+        hook = getattr(wrapper, "hook", wrapper)
+        if isinstance(hook, SpectralNormLoadStateDictPreHook) and hook.fn.name == name:
+            del hooks[key]
 
 
 def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -56,15 +64,6 @@ def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Ten
     Raises:
         ValueError: when there is a ``weight_u`` and no ``weight_v``, as in the first form that PyTorch saved.
         TypeError: when it is not a state dict but, for example, a model or the name of a file.
-
-    >>> from torch import nn
-    >>> from torch.nn.utils import spectral_norm as legacy
-    >>> from torch_sagan import convert_legacy_spectral_norm
-    >>> layer = legacy(nn.Linear(2, 2, bias=False))
-    >>> sorted(convert_legacy_spectral_norm(layer.state_dict()))
-    ['parametrizations.weight.0._u',
-     'parametrizations.weight.0._v',
-     'parametrizations.weight.original']
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"expected a state dict, got {type(state_dict).__name__}")

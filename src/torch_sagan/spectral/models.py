@@ -1,7 +1,8 @@
-"""Spectral normalisation of whole models: apply it, remove it, measure it, restart its power iteration."""
+"""Spectral normalization of whole models: apply it, remove it, measure it, restart its power iteration."""
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -12,10 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torch_sagan._checks import at_least_one, one_of
-from torch_sagan._modes import evaluation_mode
-from torch_sagan.spectral.iteration import power_iteration
 from torch_sagan.spectral.legacy import LegacySpectralNorm, legacy_hooks, remove_legacy_hook
-from torch_sagan.spectral.norm import Norm, SpectralNorm, as_matrix, find_norm, make_norm
+from torch_sagan.spectral.norm import Norm, SpectralNorm, as_matrix, find_norm, make_norm, register
 from torch_sagan.spectral.selection import Layers, select_layers
 
 __all__ = [
@@ -38,37 +37,34 @@ def apply_spectral_norm(
     eps: float = 1e-12,
     implementation: Literal["sagan", "torch"] = "sagan",
 ) -> M:
-    """Normalise the weight of every convolution (transposed too), linear layer and embedding of a model, in place.
+    """Normalize the weight of every convolution (transposed too), linear layer and embedding of a model, in place.
 
     Subclasses of these are included; other weights (of recurrent layers, of batch norm, the input projection of
-    ``nn.MultiheadAttention``) are not. Weights that are normalised already, by this library, by PyTorch's
+    ``nn.MultiheadAttention``) are not. Weights that are normalized already, by this library, by PyTorch's
     parametrization or by its older hook, are left alone, and a warning names them unless ``exclude`` does.
 
     Args:
         model: the model, or a single layer.
-        include: the layers to normalise. Default: all. Either a function of the dotted name and the layer, or dotted
+        include: the layers to normalize. Default: all. Either a function of the dotted name and the layer, or dotted
             names. In names, ``*``, ``?`` and ``[...]`` are wildcards (``*`` also matches dots), and a container's name
             matches everything in it. Attention that :func:`insert_self_attention` put after a module is stored in that
             module, but does not count as a part of it. A layer that has several names is matched by any of them.
         exclude: the layers to leave out, given as for ``include``.
-        n_power_iterations: as in :func:`spectral_norm`.
-        eps: as in :func:`spectral_norm`.
-        implementation: as in :func:`spectral_norm`.
+        n_power_iterations, eps, implementation: as in :func:`spectral_norm`.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: when there is no layer to normalise, a name matches no layer (similar names are listed), or a
+        ValueError: when there is no layer to normalize, a name matches no layer (similar names are listed), or a
             weight has no shape yet, is computed by a hook, or is tied to another. The model is then unchanged.
         TypeError: when ``include`` or ``exclude`` is neither names nor a function, or for an integer weight.
 
     >>> from torch import nn
     >>> from torch_sagan import apply_spectral_norm, spectral_norms
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3),
-    ...                       nn.Flatten(), nn.LazyLinear(1))
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(1))
     >>> model = apply_spectral_norm(model, exclude="4")
-    >>> list(spectral_norms(model))  # the names of the normalised weights
+    >>> list(spectral_norms(model))  # the names of the normalized weights
     ['0.weight', '2.weight']
     """
     one_of(("sagan", "torch"), implementation=implementation)
@@ -78,31 +74,29 @@ def apply_spectral_norm(
     new = {path: layer for path, layer in layers.items() if path not in done}
     _check_untied(model, new)
     # Made first and registered afterwards, so that an error leaves the model as it was.
-    norms = []
+    norms = {}
     for path, layer in new.items():
         try:
-            norms.append(make_norm(layer, "weight", n_power_iterations, eps, None, implementation))
+            norms[layer] = make_norm(layer, "weight", n_power_iterations, eps, None, implementation)
         except (TypeError, ValueError) as error:
             if not path:
                 raise
             raise type(error)(f"{path}: {error} (exclude={path!r} leaves it out)") from error
     if done:
-        warnings.warn(
-            f"spectrally normalised already, and left alone: {', '.join(map(repr, done))} (exclude them to "
-            "avoid this warning)",
-            stacklevel=2,
-        )
-    for layer, norm in zip(new.values(), norms, strict=True):
-        parametrize.register_parametrization(layer, "weight", norm)
+        names = ", ".join(map(repr, done))
+        message = f"spectrally normalized already, and left alone: {names} (exclude them to avoid this warning)"
+        warnings.warn(message, stacklevel=2)
+    for layer, norm in norms.items():
+        register(layer, "weight", norm)
     return model
 
 
+@torch.no_grad()
 def remove_spectral_norm(model: M, name: str | None = None) -> M:
-    """Remove spectral normalisation from a layer or a whole model, and leave the normalised weights.
+    """Remove spectral normalization from a layer or a whole model, and leave the normalized weights.
 
-    Each weight becomes a plain parameter again, the same object that an optimiser holds already, with exactly the value
-    that evaluation mode used. This works for :func:`spectral_norm` (either implementation) and the older
-    :func:`torch.nn.utils.spectral_norm`.
+    Each weight becomes a plain parameter again, the same object that an optimizer holds already, with exactly the value
+    that evaluation mode used. It covers :func:`spectral_norm` (either implementation) and PyTorch's older hook.
 
     Args:
         model: a layer or a model.
@@ -112,40 +106,38 @@ def remove_spectral_norm(model: M, name: str | None = None) -> M:
         The model itself.
 
     Raises:
-        ValueError: when nothing is spectrally normalised, or a weight carries other parametrizations as well (removing
+        ValueError: when nothing is spectrally normalized, or a weight carries other parametrizations as well (removing
             one of several is not possible in PyTorch). The model is then as it was.
     """
     found = [weight for weight in _normalized_weights(model) if name in (None, weight.name)]
     if not found:
         what = "weight" if name is None else repr(name)
-        raise ValueError(f"{type(model).__name__} has no spectrally normalised {what}")
+        raise ValueError(f"{type(model).__name__} has no spectrally normalized {what}")
     for weight in found:
         if not isinstance(weight.norm, LegacySpectralNorm) and (n := len(weight.parametrizations())) > 1:
             raise ValueError(
                 f"{weight.path!r} has {n} parametrizations, expected one: "
                 "torch.nn.utils.parametrize.remove_parametrizations removes them all"
             )
-    with evaluation_mode(model):
-        for weight in found:
-            if isinstance(weight.norm, LegacySpectralNorm):
-                remove_legacy_hook(weight.module, weight.name)
-            else:
-                parametrize.remove_parametrizations(weight.module, weight.name, leave_parametrized=True)
+    for weight in found:
+        _, normalized = weight.values()
+        if isinstance(weight.norm, LegacySpectralNorm):
+            remove_legacy_hook(weight.module, weight.name)
+        else:
+            parametrize.remove_parametrizations(weight.module, weight.name, leave_parametrized=False)
+        getattr(weight.module, weight.name).copy_(normalized)
     return model
 
 
 @torch.no_grad()
 def reset_power_iteration(model: nn.Module) -> None:
-    """Draw new u and v for every normalised weight of a model and warm them up on the current weights.
+    """Draw new u and v for every normalized weight of a model and warm them up on the current weights.
 
-    Call it after the raw weights have been changed without going through the parametrization, for example by
-    ``nn.init.orthogonal_(module.parametrizations.weight.original)``. It covers every implementation.
-
-    Args:
-        model: a layer or a model.
+    Call it after the raw weights of a layer or a model have been changed without going through the parametrization, for
+    example by ``nn.init.orthogonal_(module.parametrizations.weight.original)``. It covers every implementation.
     """
     for weight in _normalized_weights(model):
-        raw = weight.raw()
+        raw, _ = weight.values()
         if raw.ndim > 1:
             fresh = SpectralNorm(raw, dim=weight.norm.dim, eps=weight.norm.eps)
             u, v = weight.vectors()
@@ -157,39 +149,30 @@ def reset_power_iteration(model: nn.Module) -> None:
 def spectral_norms(model: nn.Module) -> dict[str, float]:
     r"""The largest singular value of every weight after its normalization, exactly.
 
-    It is the square root of the largest eigenvalue of :math:`W W^\top` or :math:`W^\top W`, the smaller of the two, in
-    float64. That has the digits of a singular value decomposition in a tenth of its time.
-
-    Values near 1 say that the power iteration keeps up with training. Nothing in the model changes.
+    Values near 1 say that the power iteration keeps up with training. Nothing in the model changes, not even for a
+    moment: another thread may train it. In float64, the square root of the largest eigenvalue of :math:`W W^\top` or
+    :math:`W^\top W`, the smaller of the two, has the digits of a singular value decomposition in a tenth of its time.
 
     Args:
         model: a layer or a model.
 
     Returns:
         A dictionary from each weight's dotted name to its largest singular value, NaN for a weight that holds
-        infinities or NaN. Weights that PyTorch's own spectral norm normalises are included.
+        infinities or NaN. Every implementation is covered.
     """
-    values = {}
+    norms = {}
     for weight in _normalized_weights(model):
-        value = weight.evaluation_value()
-        matrix = _in_double(as_matrix(value, weight.norm.dim) if value.ndim > 1 else value[:, None])  # (h, w)
-        # With infinities or NaN the decomposition does not converge, and its error would not name the weight.
-        values[weight.path] = _largest_singular_value(matrix) if matrix.isfinite().all() else math.nan
-    return values
-
-
-def _largest_singular_value(matrix: Tensor) -> float:
-    scale = matrix.abs().max()
-    if scale == 0:
-        return 0.0
-    matrix = matrix / scale  # so that no square overflows or vanishes
-    gram = matrix @ matrix.mH if matrix.shape[0] <= matrix.shape[1] else matrix.mH @ matrix
-    return float(scale * torch.linalg.eigvalsh(gram)[-1].sqrt())  # eigenvalues ascend
+        _, value = weight.values()
+        norms[weight.path] = math.nan  # the decomposition would not converge, and its error would not name the weight
+        if value.isfinite().all():
+            matrix, scale = _scaled_matrix(value, weight.norm.dim)
+            norms[weight.path] = scale * float(torch.linalg.eigvalsh(matrix @ matrix.mH)[-1].sqrt())  # they ascend
+    return norms
 
 
 @torch.no_grad()
 def align_power_iteration(model: nn.Module) -> None:
-    """Set u and v of every normalised weight of a model to its first singular vectors, whatever they were before.
+    """Set u and v of every normalized weight of a model to its first singular vectors, whatever they were before.
 
     They come from an eigendecomposition in float64. An iteration might need hundreds of steps where the first two
     singular values are close, and would never escape a u that is orthogonal to the first singular vector.
@@ -197,29 +180,32 @@ def align_power_iteration(model: nn.Module) -> None:
     Raises:
         ValueError: for a weight that holds infinities or NaN. Nothing is changed then.
     """
-    found = []
-    for weight in _normalized_weights(model):
-        raw = weight.raw()
+    found = [(weight, weight.values()[0]) for weight in _normalized_weights(model)]
+    for weight, raw in found:
         if not raw.isfinite().all():
             raise ValueError(f"{weight.path!r} holds infinities or NaN, which have no singular vectors")
-        if raw.ndim > 1:
-            found.append((weight, raw))
     for weight, raw in found:
-        u, v = weight.vectors()
-        matrix = _in_double(as_matrix(raw, weight.norm.dim).cpu())  # (h, w); some devices have no float64
-        # `small` is the buffer with fewer entries, u or v. The matrix is transposed if need be, so that the new value
-        # of `small` is the first eigenvector of matrix @ matrix.mH, the smaller of the two products.
-        wide = matrix.shape[0] <= matrix.shape[1]
-        (small, large), matrix = ((u, v), matrix) if wide else ((v, u), matrix.mH)
-        eigenvector = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]  # eigenvalues ascend
-        # One step gives the other vector, `large`; if the weight is zero, `large` stays as it is.
-        new_small, new_large, _ = power_iteration(matrix, eigenvector, large.to(matrix), eps=weight.norm.eps)
-        small.copy_(new_small)
-        large.copy_(new_large)
+        if raw.ndim > 1 and raw.any():  # a zero weight keeps its vectors
+            matrix, _ = _scaled_matrix(raw.cpu(), weight.norm.dim)  # some devices have no float64
+            u, v = weight.vectors()
+            # The first eigenvector of matrix @ matrix.mH is u, or v where the matrix was transposed.
+            first, second = (u, v) if len(matrix) == len(u) else (v, u)
+            vector = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]
+            first.copy_(vector)
+            second.copy_(torch.nn.functional.normalize(matrix.mH @ vector, dim=0))
+
+
+def _scaled_matrix(weight: Tensor, dim: int) -> tuple[Tensor, float]:
+    """The weight as a matrix in double precision that is at least as wide as high, and the factor by which it was
+    divided, so that no square overflows or vanishes. A vector is a matrix with one column."""
+    matrix = as_matrix(weight[..., None], dim).to(torch.promote_types(weight.dtype, torch.float64))  # or complex128
+    scale = float(matrix.abs().max()) or 1.0
+    matrix = matrix / scale
+    return (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mH), scale
 
 
 class _NormalizedWeight(NamedTuple):
-    """A spectrally normalised weight of a model, with one interface to all implementations."""
+    """A spectrally normalized weight of a model, with one interface to all implementations."""
 
     path: str  # from the model to the weight
     module: nn.Module
@@ -232,28 +218,20 @@ class _NormalizedWeight(NamedTuple):
             return self.module.get_buffer(f"{self.name}_u"), self.module.get_buffer(f"{self.name}_v")
         return self.norm.get_buffer("_u"), self.norm.get_buffer("_v")
 
-    def evaluation_value(self) -> Tensor:
-        """What the module's forward pass uses in evaluation mode."""
+    def values(self) -> tuple[Tensor, Tensor]:
+        """The weight before the norm, and what the module's forward pass uses in evaluation mode."""
         if isinstance(self.norm, LegacySpectralNorm):
-            value: Tensor = self.norm.compute_weight(self.module, do_power_iteration=False)
-        else:
-            with evaluation_mode(self.module):
-                value = getattr(self.module, self.name)
-        return value
-
-    def raw(self) -> Tensor:
-        """The weight before normalisation: the parameter, or what parametrizations before the norm return."""
-        if isinstance(self.norm, LegacySpectralNorm):
-            return self.module.get_parameter(f"{self.name}_orig")
+            raw: Tensor = self.module.get_parameter(f"{self.name}_orig")
+            return raw, self.norm.compute_weight(self.module, do_power_iteration=False)
         chain = self.parametrizations()
         names = ["original"] if chain.is_tensor else [f"original{i}" for i in range(chain.ntensors)]
         values: list[Tensor] = [getattr(chain, name) for name in names]
-        with evaluation_mode(self.module):
-            for part in chain:
-                if part is self.norm:
-                    break
-                values = [part(*values)]
-        return values[0]
+        for part in chain:
+            if part is self.norm:
+                (raw,) = values
+            # A copy: in the mode of the model, which another thread may be training, it would iterate.
+            values = [copy.deepcopy(part).eval()(*values)]
+        return raw, values[0]
 
     def parametrizations(self) -> parametrize.ParametrizationList:
         chain = self.module.parametrizations[self.name]  # type: ignore[index]
@@ -274,12 +252,8 @@ def _dotted(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name  # the path of the model itself is empty
 
 
-def _in_double(matrix: Tensor) -> Tensor:
-    return matrix.to(torch.promote_types(matrix.dtype, torch.float64))  # complex weights stay complex
-
-
 def _check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Raise when a weight to be normalised is tied to another parameter of the model."""
+    """Raise when a weight to be normalized is tied to another parameter of the model."""
     names: dict[nn.Parameter, list[str]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -288,6 +262,6 @@ def _check_untied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     for tied in names.values():
         if len(tied) > 1 and not weights.isdisjoint(tied):
             raise ValueError(
-                f"{' and '.join(map(repr, tied))} are one parameter, and normalising would untie them: leave their "
+                f"{' and '.join(map(repr, tied))} are one parameter, and normalizing would untie them: leave their "
                 "layers out with exclude"
             )

@@ -1,7 +1,8 @@
-"""Spectral normalisation of one weight: the parametrization, and the function that registers it."""
+"""Spectral normalization of one weight: the parametrization, and the function that registers it."""
 
 from __future__ import annotations
 
+import sys
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
@@ -10,19 +11,17 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from torch_sagan._checks import at_least_one, one_of
-from torch_sagan._torch import TorchSpectralNorm, no_autocast, runs_custom_operations
-from torch_sagan.spectral import iteration
-from torch_sagan.spectral.grouped import Iterated, Member, iterate
-from torch_sagan.spectral.legacy import LegacySpectralNorm, legacy_hooks
+from torch_sagan._torch import TorchSpectralNorm, no_autocast
+from torch_sagan.spectral.iteration import divide_by_sigma, divisor, power_iteration, spectral_normalize
+from torch_sagan.spectral.legacy import LegacySpectralNorm, drop_load_hook, legacy_hooks
+from torch_sagan.spectral.selection import TRANSPOSED_CONVOLUTIONS
 
-__all__ = ["Norm", "SpectralNorm", "as_matrix", "find_norm", "iterate_together", "make_norm", "spectral_norm"]
+__all__ = ["Norm", "SpectralNorm", "as_matrix", "find_norm", "make_norm", "register", "spectral_norm"]
 
 M = TypeVar("M", bound=nn.Module)
 
 # PyTorch's spectral_norm also starts with 15.
 WARM_UP_ITERATIONS = 15
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class SpectralNorm(nn.Module):
@@ -41,16 +40,16 @@ class SpectralNorm(nn.Module):
     be differentiated twice.
 
     Args:
-        weight: the weight to be normalised. It is reshaped to a matrix (h, w) with h = ``weight.shape[dim]``.
-            A vector is divided by its norm.
+        weight: reshaped to a matrix (h, w) with h = ``weight.shape[dim]``. A vector is divided by its norm.
         n_power_iterations: steps per access in training.
         dim: the dimension of the outputs. Pass 1 for a transposed convolution, as :func:`spectral_norm` does.
-        eps: norms of at most this value count as zero. A weight whose spectral norm counts as zero is returned
-            unchanged.
+        eps: norms of at most this value count as zero. A weight whose spectral norm counts as zero, or is not finite,
+            is returned unchanged, and u and v are kept.
 
     Raises:
-        ValueError: for a scalar weight, a ``dim`` that the weight does not have, or fewer than one iteration.
-        TypeError: for an integer weight.
+        ValueError: for a scalar weight, a ``dim`` that the weight does not have, fewer than one iteration, or the
+            assignment of a weight of another shape.
+        TypeError: for an integer weight, or the assignment of None.
 
     Source: Miyato et al., *Spectral Normalization for Generative Adversarial Networks*, arXiv:1802.05957.
     """
@@ -65,7 +64,8 @@ class SpectralNorm(nn.Module):
         self.n_power_iterations = n_power_iterations
         self.dim: int = dim % weight.ndim
         self.eps = eps
-        self._prepared: tuple[int, Iterated] | None = None  # the weight's version, and what was computed for it
+        # What iterate_together computed for the next access: the weight, its version, and u, v and the divisor.
+        self._prepared: tuple[Tensor, int, tuple[Tensor, Tensor, Tensor]] | None = None
         if weight.ndim > 1:
             h, w = as_matrix(weight, self.dim).shape
             self.register_buffer("_u", weight.new_empty(h))
@@ -74,39 +74,54 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight divided by its spectral norm, in the weight's own shape and dtype."""
+        if self._prepared is not None:
+            (prepared, version, arguments), self._prepared = self._prepared, None
+            if self.training and prepared is weight and version == weight._version:
+                return divide_by_sigma(weight, *arguments, dim=self.dim, eps=self.eps)
+        if not weight.numel():
+            return weight
         dtype = weight.dtype
-        prepared, self._prepared = self._prepared, None
-        if prepared and self.training and prepared[0] == weight._version:
-            return iteration.divide_by_sigma(weight, *prepared[1], dim=self.dim, eps=self.eps)
-        if weight.ndim == 1:
-            sigma = torch.linalg.vector_norm(weight)
-            return weight / torch.where(sigma > self.eps, sigma, 1.0)
         # In half precision, which autocast would choose, rounding spoils u and v, and norms overflow in float16.
         with no_autocast(weight.device.type):
             weight = _half_to_float32(weight)
+            if weight.ndim == 1:
+                return _normalize_vector(weight, self.eps).to(dtype)
             u, v, sigma = self._iterate(weight, self.n_power_iterations if self.training else 0)
-            normalized = iteration.spectral_normalize(weight, u, v, sigma, dim=self.dim, eps=self.eps)
-        return normalized.to(dtype)
+            return spectral_normalize(weight, u, v, sigma, dim=self.dim, eps=self.eps).to(dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Accept a new weight: u and v are warmed up on it, so that sigma is right at once."""
-        if weight.ndim > 1:
-            self._warm_up(weight)
+        if not isinstance(weight, Tensor):
+            raise TypeError(
+                f"expected a tensor for a weight that is spectrally normalized, got {type(weight).__name__}: "
+                "remove_spectral_norm first makes it a plain parameter"
+            )
+        # PyTorch calls this for a registration, too, and transfer_parametrizations_and_params registers a norm a second
+        # time, at a weight that it then replaces by the one that u and v belong to. Only the list of parametrizations
+        # of an assignment is complete.
+        caller = sys._getframe(1).f_locals.get("self")
+        if isinstance(caller, parametrize.ParametrizationList) and hasattr(caller, "ntensors"):
+            _check_weight(weight, self.dim)
+            h, w = as_matrix(weight[..., None], self.dim).shape
+            outputs, each = (len(self._u), len(self._v)) if hasattr(self, "_u") else (h, 1)
+            if (h, w) != (outputs, each):
+                raise ValueError(f"expected {outputs} outputs with {each} weights each, got {h} with {w}")
+            if weight.ndim > 1:
+                self._warm_up(weight)
         return weight
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
         """Draw new u and v and warm them up on this weight."""
-        if weight.ndim > 1:
-            self._u.normal_()
-            self._v.normal_()
-            self._u /= torch.linalg.vector_norm(self._u)
-            self._v /= torch.linalg.vector_norm(self._v)
-            self._warm_up(weight)
+        for vector in (self._u, self._v):
+            vector.normal_()
+            vector /= torch.linalg.vector_norm(vector)
+        self._warm_up(weight)
 
     def _warm_up(self, weight: Tensor) -> None:
-        with no_autocast(weight.device.type):
-            self._iterate(_half_to_float32(weight), WARM_UP_ITERATIONS)
+        if weight.numel() and not weight.is_meta:  # whose iterations would take a second, on no values
+            with no_autocast(weight.device.type):
+                self._iterate(_half_to_float32(weight), WARM_UP_ITERATIONS)
 
     @torch.no_grad()
     def _iterate(self, weight: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +133,7 @@ class SpectralNorm(nn.Module):
         if self._u.dtype != weight.dtype:  # they are stored in half precision: rounding lost their unit norm
             u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
         matrix = as_matrix(weight, self.dim)  # (h, w)
-        u, v, sigma = iteration.power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
+        u, v, sigma = power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
         if n_iterations:
             self._u.copy_(u)
             self._v.copy_(v)
@@ -126,34 +141,6 @@ class SpectralNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps}"
-
-
-def iterate_together(model: nn.Module) -> None:
-    """Run the power iterations of a model's next pass in training mode, those of all weights at once.
-
-    Each :class:`SpectralNorm` uses what was computed for it when its weight is next read, unless the weight has changed
-    by then. Weights in half precision, of tensor subclasses, or computed by other parametrizations iterate on their
-    own, when they are read, as all do under a compiler or a transform.
-    """
-    groups: dict[tuple[torch.device, torch.dtype, int, float], list[tuple[SpectralNorm, Tensor]]] = {}
-    for module in model.modules() if runs_custom_operations() else ():
-        if isinstance(module, parametrize.ParametrizationList) and len(module) == 1:
-            norm, weight = module[0], module.original
-            if isinstance(norm, SpectralNorm) and norm.training and _can_be_grouped(norm, weight):
-                key = weight.device, weight.dtype, norm.n_power_iterations, norm.eps
-                groups.setdefault(key, []).append((norm, weight))
-    for (device, _, n_iterations, eps), norms in groups.items():
-        members = [Member(weight, norm.dim, norm._u, norm._v) for norm, weight in norms]
-        with no_autocast(device.type):
-            results = iterate(members, n_iterations=n_iterations, eps=eps)
-        for (norm, weight), result in zip(norms, results, strict=True):
-            norm._prepared = weight._version, result
-
-
-def _can_be_grouped(norm: SpectralNorm, weight: Tensor) -> bool:
-    # FullyShardedDataParallel leaves a part of the weight, of another shape or class, until its module is called.
-    whole = type(weight) is nn.Parameter and weight.ndim > 1 and weight.numel() == len(norm._u) * len(norm._v)
-    return whole and weight.dtype in (torch.float32, torch.float64) and norm._u.dtype == weight.dtype
 
 
 # A weight may be normalized by our parametrization, by PyTorch's, or by its older hook.
@@ -169,15 +156,14 @@ def spectral_norm(
     *,
     implementation: Literal["sagan", "torch"] = "sagan",
 ) -> M:
-    r"""Normalise one weight of a module in place, by its spectral norm: :math:`W / \sigma(W)`.
+    r"""Normalize one weight of a module in place, by its spectral norm: :math:`W / \sigma(W)`.
 
     It takes the arguments of :func:`torch.nn.utils.parametrizations.spectral_norm`.
 
     Args:
         module: the layer.
-        name: the parameter to normalise.
-        n_power_iterations: power-iteration steps per access in training.
-        eps: norms of at most this value count as zero.
+        name: the parameter to normalize.
+        n_power_iterations, eps: as in :class:`SpectralNorm`.
         dim: the dimension of the outputs. Default: 1 for transposed convolutions, else 0.
         implementation: ``"sagan"`` for :class:`SpectralNorm`, ``"torch"`` for PyTorch's own.
 
@@ -186,18 +172,15 @@ def spectral_norm(
 
     Raises:
         ValueError: when the module has no such parameter; when the parameter has no shape yet, is computed by a hook,
-            or is normalised already (by any implementation); for an unknown implementation, a ``dim`` that the weight
+            or is normalized already (by any implementation); for an unknown implementation, a ``dim`` that the weight
             does not have, or fewer than one iteration.
         TypeError: for an integer weight.
 
-    >>> from torch import nn
-    >>> from torch_sagan import spectral_norm
-    >>> layer = spectral_norm(nn.Conv2d(3, 64, 3))
+    >>> layer = spectral_norm(torch.nn.Conv2d(3, 64, 3))
     >>> layer.weight.shape
     torch.Size([64, 3, 3, 3])
     """
-    norm = make_norm(module, name, n_power_iterations, eps, dim, implementation)
-    parametrize.register_parametrization(module, name, norm)
+    register(module, name, make_norm(module, name, n_power_iterations, eps, dim, implementation))
     return module
 
 
@@ -209,22 +192,28 @@ def make_norm(
     at_least_one(n_power_iterations=n_power_iterations)
     kind = type(module).__name__
     if find_norm(module, name) is not None:
-        raise ValueError(f"{name!r} of {kind} is spectrally normalised already")
+        raise ValueError(f"{name!r} of {kind} is spectrally normalized already")
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
         whole = "; apply_spectral_norm takes whole models" if any(module.children()) else ""
         raise ValueError(f"{kind} has no parameter named {name!r}{whole}")
     if is_lazy(weight):
         raise ValueError(f"{name!r} of {kind} has no shape yet: run one forward pass first")
-    own_tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    if not (parametrize.is_parametrized(module, name) or name in own_tensors):
+    own = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
+    if not (name in own or parametrize.is_parametrized(module, name)):
         raise ValueError(f"{name!r} of {kind} is not a parameter: a hook or another module computes it")
     if dim is None:
-        dim = 1 if isinstance(module, TRANSPOSED) else 0
+        dim = 1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0
     if implementation == "torch":
         _check_weight(weight, dim)
         return TorchSpectralNorm(weight, n_power_iterations, dim, eps)
     return SpectralNorm(weight, n_power_iterations=n_power_iterations, dim=dim, eps=eps)
+
+
+def register(module: nn.Module, name: str, norm: nn.Module) -> None:
+    """Register what :func:`make_norm` made."""
+    drop_load_hook(module, name)
+    parametrize.register_parametrization(module, name, norm)
 
 
 def find_norm(module: nn.Module, name: str) -> Norm | None:
@@ -249,3 +238,9 @@ def as_matrix(weight: Tensor, dim: int) -> Tensor:
 
 def _half_to_float32(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+
+
+def _normalize_vector(vector: Tensor, eps: float) -> Tensor:
+    # Divided by its largest entry first, as in `unit`, which gives a zero vector NaN for a gradient.
+    largest, _ = divisor(torch.linalg.vector_norm(vector.detach(), torch.inf), 0)
+    return vector / divisor(largest * torch.linalg.vector_norm(vector / largest), eps)[0]

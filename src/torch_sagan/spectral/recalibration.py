@@ -26,8 +26,8 @@ def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None
     Then it passes the inputs through the model, in evaluation mode except for its batch norms, and gives every batch
     norm the mean over batches of their means and variances, as :func:`torch.optim.swa_utils.update_bn` does.
 
-    The result depends on weights and inputs alone, not on the buffers that were there. No random number is drawn, and
-    each module keeps its mode.
+    The result depends on weights and inputs alone, not on the buffers that were there. No random number is drawn.
+    Modes change for the length of the passes, so no other thread may use the model meanwhile.
 
     Args:
         model: any module, an ``AveragedModel`` for example.
@@ -39,7 +39,7 @@ def recalibrate(model: M, inputs: Iterable[Tensor | Sequence[Any]] | None = None
 
     Raises:
         ValueError: for batch norm without inputs, or inputs without batch norm; when there is no batch, a batch norm is
-            not reached, or a weight that is spectrally normalised holds infinities or NaN. After these errors, and
+            not reached, or a weight that is spectrally normalized holds infinities or NaN. After these errors, and
             after any error during a pass, the model is as it was.
         TypeError: when ``inputs`` is one tensor.
 

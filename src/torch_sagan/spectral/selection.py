@@ -12,7 +12,7 @@ from torch import nn
 from torch_sagan._checks import nearest_names
 from torch_sagan.surgery.inserted_layer import MARK, NAME
 
-__all__ = ["Layers", "select_layers"]
+__all__ = ["TRANSPOSED_CONVOLUTIONS", "Layers", "select_layers"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -37,12 +37,12 @@ def select_layers(model: nn.Module, include: Layers | None, exclude: Layers | No
             layers.setdefault(module, {})[path] = _prefixes(path, inserted)
     kind = type(model).__name__
     if not layers:
-        raise ValueError(f"{kind} has no convolution, linear layer or embedding to normalise")
+        raise ValueError(f"{kind} has no convolution, linear layer or embedding to normalize")
     included = set(layers) if include is None else _match_layers(layers, "include", include, kind)
     excluded = set() if exclude is None else _match_layers(layers, "exclude", exclude, kind)
     selected = {next(iter(names)): layer for layer, names in layers.items() if layer in included - excluded}
     if not selected:
-        raise ValueError(f"include and exclude leave none of the {len(layers)} layers of {kind} to normalise")
+        raise ValueError(f"include and exclude leave none of the {len(layers)} layers of {kind} to normalize")
     return selected
 
 
