@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import torch_sagan
-from training.runs.atomic_files import write as write
+from training.runs.atomic_files import write
 from training.runs.folder import CHECKPOINT, EXPLORER, IMAGE, NUMBERED
 from training.runs.folder import FILES as FILES
 from training.runs.tensor_files import read

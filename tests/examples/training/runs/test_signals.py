@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_what_nohup_and_the_like_ignore_stays_ignored(number: signal.Signals) ->
         signal.signal(number, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_interrupted_between_two_halves_of_a_step(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,16 +183,29 @@ def test_a_closed_terminal_ends_a_run_in_order_unless_it_runs_under_nohup(nohup:
 
 
 @pytest.mark.slow  # starts a process
-def test_a_schedulers_warning_is_answered_with_a_checkpoint(tmp_path: Path) -> None:
-    command = [sys.executable, *SCRIPT, "--data", "digits", "--out", str(tmp_path), "--log-every", "1"]
-    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
+@pytest.mark.skipif(not shutil.which("bash"), reason="runs a job script")
+def test_the_job_script_of_the_docs_saves_before_the_end_and_requeues(tmp_path: Path) -> None:
+    """With Slurm's two commands replaced: one that runs a command, and one that is only noted."""
+    page = (Path(__file__).parents[4] / "docs" / "cluster.md").read_text()
+    (script,) = re.findall(r"```bash\n(#!/bin/bash.*?)```", page, re.DOTALL)
+    flags = "examples/train_celeba.py \\\n    --data ~/img_align_celeba.zip --out runs/celeba"
+    assert flags in script
+    tiny = " ".join([*SCRIPT, "--data", "digits", "--log-every", "1", "--out", str(tmp_path / "run")])
+    commands = {"srun": 'exec "$@"', "scontrol": 'echo "$@"', "python": f'exec {sys.executable} "$@"'}
+    for name, does in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    with subprocess.Popen(
+        ["bash", "-c", script.replace(flags, tiny)], env=environment, stdout=-1, stderr=-1, text=True
+    ) as process:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "log.jsonl").exists() or len(lines(tmp_path)) < 3:
+        while not (tmp_path / "run" / "log.jsonl").exists() or len(lines(tmp_path / "run")) < 3:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGUSR1)
+        process.send_signal(signal.SIGUSR1)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGUSR1, err
+    assert out.splitlines()[-1] == "requeue 7", err
     (stopped,) = re.findall(r"stopped at step (\d+)", out)
-    assert checkpoint(tmp_path)["step"] == int(stopped) == len(lines(tmp_path))
+    assert checkpoint(tmp_path / "run")["step"] == int(stopped) == len(lines(tmp_path / "run"))
