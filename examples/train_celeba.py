@@ -23,7 +23,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from signal import SIGTERM
@@ -57,6 +57,7 @@ from training.runs.tensor_files import refuse_unsafe_torch
 from training.state import TrainingState
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]  # a generator and a seed -> scores; the first one selects
+LOST = 1000  # among the numbers of signals: a process has no more images
 OpenEvaluator = Callable[[Config, DataSource, torch.device], Evaluate | None]
 
 
@@ -141,11 +142,15 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
     ):
         batches = state.batches(images)
         while state.step < config.steps:
-            drawn = None
-            with suppress(StopRequested):
+            drawn = lost = None
+            try:
                 drawn = None if stop_requested() else state.draw(batches)
+            except StopRequested:
+                pass
+            except OSError as error:  # no more images: what was learned so far is saved
+                lost = error
             # All processes stop at the same step, before any of them begins the next one.
-            signal = ranks.all_reduce_max(stop_requested() or SIGTERM * ranks.abandoned)
+            signal = ranks.all_reduce_max(LOST if lost else stop_requested() or SIGTERM * ranks.abandoned)
             if signal or drawn is None:
                 break
             state.means.add(state.advance(iter(drawn)))
@@ -181,6 +186,8 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
                 checkpoint = state.state_dict()
                 if log:
                     save_and_rotate(checkpoint, out, keep_last=config.keep_last, keep_every=config.keep_every)
+        if signal == LOST:
+            raise lost or OSError("another process has no more images")
         return signal
 
 

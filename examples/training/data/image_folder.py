@@ -143,10 +143,12 @@ class ImageFolder(ImageSet):
 
     def nothing_readable(self, number: int) -> str:
         """The message where neither this image nor any other of its class can be read."""
-        kind = f" of the class {self.labels.classes[self.labels.numbers[number]]}" if self.labels else ""
-        path = self.paths[number]
+        count, kind, path = len(self), "", self.paths[number]
+        if self.labels:
+            name = self.labels.classes[self.labels.numbers[number]]
+            count, kind = self.labels.counts()[name], f" of the class {name}"
         why = self.unreadable.get(path) or self._decode_into(self.empty(1)[0], path)
-        return f"no image{kind} can be read, for example {path}: {why}"
+        return f"none of the {count} images{kind} can be read, for example {path}: {why}"
 
     def _decode_into(self, target: Pixels, path: str) -> str:
         """Fill (C, size, size) with an image. Returns why that is not possible, or ""."""

@@ -196,7 +196,7 @@ def test_a_class_without_a_readable_image_is_an_error_with_its_name(shapes: Path
     for path in (shapes / "disc").iterdir():
         path.write_text("damaged")
     folder = ImageFolder(shapes, SIZE, labeling=from_folders)
-    message = r"no image of the class disc can be read, for example .*disc/\d\d\.png: not in a format"
+    message = r"none of the 12 images of the class disc can be read, for example .*disc/\d\d\.png: not in a format"
     with pytest.raises(ValueError, match=message):
         folder.pixels(range(36))
     with pytest.raises(ValueError, match=message):
@@ -206,7 +206,7 @@ def test_a_class_without_a_readable_image_is_an_error_with_its_name(shapes: Path
 def test_a_folder_without_one_readable_image_says_why(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_text("not an image")
-    with pytest.raises(ValueError, match=r"no image can be read, .*a\.png: not in a format"):
+    with pytest.raises(ValueError, match=r"none of the 2 images can be read, .*a\.png: not in a format"):
         open_data(str(tmp_path), size=SIZE)
 
 
