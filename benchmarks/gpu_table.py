@@ -37,6 +37,7 @@ from measurement.peak_memory import allocated_by
 from measurement.stopwatch import Run, Stopwatch, on_device
 from torch_sagan import functional, spectral_norms
 from training.average import recalibrated
+from training.command_line import Parser, given_path, script
 from training.configuration import Config
 from training.data.dataset import Batch
 from training.data.loading import read_batches
@@ -348,13 +349,13 @@ def said(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 … or cpu (default: cuda)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, whose times say nothing")
     parser.add_argument(
         "--budget", type=float, default=300, help="seconds after which nothing more begins (default: 300)"
     )
-    parser.add_argument("--tests", type=Path, help="pytest's report (--junitxml), to be shown as well")
+    parser.add_argument("--tests", type=given_path, help="pytest's report (--junitxml), to be shown as well")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + options.budget
     machine = Machine(pick_device(options.device, SINGLE_PROCESS), tiny=options.tiny)
@@ -367,4 +368,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

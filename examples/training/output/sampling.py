@@ -56,13 +56,15 @@ def draw(state: TrainingState, out: Path) -> dict[str, Path]:
     generator, paths = usable_average(state), image_paths(state, out)
     z, labels = sample_inputs(state)
     parts = zip(z.split(16), [None] * len(z) if labels is None else labels.split(16), strict=False)
-    save_grid(paths["samples"], torch.cat([generator(*part) for part in parts]), columns=COLUMNS)
+    classes = list(state.classes)
+    rows = [] if labels is None else [classes[label] for label in labels[::COLUMNS].tolist()]
+    save_grid(paths["samples"], torch.cat([generator(*part) for part in parts]), COLUMNS, rows)
     if "attention" in paths:
-        rows = slice(0, 6 * COLUMNS, COLUMNS) if state.classes else slice(6)  # of different classes
+        shown = slice(0, 6 * COLUMNS, COLUMNS) if state.classes else slice(6)  # of different classes
         with record_attention(generator) as records:
-            images = generator(z[rows], None if labels is None else labels[rows])  # (6, C, S, S)
+            images = generator(z[shown], None if labels is None else labels[shown])  # (6, C, S, S)
         *_, (last,) = records.values()
-        save_attention(paths["attention"], images, last, QUERIES)
+        save_attention(paths["attention"], images, last, QUERIES, rows[:6])
         if "explorer" in paths:
             save_explorer(paths["explorer"], images, records)
     return paths
