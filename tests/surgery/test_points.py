@@ -320,37 +320,3 @@ def test_what_cannot_get_attention_is_refused() -> None:
         insertion_points(nn.DataParallel(nn.Conv2d(3, 3, 1)), IMAGES)
     with pytest.raises(TypeError, match=r"example_input takes a tensor, .* got list"):
         insertion_points(nn.Conv2d(3, 3, 1), [IMAGES])  # type: ignore[arg-type]
-
-
-# --- a model of somebody else --------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow  # importing the package takes seconds
-@pytest.mark.filterwarnings("ignore")  # what another package warns of is its own affair
-def test_the_unet_of_diffusers() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    model = diffusers.UNet2DModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-    ).eval()
-    example = {"sample": torch.randn(2, 3, 16, 16), "timestep": torch.tensor(7)}
-    points = insertion_points(model, example)
-    found = {point.path: (point.channels, point.size) for point in points}
-    assert found["conv_in"] == (8, (16, 16))
-    assert found["down_blocks.0.resnets.0"] == (8, (16, 16))
-    assert found["mid_block"] == (16, (8, 8))
-    assert found["up_blocks.1"] == (8, (16, 16))
-    assert not {"down_blocks.0", "down_blocks.1", "time_embedding"} & set(found)  # tuples, a vector
-    order = list(found)
-    assert order.index("conv_in") < order.index("mid_block") < order.index("up_blocks.0") < order.index("conv_out")
-    before = model(**example).sample
-    own = operations(model, example)
-    assert points.operations == own
-    insert_self_attention(model, order, example_input=example)
-    assert torch.equal(model(**example).sample, before)
-    assert operations(model, example) - own == sum(point.operations for point in points)

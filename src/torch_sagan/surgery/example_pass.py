@@ -21,7 +21,7 @@ ExampleInput: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 class FeatureMap(NamedTuple):
-    """What is known of a tensor (B, C, H, W) that a module returned, and whether autocast was on then."""
+    """A tensor (B, C, H, W) that a module returned, without its content, and whether autocast was on then."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -32,22 +32,11 @@ class FeatureMap(NamedTuple):
 def outputs_of_a_pass(
     model: nn.Module, modules: Mapping[str, nn.Module], example_input: ExampleInput
 ) -> dict[str, list[FeatureMap | str]]:
-    """Call a model once, in evaluation mode, and note what some of its modules return.
+    """Call a model once, in evaluation mode, and note what some of its modules return: an output for each call.
 
-    Modes, buffers, hooks and the random states of PyTorch, NumPy and Python are then as they were, after an error too.
-    A graph is recorded unless the caller disabled gradients.
-
-    Args:
-        model: any module.
-        modules: the modules to watch, by names of any kind.
-        example_input: what the model is called with: a tensor, a tuple of arguments or a mapping of keyword arguments.
-
-    Returns:
-        For each name an output per call: a feature map, or the description of anything else. Names are in the order in
-        which the modules first returned; one that was not called is missing.
-
-    Raises:
-        TypeError: for an example of another type.
+    That is a feature map, or the description of anything else. Names are in the order in which the modules first
+    returned; one that was not called is missing. Modes, buffers, hooks and the random states of PyTorch, NumPy and
+    Python are then as they were, after an error too. A graph is recorded unless the caller disabled gradients.
     """
     if isinstance(example_input, Tensor):
         example_input = (example_input,)

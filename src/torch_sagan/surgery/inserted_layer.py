@@ -94,16 +94,19 @@ def _keep(path: str, kind: str, module: nn.Module, args: Any) -> None:
     Conversions such as ``SyncBatchNorm.convert_sync_batchnorm`` make a new host and give it the old one's children, but
     not its hooks; others lose the children too.
     """
-    host: nn.Module | None = module
+    host = module
     for name in path.split("."):
-        host = None if host is None else host._modules.get(name)
-    if host is None:
-        return
-    attended = [host] if inserted_layer(host) else [part for part in host.modules() if inserted_layer(part)]
-    for part in attended:
+        child = host._modules.get(name)
+        if child is None:
+            return
+        host = child
+    hosts = [host]
+    if inserted_layer(host) is None:  # it is wrapped, or not attended any more
+        hosts = [part for part in host.modules() if inserted_layer(part) is not None]
+    for part in hosts:
         _run(part)
-    # A host of another class is not the one from which remove_self_attention may have taken the layer.
-    if not attended and "." not in path and kind not in [base.__name__ for base in type(host).__mro__]:
+    # From a host of the same class remove_self_attention may have taken the layer.
+    if not hosts and "." not in path and kind not in [base.__name__ for base in type(host).__mro__]:
         raise RuntimeError(f"{path!r} of {type(module).__name__}: {_lost(type(host).__name__, kind)}")
 
 
@@ -116,21 +119,13 @@ def _lost(host: str, kind: str = "") -> str:
 
 
 @torch.no_grad()
-def _complete(
-    values: dict[str, Tensor],
-    layer: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    metadata: dict[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    *rest: Any,
-) -> None:
+def _complete(values: dict[str, Tensor], layer: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """The hook by which a checkpoint from before the insertion makes the layer new.
 
     Not with the weights that it has: they may be trained, or be uninitialized memory, as after ``to_empty``. A state
     dict that lacks other keys too is no such checkpoint, and leaves the layer alone.
     """
+    missing_keys = rest[2]
     if missing_keys or any(key.startswith(prefix) for key in state_dict):
         return
     new = copy.deepcopy(layer)
