@@ -46,7 +46,8 @@ class RunLock:
     def __init__(self, out: Path) -> None:
         self.out, self.path = out, out / "run.lock"
         self._descriptor: int | None = None
-        self._name, self._beats, self._ended = "", 0, Event()
+        self._name, self._beats = "", 0
+        self._ended, self._thread = Event(), Thread(target=self._live, name="run lock", daemon=True)
 
     def acquire(self) -> None:
         """Take the lock, unless this process has it; wait for a process that is about to end."""
@@ -59,12 +60,13 @@ class RunLock:
         except BaseException:
             self._let_go()
             raise
-        Thread(target=self._live, name="run lock", daemon=True).start()
+        self._thread.start()
 
     def close(self) -> None:
         """Release the lock, and sign off."""
-        self._ended.set()
         if self._descriptor is not None:
+            self._ended.set()
+            self._thread.join()  # or it could write into the file that gets the descriptor's number next
             with suppress(OSError):
                 if self._holds():
                     os.ftruncate(self._descriptor, 0)
@@ -108,7 +110,10 @@ class RunLock:
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         self._name = f"process {os.getpid()} on {platform.node()}, since {since}\n"
         self._name += f"{'flock' if kernel else 'alone'} {_machine()} {secrets.token_hex(4)}\n"
-        self._beat()
+        try:
+            self._beat()
+        except OSError as error:
+            fail(f"--out {self.out}: cannot write {self.path}: {error.strerror}")
         if kernel:
             return
         if sys.platform != "win32":
@@ -137,7 +142,8 @@ class RunLock:
         self._beats += 1
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         os.write(self._descriptor, f"{self._name}{self._beats:08}\n".encode())
-        os.fsync(self._descriptor)  # NFS shows to others what is on the server
+        with suppress(OSError):  # some file systems have no such thing
+            os.fsync(self._descriptor)  # NFS shows to others what is on the server
 
     def _holds(self) -> bool:
         return self._read().startswith(self._name)

@@ -125,6 +125,29 @@ def test_a_lock_that_was_released_is_free_at_once(tmp_path: Path) -> None:
         assert (tmp_path / "run.lock").read_text() == ""
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused fsync is none, a full disk is."""
+    for call, code in (("fsync", errno.EINVAL), ("write", errno.ENOSPC)):
+        monkeypatch.setattr(os, call, failing(code))
+        with closing(RunLock(tmp_path)) as lock:
+            if call == "fsync":
+                lock.acquire()
+            else:
+                with pytest.raises(SystemExit, match=rf"--out .*: cannot write .*run\.lock: {os.strerror(code)}$"):
+                    lock.acquire()
+
+
+def test_the_sign_of_life_goes_nowhere_after_the_end(tmp_path: Path, soon: None) -> None:
+    """The number of a closed lock is that of the next file: nothing may be written into it."""
+    for i in range(20):
+        with closing(RunLock(tmp_path)) as lock:
+            lock.acquire()
+            time.sleep(0.1 * i / 20)
+        with open(tmp_path / "next", "w+") as file:
+            time.sleep(0.01)
+            assert file.read() == ""
+
+
 def test_a_worker_that_outlives_its_run_holds_nothing(tmp_path: Path) -> None:
     with closing(RunLock(tmp_path)) as lock:
         lock.acquire()
