@@ -310,6 +310,25 @@ def test_weights_that_are_not_plain_parameters_iterate_on_their_own() -> None:
     assert second.parametrizations.weight[0]._prepared is None
 
 
+class Subclass(nn.Parameter):
+    """A weight that may do anything with the operations of tensors."""
+
+
+def test_vectors_and_parameters_of_another_class_iterate_on_their_own() -> None:
+    network = SAGANDiscriminator(16, base_channels=2).double()
+    spectral_norm(network.blocks[0].conv, "bias")
+    chain = network.blocks[1].conv.parametrizations.weight
+    chain.original = Subclass(chain.original.detach())
+    alone = copy.deepcopy(network)
+    seen: list[object] = []
+    network.blocks[0].register_forward_hook(lambda *_: seen.append(chain[0]._prepared))
+    x = inputs("D resnet")[0]
+    y = network(x)
+    with each_alone():
+        torch.testing.assert_close(y, alone(x), rtol=1e-12, atol=1e-12)
+    assert seen == [None]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_does_not_reach_the_iteration(dtype: torch.dtype) -> None:
     network = SAGANGenerator(16, base_channels=4)

@@ -35,6 +35,7 @@ from references import (
 from torch_sagan import (
     SAGANDiscriminator,
     apply_spectral_norm,
+    recalibrate,
     remove_spectral_norm,
     reset_power_iteration,
     spectral_norm,
@@ -360,6 +361,15 @@ def test_reset_after_new_weights(training: bool, initialize: Callable[[Tensor], 
         assert stale > 2
         for value in fresh.values():
             assert 0.999 < value < 1.3
+
+
+@normalizers
+@pytest.mark.parametrize("function", [reset_power_iteration, recalibrate])
+def test_u_and_v_stay_outside_the_graph(normalizer: str, function: Callable[[nn.Module], object]) -> None:
+    layer = NORMALIZERS[normalizer](nn.Linear(3, 4))
+    function(layer)
+    assert not any(buffer.requires_grad for buffer in layer.buffers())
+    layer(torch.randn(2, 3)).sum().backward()
 
 
 def test_sigma_of_a_network_in_training() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,8 @@ from references import (
 )
 from torch_sagan import (
     SpectralNorm,
+    apply_spectral_norm,
+    functional,
     remove_spectral_norm,
     spectral_norm,
     spectral_norms,
@@ -55,6 +58,24 @@ def test_positional_arguments_are_those_of_torch() -> None:
         assert (norm.n_power_iterations, norm.eps, norm.dim) == (2, 1e-6, 1)
     with pytest.raises(TypeError, match="positional"):
         spectral_norm(nn.Linear(7, 5), "weight", 2, 1e-6, 1, "torch")
+
+
+def test_defaults_are_those_of_torch() -> None:
+    theirs = inspect.signature(parametrizations.spectral_norm).parameters
+    for ours in (spectral_norm, apply_spectral_norm, SpectralNorm):
+        for name, parameter in inspect.signature(ours).parameters.items():
+            if name in ("name", "n_power_iterations", "eps"):
+                assert parameter.default == theirs[name].default, ours
+    for function in (functional.power_iteration, functional.spectral_normalize):
+        assert inspect.signature(function).parameters["eps"].default == theirs["eps"].default
+    assert inspect.signature(functional.power_iteration).parameters["n_iterations"].default == 1
+    assert inspect.signature(functional.spectral_normalize).parameters["dim"].default == 0
+
+
+def test_repr() -> None:
+    assert repr(SpectralNorm(torch.ones(2, 3), n_power_iterations=2, dim=-1)) == (
+        "SpectralNorm(n_power_iterations=2, dim=1, eps=1e-12)"
+    )
 
 
 @layers

@@ -110,7 +110,6 @@ class SpectralNorm(nn.Module):
                 self._warm_up(weight)
         return weight
 
-    @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
         """Draw new u and v and warm them up on this weight."""
         for vector in (self._u, self._v):
