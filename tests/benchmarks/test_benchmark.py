@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def few_calls(monkeypatch: pytest.MonkeyPatch) -> int:
 # --- times ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_clock_starts_and_stops_when_the_device_has_finished(events):
+def test_the_clock_starts_and_stops_when_the_device_has_finished(events: list[str]) -> None:
     def run() -> None:
         events.append("run")
 
@@ -74,18 +75,18 @@ def test_the_clock_starts_and_stops_when_the_device_has_finished(events):
     assert events == warm_up + begin + 3 * turn + ["clock"]  # which says that the time is over
 
 
-def test_contenders_take_turns_and_each_is_warm(events):
+def test_contenders_take_turns_and_each_is_warm(events: list[str]) -> None:
     runs = {name: lambda name=name: events.append(name) for name in "ab"}
     Stopwatch(CPU, 0.0, at_least=2)(**runs)
     assert [event for event in events if event != "clock"] == ["a", "b"] + ["a", "b"] * 2
     assert "synchronize" not in events
 
 
-def test_a_graphed_step_is_measured_after_its_capture():
+def test_a_graphed_step_is_measured_after_its_capture() -> None:
     assert WARM_UP["cuda"] > cuda_graph.WARM_UP
 
 
-def test_a_replay_is_many_calls_and_its_time_that_of_one(monkeypatch, events):
+def test_a_replay_is_many_calls_and_its_time_that_of_one(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> None:
     captured = emulate_graphs(monkeypatch)
     x = torch.zeros(3)
     run = on_device(lambda: x.add_(1), CUDA)
@@ -103,7 +104,7 @@ def test_a_replay_is_many_calls_and_its_time_that_of_one(monkeypatch, events):
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def test_memory_on_cuda_is_that_of_the_second_run(monkeypatch):
+def test_memory_on_cuda_is_that_of_the_second_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one allocates what stays; the peak from before is forgotten."""
     allocated, peak = 2**20, 64 * 2**20
 
@@ -122,7 +123,7 @@ def test_memory_on_cuda_is_that_of_the_second_run(monkeypatch):
     assert allocated_by(run) == 5.0
 
 
-def test_memory_on_cuda_needs_no_process(gpu, monkeypatch):
+def test_memory_on_cuda_needs_no_process(gpu: OnTheCPU, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multiprocessing.get_context", lambda *_: pytest.fail("another process"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
     assert peak_memory("plain", (1, 8, 4), CUDA) == 3.0
@@ -131,7 +132,7 @@ def test_memory_on_cuda_needs_no_process(gpu, monkeypatch):
 # --- floors --------------------------------------------------------------------------------------------------------
 
 
-def test_the_work_of_attention_is_as_by_hand():
+def test_the_work_of_attention_is_as_by_hand() -> None:
     """B, D, E, N, M = 2, 3, 5, 7, 11: 154 entries, in bfloat16."""
     forward, backward = attention_work((2, 3, 5, 7, 11), 2)
     # query 42, key 66, value 110 and result 70 numbers; then their gradients, and the result again for its backward
@@ -139,7 +140,7 @@ def test_the_work_of_attention_is_as_by_hand():
     assert backward == Work(2 * 154 * (3 * 3 + 2 * 5), 154, 2 * (2 * (42 + 66 + 110 + 70) + 70))
 
 
-def test_the_floor_of_a_layer_is_as_by_hand():
+def test_the_floor_of_a_layer_is_as_by_hand() -> None:
     """64 channels on a 32×32 map, 16 of them, in float32: D 8, E 64, N 1024."""
     forward, backward = layer_work(16, 64, 32)
     entries, projections = 16 * 1024**2, 2 * 16 * 1024 * 64 * 80
@@ -147,11 +148,11 @@ def test_the_floor_of_a_layer_is_as_by_hand():
     assert backward == Work(2 * entries * 152 + 2 * projections, entries, 2 * 4 * 16 * 1024 * (16 + 256))
 
 
-def test_times_are_work_over_rates():
+def test_times_are_work_over_rates() -> None:
     assert times(Work(2e9, 3e8, 5e9), RATES) == pytest.approx({"product": 2e-3, "exponential": 3e-2, "copy": 5e-2})
 
 
-def test_rates_are_those_of_one_call(gpu, monkeypatch):
+def test_rates_are_those_of_one_call(gpu: OnTheCPU, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopwatch, "CALLS", 3)
     monkeypatch.setattr(floors, "CHAIN", 4)
     monkeypatch.setitem(floors.SIZES, "cuda", (4, 8, 16))
@@ -163,7 +164,7 @@ def test_rates_are_those_of_one_call(gpu, monkeypatch):
     assert floors.measure_rates(Stopwatch(CPU, 0.0), torch.float32) == (2 * 4**3, 8, 2 * 4 * 16)
 
 
-def test_exponentials_are_so_many_and_do_not_run_away():
+def test_exponentials_are_so_many_and_do_not_run_away() -> None:
     x = torch.rand(8)
     with OperatorCounter() as counter:
         y = chained_exponentials(x)
@@ -177,7 +178,7 @@ def test_exponentials_are_so_many_and_do_not_run_away():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", ["plain", "plain, compiled", "math", "flash", "flex", "ours"])  # on a CPU
-def test_every_contender_computes_attention(name, gpu):
+def test_every_contender_computes_attention(name: str, gpu: OnTheCPU) -> None:
     """On D = 8 and E = 24, padded to what each takes."""
     q, k, v = (torch.randn(2, 1, n, width) for n, width in ((5, 8), (7, 8), (7, 24)))
     expected = torch.softmax(q.double() @ k.double().mT, dim=3) @ v.double()
@@ -188,7 +189,7 @@ def test_every_contender_computes_attention(name, gpu):
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)  # float32, sums of up to 8
 
 
-def test_each_device_has_its_contenders(gpu, monkeypatch):
+def test_each_device_has_its_contenders(gpu: OnTheCPU, monkeypatch: pytest.MonkeyPatch) -> None:
     names = set(contenders.contenders())
     assert names == {"plain", "plain, compiled", "math", "flash", "efficient", "cudnn", "flex", "ours"}
     backends = {contender.attend.args[0] for contender in contenders.contenders().values() if _is_sdpa(contender)}
@@ -206,7 +207,7 @@ def _is_sdpa(contender: contenders.Contender) -> bool:
     return getattr(contender.attend, "func", None) is contenders.sdpa
 
 
-def test_the_peers_need_no_transposes(gpu):
+def test_the_peers_need_no_transposes(gpu: OnTheCPU) -> None:
     """What is timed of the plain equation: two products, a softmax, and their derivatives, without a copy."""
     plain = contenders.contenders()["plain"]
     for n, m in ((16, 16), (16, 4)):
@@ -219,7 +220,7 @@ def test_the_peers_need_no_transposes(gpu):
         assert counter.launches == 3 + 5
 
 
-def test_ours_gets_rows_that_it_takes_as_they_are(gpu):
+def test_ours_gets_rows_that_it_takes_as_they_are(gpu: OnTheCPU) -> None:
     """As from a channels-last feature map: one operator forward, and one backward."""
     _, both = contenders.runs(contenders.Contender(contenders.ours), (2, 8, 16, 12, 8), torch.float32, CUDA)
     with OperatorCounter() as counter:
@@ -227,7 +228,7 @@ def test_ours_gets_rows_that_it_takes_as_they_are(gpu):
     assert counter.launches == 2
 
 
-def test_a_comparison_on_cuda(gpu, few_calls):
+def test_a_comparison_on_cuda(gpu: OnTheCPU, few_calls: int) -> None:
     """Whatever a device refuses is a row with the reason."""
     shape = (2, 8, 16, 16, 4)
     rows = compare(Stopwatch(CUDA, 0.0, at_least=1), shape, torch.float32, RATES)
@@ -245,7 +246,7 @@ def test_a_comparison_on_cuda(gpu, few_calls):
     assert "0. " in small_matrix([{"B, D, E, N, M": shape} | row for row in rows])
 
 
-def test_ours_may_not_refuse(gpu, monkeypatch):
+def test_ours_may_not_refuse(gpu: OnTheCPU, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(contenders.equation.KERNELS, "cuda", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compare(Stopwatch(CUDA, 0.0), (1, 8, 8, 4, 4), torch.float32, RATES)
@@ -262,11 +263,11 @@ def test_ours_may_not_refuse(gpu, monkeypatch):
         ([(100, 0.5), (400, 0.9), (400, 1.1)], 100),  # of the same size too
     ],
 )
-def test_where_the_plain_equation_stops_being_faster(ratios, expected):
+def test_where_the_plain_equation_stops_being_faster(ratios: list[tuple[int, float]], expected: int) -> None:
     assert materialize_up_to(ratios) == expected
 
 
-def test_what_the_summary_says():
+def test_what_the_summary_says() -> None:
     rows = [
         {"B, D, E, N, M": (2, 8, 8, 10, 5), "by": "plain", "refused": "", "this/ours": 0.5},
         {"B, D, E, N, M": (2, 8, 8, 10, 5), "by": "math", "refused": "", "this/ours": 9.0},
@@ -279,7 +280,7 @@ def test_what_the_summary_says():
     assert text.endswith("faster in one: 3200.")
 
 
-def test_the_shapes_are_those_of_the_networks():
+def test_the_shapes_are_those_of_the_networks() -> None:
     """Those of attention in the default networks, and in the paper's at 128 pixels."""
     from training.state import build_networks
 
@@ -296,7 +297,9 @@ def test_the_shapes_are_those_of_the_networks():
 # --- the whole -----------------------------------------------------------------------------------------------------
 
 
-def test_the_part_on_attention(gpu, few_calls, monkeypatch, capsys, tmp_path):
+def test_the_part_on_attention(
+    gpu: OnTheCPU, few_calls: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """From the command line, with the trainer's settings of matrix products."""
     monkeypatch.setattr(benchmark, "CUDA_SHAPES", [(2, 8, 16, 16, 4)])
     monkeypatch.setattr(benchmark, "measure_rates", lambda watch, dtype: RATES)
@@ -315,7 +318,7 @@ def test_the_part_on_attention(gpu, few_calls, monkeypatch, capsys, tmp_path):
     assert {row["by"] for row in results["attention, bf16"]} == contenders.contenders().keys()
 
 
-def test_layouts_are_those_of_the_trainer(gpu):
+def test_layouts_are_those_of_the_trainer(gpu: OnTheCPU) -> None:
     state = TrainingState(Config(image_size=16, base_channels=4, z_dim=8, batch_size=2), device=CUDA)
     (layer,) = [attention_layers(8, CUDA)["plain"]]
     assert feature_map(2, 8, 4, CUDA).is_contiguous(memory_format=state.memory_format)
@@ -324,7 +327,7 @@ def test_layouts_are_those_of_the_trainer(gpu):
 
 
 @pytest.mark.parametrize("variant", ["ours, float32", "ours, bf16, CUDA graph"])
-def test_the_step_of_the_trainer_runs(variant, gpu, monkeypatch):
+def test_the_step_of_the_trainer_runs(variant: str, gpu: OnTheCPU, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"image_size": 16, "base_channels": 4, "z_dim": 8, "num_classes": 3}
     run, called, step = benchmark.step_variants(CUDA)[variant](2, **tiny), [], cuda_graph.training_step
     monkeypatch.setattr(cuda_graph, "training_step", lambda *a, **more: called.append(1) or step(*a, **more))

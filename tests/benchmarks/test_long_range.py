@@ -50,7 +50,7 @@ def portraits(count: int, first: int = 0) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------- the fair control
 
 
-def test_arms_begin_with_the_same_weights_and_outputs():
+def test_arms_begin_with_the_same_weights_and_outputs() -> None:
     pairs = []
     for arm in long_range.ARMS:
         torch.manual_seed(3)
@@ -64,7 +64,7 @@ def test_arms_begin_with_the_same_weights_and_outputs():
         assert sum(isinstance(module, SelfAttention2d) for module in one.modules()) == 1
 
 
-def test_the_local_layer_attends_to_its_own_position_and_attention_to_all():
+def test_the_local_layer_attends_to_its_own_position_and_attention_to_all() -> None:
     for layer, own in ((LocalAttention(8), True), (SelfAttention2d(8), False)):
         nn.init.constant_(layer.gamma, 0.5)
         x = torch.randn(1, 8, 4, 4, requires_grad=True)
@@ -75,7 +75,7 @@ def test_the_local_layer_attends_to_its_own_position_and_attention_to_all():
 
 
 @pytest.mark.parametrize("arm", long_range.ARMS)
-def test_without_attention_no_logit_compares_band_and_shirt(arm):
+def test_without_attention_no_logit_compares_band_and_shirt(arm: str) -> None:
     torch.manual_seed(0)
     discriminator = networks(arm, Settings())[1].double().eval()
     for layer in discriminator.attention.values():
@@ -88,7 +88,7 @@ def test_without_attention_no_logit_compares_band_and_shirt(arm):
     assert apart < 1e-12 if arm == "local" else apart > 1e-6
 
 
-def test_the_local_layer_is_its_equation_and_uses_every_parameter():
+def test_the_local_layer_is_its_equation_and_uses_every_parameter() -> None:
     layer = LocalAttention(8, qk_channels=3)
     nn.init.constant_(layer.gamma, 0.5)
     x = torch.randn(2, 8, 3, 3)
@@ -102,7 +102,7 @@ def test_the_local_layer_is_its_equation_and_uses_every_parameter():
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in layer.parameters())
 
 
-def test_arms_see_the_same_images_and_latent_vectors(monkeypatch):
+def test_arms_see_the_same_images_and_latent_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(steps=2, batch_size=4, image_size=16, base_channels=4, samples=4)
     monkeypatch.setattr(long_range, "TRAINED_ON", 16)
     monkeypatch.setitem(long_range.ARMS, "again", SelfAttention2d)
@@ -122,7 +122,7 @@ def test_arms_see_the_same_images_and_latent_vectors(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- agreement
 
 
-def test_colors_are_read_as_they_were_drawn(classifiers):
+def test_colors_are_read_as_they_were_drawn(classifiers: ColorClassifiers) -> None:
     people = faces.traits(300, first=77)
     images = faces.render(people, SIZE)
     for pair in PAIRS:
@@ -131,7 +131,7 @@ def test_colors_are_read_as_they_were_drawn(classifiers):
             assert (read == truth).mean() > 0.99
 
 
-def test_real_faces_agree_and_halves_of_different_faces_do_not(classifiers):
+def test_real_faces_agree_and_halves_of_different_faces_do_not(classifiers: ColorClassifiers) -> None:
     one, other = portraits(400), portraits(400, first=400)
     left_right, top_bottom = one.copy(), one.copy()
     left_right[..., SIZE // 2 :] = other[..., SIZE // 2 :]
@@ -145,7 +145,7 @@ def test_real_faces_agree_and_halves_of_different_faces_do_not(classifiers):
         assert mixed.relative == pytest.approx(1, abs=0.1)  # √(0.83 · 0.17 / 400) / 0.83 = 0.023, four deviations
 
 
-def test_odd_eyes_are_counted(classifiers):
+def test_odd_eyes_are_counted(classifiers: ColorClassifiers) -> None:
     people = faces.traits(100)
     other = people._replace(eyes=np.roll(people.eyes, 1, axis=0))
     images = faces.render(people, SIZE)
@@ -155,7 +155,7 @@ def test_odd_eyes_are_counted(classifiers):
     assert classifiers(images)["earrings"].disagreement < 0.02
 
 
-def test_a_set_with_one_color_shows_no_agreement(classifiers):
+def test_a_set_with_one_color_shows_no_agreement(classifiers: ColorClassifiers) -> None:
     people = faces.traits(50)
     images = faces.render(people._replace(eyes=np.repeat(people.eyes[:1], 50, axis=0)), SIZE)
     assert classifiers(images)["eyes"] == Reading(0.0, 0.0)
@@ -164,7 +164,7 @@ def test_a_set_with_one_color_shows_no_agreement(classifiers):
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 @pytest.mark.parametrize("size", [16, 32, 64])
-def test_windows_are_on_their_parts_and_do_not_overlap(pair, size):
+def test_windows_are_on_their_parts_and_do_not_overlap(pair: color_agreement.Pair, size: int) -> None:
     marked = np.zeros((1, 3, size, size), np.uint8)
     for value, (x, y) in ((100, pair.here), (200, pair.there)):
         marked[0, :, int((y + 1) / 2 * size), int((x + 1) / 2 * size)] = value
@@ -176,7 +176,7 @@ def test_windows_are_on_their_parts_and_do_not_overlap(pair, size):
 # ------------------------------------------------------------------------------------------------- results and report
 
 
-def test_the_interval_is_that_of_the_paired_t_test():
+def test_the_interval_is_that_of_the_paired_t_test() -> None:
     one, other = [0.3, 0.5, 0.4, 0.6, 0.35], [0.4, 0.55, 0.6, 0.58, 0.5]
     mean, half = paired_difference(one, other)
     interval = ttest_rel(one, other).confidence_interval(0.95)
@@ -190,7 +190,7 @@ def result(arm: str, seed: int, relative: float) -> dict:
     return {"arm": arm, "seed": seed, "pairs": pairs, "relative": relative, "swd": 10 + seed}
 
 
-def test_the_table_holds_means_spreads_and_the_paired_difference():
+def test_the_table_holds_means_spreads_and_the_paired_difference() -> None:
     found = {
         "attention": {seed: result("attention", seed, 0.2 + 0.1 * seed) for seed in range(3)},
         "local": {seed: result("local", seed, 0.5 + 0.1 * seed + 0.01 * (seed == 1)) for seed in (0, 1, 2, 3)},
@@ -210,7 +210,7 @@ def drawn(svg: str, tag: str, fill: str) -> list[dict[str, str]]:
     return [element.attrib for element in elements if fill in (element.get("fill"), element.get("stroke"))]
 
 
-def test_the_chart_shows_means_spreads_and_baselines_of_each_pair():
+def test_the_chart_shows_means_spreads_and_baselines_of_each_pair() -> None:
     found = {
         "attention": {seed: result("attention", seed, 0.2 + 0.1 * seed) for seed in range(3)},
         "local": {seed: result("local", seed, 0.5) for seed in range(3)},
@@ -245,7 +245,9 @@ def test_the_chart_shows_means_spreads_and_baselines_of_each_pair():
     assert [name for name in names if name in summary] == ["eyes", "cheeks", "earrings", "band and shirt"]  # near first
 
 
-def test_the_chart_of_the_docs_is_drawn_from_the_numbers_of_its_table(tmp_path, capsys):
+def test_the_chart_of_the_docs_is_drawn_from_the_numbers_of_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     docs = Path(__file__).parents[2] / "docs"
     recorded = docs / "images" / "long-range.json"
     (tmp_path / "copy.json").write_text(recorded.read_text())
@@ -311,7 +313,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_range, "ColorClassifiers", lambda size: ColorClassifiers(size, count=100))
 
 
-def test_a_run_leaves_results_and_the_next_one_goes_on_with_them(small, tmp_path, capsys):
+def test_a_run_leaves_results_and_the_next_one_goes_on_with_them(
+    small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert long_range.main([*TINY, "--seeds", "1", "--out", str(tmp_path)]) == 0
     names = {f"{arm}-0.{kind}" for arm in ("attention", "local") for kind in ("json", "png")}
     made = {path.name for path in tmp_path.iterdir()}
@@ -339,7 +343,7 @@ def test_a_run_leaves_results_and_the_next_one_goes_on_with_them(small, tmp_path
 
 @pytest.mark.slow  # starts processes of its own, which import torch and read as many faces as an experiment
 @pytest.mark.exhaustive
-def test_runs_take_processes_of_their_own(tmp_path):
+def test_runs_take_processes_of_their_own(tmp_path: Path) -> None:
     assert long_range.main([*TINY, "--seeds", "1", "--processes", "2", "--out", str(tmp_path)]) == 0
     assert "1 pairs" in (tmp_path / "table.md").read_text()
 
@@ -354,7 +358,7 @@ def test_runs_take_processes_of_their_own(tmp_path):
         (["--report"], r"expected results of both arms"),
     ],
 )
-def test_errors_are_one_line(arguments, message, tmp_path):
+def test_errors_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("hello")
     arguments = [argument.format(tmp=tmp_path) for argument in ["--out", "{tmp}/out", *arguments]]
     with pytest.raises(SystemExit, match=message) as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,9 @@ def painted(count: int, seed: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ the scores
 
 
-def test_without_inception_there_is_the_sliced_wasserstein_distance(tmp_path, monkeypatch):
+def test_without_inception_there_is_the_sliced_wasserstein_distance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     evaluate = Evaluator(batches(noise(20), noise(20, seed=1)), samples=30, batch_size=8)
     assert evaluate.samples == 30
@@ -83,7 +86,7 @@ def test_without_inception_there_is_the_sliced_wasserstein_distance(tmp_path, mo
 
 
 @needs_torchmetrics
-def test_fid_has_its_closed_form():
+def test_fid_has_its_closed_form() -> None:
     # Between N(μ, σ² I) and N(0, s² I) in two dimensions: 2 μ² + 2 (σ − s)².
     count = 2000
     evaluate = Evaluator(batches(painted(count, seed=1)), samples=count, batch_size=500, inception=two_means)
@@ -97,7 +100,7 @@ def test_fid_has_its_closed_form():
 
 
 @needs_torchmetrics
-def test_kid_is_the_unbiased_polynomial_distance():
+def test_kid_is_the_unbiased_polynomial_distance() -> None:
     count = 60  # fewer than a subset of 1000, so that all 100 subsets are the whole set
     real = painted(count, seed=1)
     evaluate = Evaluator(batches(real), samples=count, inception=two_means)
@@ -117,7 +120,7 @@ def test_kid_is_the_unbiased_polynomial_distance():
 
 
 @needs_torchmetrics
-def test_the_real_images_are_looked_at_once_and_each_score_stands_alone():
+def test_the_real_images_are_looked_at_once_and_each_score_stands_alone() -> None:
     seen: list[int] = []
 
     def features(images: Tensor) -> Features:
@@ -135,12 +138,12 @@ def test_the_real_images_are_looked_at_once_and_each_score_stands_alone():
 
 
 @needs_torchmetrics
-def test_gray_images_are_shown_to_inception_in_three_channels():
+def test_gray_images_are_shown_to_inception_in_three_channels() -> None:
     evaluate = Evaluator(batches(noise(10, channels=1)), samples=10, inception=two_means)
     assert all(math.isfinite(score) for score in evaluate(generator(image_channels=1), 8).values())
 
 
-def test_a_sampler_gives_labels_to_a_conditional_generator():
+def test_a_sampler_gives_labels_to_a_conditional_generator() -> None:
     asked: list[int] = []
 
     def sampler(count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -171,7 +174,7 @@ def requested(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 @needs_torchmetrics
-def test_fid_of_each_class_has_its_closed_form():
+def test_fid_of_each_class_has_its_closed_form() -> None:
     """Both real classes are N(0, s² I); the generated ones have their means at 0 and at 1/4: FID 0 and 2/4²."""
     count = 2000
     evaluate = Evaluator(
@@ -187,7 +190,7 @@ def test_fid_of_each_class_has_its_closed_form():
 
 
 @needs_torchmetrics
-def test_classes_without_images_have_no_fid():
+def test_classes_without_images_have_no_fid() -> None:
     """Class 1 is not among the real images, and class 2 is never requested."""
     evaluate = Evaluator(labeled(40, torch.tensor([0, 2])), samples=40, inception=two_means, per_class=True)
     scores = evaluate(ClassPainter(), requested)
@@ -196,14 +199,14 @@ def test_classes_without_images_have_no_fid():
 
 @needs_torchmetrics
 @pytest.mark.parametrize(("real_has_labels", "per_class"), [(True, False), (False, True)])
-def test_fid_of_each_class_only_on_demand_and_with_labels(real_has_labels, per_class):
+def test_fid_of_each_class_only_on_demand_and_with_labels(real_has_labels: bool, per_class: bool) -> None:
     real = labeled(20, torch.tensor([0, 1])) if real_has_labels else batches(painted(20, seed=1))
     evaluate = Evaluator(real, samples=20, inception=two_means, per_class=per_class)
     assert not [name for name in evaluate(ClassPainter(), requested) if "class" in name]
 
 
 @needs_torchmetrics
-def test_the_inception_score_is_that_of_the_logits():
+def test_the_inception_score_is_that_of_the_logits() -> None:
     """An extractor that is sure of one of two classes for each image: exp(H(p)), of classes with shares p."""
 
     def sure(images: Tensor) -> Features:
@@ -225,7 +228,7 @@ def test_the_inception_score_is_that_of_the_logits():
 
 
 @pytest.mark.parametrize("inception", [None, pytest.param(two_means, marks=needs_torchmetrics)])
-def test_agreement_compares_images_with_the_classes_requested(inception):
+def test_agreement_compares_images_with_the_classes_requested(inception: Any) -> None:
     asked: list[tuple[np.ndarray, np.ndarray]] = []
 
     class Agreement:
@@ -253,7 +256,7 @@ def test_agreement_compares_images_with_the_classes_requested(inception):
 
 
 @pytest.mark.parametrize("inception", [None, pytest.param(two_means, marks=needs_torchmetrics)])
-def test_evaluation_changes_nothing(inception):
+def test_evaluation_changes_nothing(inception: Any) -> None:
     model = generator()
     model(torch.randn(4, 8))
     model.blocks[0].eval()  # a mode of its own, which has to survive
@@ -271,7 +274,7 @@ def test_evaluation_changes_nothing(inception):
     assert evaluate(model, 8) == scores
 
 
-def test_an_error_in_the_generator_leaves_no_trace():
+def test_an_error_in_the_generator_leaves_no_trace() -> None:
     class Broken(nn.Module):
         def forward(self, z: Tensor) -> Tensor:
             torch.rand(3)
@@ -287,7 +290,7 @@ def test_an_error_in_the_generator_leaves_no_trace():
 # ------------------------------------------------------------------------------------------------------ real images
 
 
-def test_real_images_are_the_same_at_each_call_and_all_different():
+def test_real_images_are_the_same_at_each_call_and_all_different() -> None:
     source = digits(16)
     some, again = (torch.cat([batch.images for batch in real_images(source, 100, batch_size=32)]) for _ in range(2))
     assert torch.equal(some, again)
@@ -297,7 +300,7 @@ def test_real_images_are_the_same_at_each_call_and_all_different():
     assert sorted(image.sum() for image in everything) == sorted(image.sum() for image in source.images)
 
 
-def test_real_images_keep_their_labels():
+def test_real_images_keep_their_labels() -> None:
     source = digits(16)
     assert source.labels is not None
     (batch,) = real_images(source, 40)
@@ -309,7 +312,7 @@ def test_real_images_keep_their_labels():
     assert batch.labels is None
 
 
-def test_every_other_real_image_is_mirrored_on_demand():
+def test_every_other_real_image_is_mirrored_on_demand() -> None:
     source = ArrayDataset(torch.arange(4).byte().expand(6, 3, 4, 4).numpy())
     plain, mirrored = (next(real_images(source, 6, flip=flip)).images for flip in (False, True))
     assert torch.equal(mirrored[::2], plain[::2])
@@ -351,7 +354,9 @@ def fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[
 
 @needs_torchmetrics
 @pytest.mark.parametrize("given", [True, False])
-def test_weights_are_taken_from_the_path_or_from_torch_hub(given, fidelity):
+def test_weights_are_taken_from_the_path_or_from_torch_hub(
+    given: bool, fidelity: Callable[[dict[str, Tensor]], Path]
+) -> None:
     path = fidelity({"weight": torch.ones(1)})
     evaluate = Evaluator(batches(noise(8)), samples=8, inception=path if given else None)
     assert evaluate.note == ""
@@ -359,7 +364,9 @@ def test_weights_are_taken_from_the_path_or_from_torch_hub(given, fidelity):
 
 
 @needs_torchmetrics
-def test_weights_that_are_missing_or_wrong_are_named(fidelity, tmp_path):
+def test_weights_that_are_missing_or_wrong_are_named(
+    fidelity: Callable[[dict[str, Tensor]], Path], tmp_path: Path
+) -> None:
     assert "there are no Inception weights at" in Evaluator(batches(noise(8)), samples=8).note
     with pytest.raises(ValueError, match=r"no Inception weights at .*nowhere\.pth; they are at https://"):
         Evaluator(batches(noise(8)), samples=8, inception=tmp_path / "nowhere.pth")
@@ -370,7 +377,7 @@ def test_weights_that_are_missing_or_wrong_are_named(fidelity, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["torchmetrics", "torch_fidelity"])
-def test_packages_that_are_missing_are_named(package, monkeypatch):
+def test_packages_that_are_missing_are_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # as Python notes a package that cannot be imported
@@ -395,12 +402,12 @@ def test_packages_that_are_missing_are_named(package, monkeypatch):
         ([noise(4, channels=2)], r"got torch\.uint8 \(4, 2, 16, 16\)"),
     ],
 )
-def test_wrong_real_images_are_named(batches, message):
+def test_wrong_real_images_are_named(batches: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Evaluator([Batch(batch) for batch in batches], samples=8)
 
 
-def test_a_generator_of_another_size_is_named():
+def test_a_generator_of_another_size_is_named() -> None:
     with pytest.raises(ValueError, match="16 pixels like the real ones, got 32"):
         Evaluator(batches(noise(4)), samples=4)(SAGANGenerator(32, z_dim=8, base_channels=4), 8)
 
@@ -408,7 +415,7 @@ def test_a_generator_of_another_size_is_named():
 # -------------------------------------------------------------------------------------------------- with the trainer
 
 
-def test_a_training_with_evaluation_ends_where_one_without_does(tmp_path):
+def test_a_training_with_evaluation_ends_where_one_without_does(tmp_path: Path) -> None:
     settings = [
         "--classes",
         "own",
@@ -430,7 +437,7 @@ def test_a_training_with_evaluation_ends_where_one_without_does(tmp_path):
     assert checkpoint(tmp_path / "evaluated")["scores"] == scores[4]
 
 
-def test_the_recalibrated_average_is_evaluated(tmp_path):
+def test_the_recalibrated_average_is_evaluated(tmp_path: Path) -> None:
     given = []
 
     def open_evaluator(config, data, device):

@@ -44,7 +44,7 @@ def patches(band: np.ndarray, corners: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 33), (3, 70)])
-def test_against_scipy(channels, size):
+def test_against_scipy(channels: int, size: int) -> None:
     real, fake = (torch.rand(3, channels, size, size) * 2 - 1 for _ in range(2))
     fake = fake * 0.7 + 0.2
     expected = []
@@ -63,14 +63,14 @@ def test_against_scipy(channels, size):
     np.testing.assert_allclose(list(measured.values()), [*expected, np.mean(expected)], rtol=1e-4, atol=1e-3)
 
 
-def test_directions_are_unit_vectors_and_patches_cover_the_image():
+def test_directions_are_unit_vectors_and_patches_cover_the_image() -> None:
     corners, vectors = sw.draw(0, 0, (1, 3, 16, 20))
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones_like(vectors[:, 0]))
     assert corners.min() == 0
     assert (corners.max(axis=(0, 2)) == (9, 13)).all()  # the last positions where 7 pixels fit
 
 
-def test_a_shift_has_a_closed_form():
+def test_a_shift_has_a_closed_form() -> None:
     # All images brighter by s deviations: every projection moves by s Σ_k w_k, whose mean size over random unit vectors
     # of n = 147 components is s √(2 / π) (1 + O(1/n)); fine bands do not see a constant.
     real = torch.rand(40, 3, 32, 32) - 0.5
@@ -82,7 +82,7 @@ def test_a_shift_has_a_closed_form():
     assert measured["32"] == pytest.approx(0, abs=0.01)
 
 
-def test_equal_sets_are_at_zero_in_any_order():
+def test_equal_sets_are_at_zero_in_any_order() -> None:
     images = portraits(30, 32)
     assert set(sliced_wasserstein(images, images).values()) == {0.0}
     mixed = images[torch.randperm(30)]
@@ -90,7 +90,7 @@ def test_equal_sets_are_at_zero_in_any_order():
     assert sliced_wasserstein(images, portraits(30, 32, first=30))["mean"] > 1
 
 
-def test_grows_with_noise_and_blur():
+def test_grows_with_noise_and_blur() -> None:
     real, fake = portraits(200, 32), portraits(200, 32, first=200).float()
     random = torch.Generator().manual_seed(0)
     noise = torch.randn(fake.shape, generator=random)
@@ -102,13 +102,13 @@ def test_grows_with_noise_and_blur():
     assert blurred[1] > 3 * blurred[0]
 
 
-def test_brightness_and_contrast_count():
+def test_brightness_and_contrast_count() -> None:
     real, fake = portraits(100, 32), portraits(100, 32, first=100)
     same = sliced_wasserstein(real, fake)["mean"]
     assert sliced_wasserstein(real, (fake * 0.8).byte())["mean"] > 3 * same
 
 
-def test_the_seed_decides_and_the_global_generator_is_left_alone():
+def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
     real, fake = portraits(20, 16), portraits(20, 16, first=20)
     state = torch.get_rng_state()
     first = sliced_wasserstein(real, fake, seed=1)
@@ -117,18 +117,18 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_bytes_and_floating_point_mean_the_same():
+def test_bytes_and_floating_point_mean_the_same() -> None:
     real, fake = portraits(10, 16), portraits(10, 16, first=10)
     floats = sliced_wasserstein(real.float() / 127.5 - 1, fake.double() / 127.5 - 1)
     assert floats == pytest.approx(sliced_wasserstein(real, fake), rel=1e-4)
 
 
-def test_images_without_content_have_a_distance():
+def test_images_without_content_have_a_distance() -> None:
     assert math.isfinite(sliced_wasserstein(torch.zeros(4, 1, 32, 32), torch.rand(4, 1, 32, 32))["mean"])
 
 
 @pytest.mark.parametrize("count", [1, sw.CHUNK + 1])
-def test_any_number_of_images(count):
+def test_any_number_of_images(count: int) -> None:
     images = portraits(count, 16)
     kept = slices(images)
     assert kept.projections[0].shape == (sw.ROUNDS * sw.DIRECTIONS, count * sw.PATCHES)
@@ -148,11 +148,11 @@ def test_any_number_of_images(count):
         ((4, 3, 16, 16), (4, 1, 16, 16), r"3 channels like the real images, got 1"),
     ],
 )
-def test_wrong_images_are_named(real, fake, message):
+def test_wrong_images_are_named(real: tuple[int, ...], fake: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sliced_wasserstein(torch.rand(real), torch.rand(fake))
 
 
-def test_integers_that_are_not_bytes_are_refused():
+def test_integers_that_are_not_bytes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"uint8, or as floating point in \[-1, 1\], got torch\.int64"):
         sliced_wasserstein(torch.zeros(2, 3, 16, 16).long(), torch.zeros(2, 3, 16, 16).long())
