@@ -31,7 +31,7 @@ import torch_sagan
 from torch_sagan import SAGANGenerator
 from training.architectures import build_generator
 from training.average import recalibrated
-from training.output.published import published_generator
+from training.output.mmgeneration import published_generator
 from training.runs import checkpointing
 from training.runs.atomic_files import write, write_json
 from training.runs.tensor_files import read
