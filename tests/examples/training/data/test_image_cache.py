@@ -155,6 +155,37 @@ def test_each_crop_and_size_has_its_own(folder: Path, tmp_path: Path) -> None:
     assert len(caches(tmp_path / "cache")) == 3
 
 
+def test_runs_with_and_without_classes_share_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images without a class are in it too, or each run would find the other's out of date and delete it."""
+    everything = pixels(cached(folder, tmp_path / "cache"))
+    monkeypatch.setattr(image_cache, "_build", lambda *arguments: pytest.fail("built again"))
+    table = tmp_path / "attributes.txt"
+    table.write_text("3\nMale\n02.jpg 1\n09.jpg -1\n05.jpg 1\n")
+    source = cached(folder, tmp_path / "cache", classes="attributes:Male", attributes=str(table))
+    assert [Path(path).name for path in source.folder.paths] == ["02.jpg", "05.jpg", "09.jpg"]
+    assert source.labels is not None
+    assert source.labels.numbers.tolist() == [1, 1, 0]
+    np.testing.assert_array_equal(pixels(source), everything[[2, 5, 9]])
+
+
+def test_one_of_an_earlier_version_is_used(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the row of an unreadable image holds its neighbor, and the number after the array is the neighbor's."""
+    expected = pixels(cached(folder, tmp_path / "cache"))
+    (path,) = caches(tmp_path / "cache")
+    content = bytearray(path.read_bytes())
+    row, numbers = 3 * 16 * 16, 128 + COUNT * 3 * 16 * 16
+    for unreadable, neighbor in ((7, 9), (8, 9), (11, 0)):
+        start, other = 128 + unreadable * row, 128 + neighbor * row
+        content[start : start + row] = content[other : other + row]
+        content[numbers + 8 * unreadable : numbers + 8 * unreadable + 8] = neighbor.to_bytes(8, "little")
+    content[-4:] = zlib.crc32(content[:-4]).to_bytes(4, "little")
+    path.write_bytes(content)
+    monkeypatch.setattr(image_cache, "_build", lambda *arguments: pytest.fail("built again"))
+    source = cached(folder, tmp_path / "cache")
+    assert source.missing == 3
+    np.testing.assert_array_equal(pixels(source), expected)
+
+
 def add(folder: Path) -> None:
     shutil.copy(folder / "00.jpg", folder / "new.jpg")
 

@@ -22,6 +22,7 @@ Bald Male Smiling
 000002.jpg -1 -1  1
 000003.jpg  1  1 -1
 """
+CSV = "image_id,Bald,Male,Smiling\n000001.jpg,-1,1,1\n000002.jpg,-1,-1,1\n000003.jpg,1,1,-1\n"
 
 
 def test_the_first_folder_is_the_class() -> None:
@@ -56,6 +57,10 @@ def test_attributes_combine(tmp_path: Path) -> None:
         (TABLE.replace("-1 -1  1", "-1 -1"), "line 4: expected a file's name and 3 times 1 or -1"),
         (TABLE.replace("-1 -1  1", "-1 -1 0"), "line 4"),
         (TABLE.replace("Smiling", "Grinning"), "no attribute Smiling; it has Bald, Male, Grinning"),
+        (TABLE.replace("000002", "000001"), "line 4: 000001.jpg is listed twice"),
+        (TABLE.replace("000002", "\n000002"), "line 4: expected a file's name"),
+        (CSV.replace("-1,-1,1", "-1,-1,0"), "line 3: expected a file's name and 3 times 1 or -1"),
+        (CSV.replace("Smiling", "Grinning"), "no attribute Smiling; it has Bald, Male, Grinning"),
         ("", "expected CelebA's attributes"),
         ("000001.jpg 3\n000002.jpg 4\n", "expected CelebA's attributes"),
     ],
@@ -65,6 +70,41 @@ def test_files_of_another_form(tmp_path: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
         read_attributes(file, ["Smiling"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CSV,
+        TABLE.replace("\n", "\r\n"),
+        CSV.replace("\n", "\r\n"),
+        "\ufeff" + TABLE,
+        "\ufeff" + CSV,
+        TABLE + "\n\n",
+        CSV + "\n",
+    ],
+    ids=[
+        "Kaggle's",
+        "CRLF",
+        "Kaggle's, CRLF",
+        "byte order mark",
+        "Kaggle's, byte order mark",
+        "blank lines",
+        "Kaggle's, blank line",
+    ],
+)
+def test_tables_that_went_through_other_programs(text: str, tmp_path: Path) -> None:
+    (tmp_path / "original").write_text(TABLE)
+    (tmp_path / "other").write_bytes(text.encode())
+    expected = {"000001.jpg": (True, False), "000002.jpg": (True, False), "000003.jpg": (False, True)}
+    for name in ("original", "other"):
+        assert read_attributes(tmp_path / name, ["Smiling", "Bald"]) == expected
+
+
+def test_a_row_is_that_of_the_same_image_in_another_format(tmp_path: Path) -> None:
+    table = {"000001.jpg": (True,), "b.jpg": (False,), "b.png": (True,)}
+    labels = from_attributes(["x/000001.png", "b.jpg", "b.png", "b.webp"], table, ["Male"])
+    assert labels.numbers.tolist() == [1, 0, 1, 1]
 
 
 def test_bytes_that_are_not_text(tmp_path: Path) -> None:
