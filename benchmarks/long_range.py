@@ -56,6 +56,7 @@ from training.data import faces
 from training.objectives import objective
 from training.output.image_io import save_grid
 from training.runs.atomic_files import write_json, write_text
+from training.runs.streams import escaped
 from training.step import GAN, Piece, no_augmentation, training_step
 
 TRAINED_ON = 8192  # faces
@@ -304,7 +305,8 @@ def chart(summary: dict[str, Any]) -> str:
     for percent in range(0, 101, 20):
         parts.append(f'<path d="M{LEFT} {y(percent):.1f}H{WIDTH}" stroke="{INK}" opacity=".3"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(percent) + 5:.1f}" text-anchor="end">{percent}</text>')
-    for i, (name, pair) in enumerate(sorted(summary.items(), key=lambda item: item[1]["pixels apart"])):
+    for i, (label, pair) in enumerate(sorted(summary.items(), key=lambda item: item[1]["pixels apart"])):
+        name = escape(escaped(label))  # a summary may come from anybody, and a chart is opened in a browser
         middle = LEFT + (i + 0.5) * step
         for arm, x in zip(ARMS, (middle - BAR - 3, middle + 3), strict=True):
             mean, deviation = pair[arm]["mean"], pair[arm]["deviation"]
@@ -312,7 +314,7 @@ def chart(summary: dict[str, Any]) -> str:
             bar = (
                 f'<rect x="{x:.1f}" y="{y(mean):.1f}" width="{BAR}" height="{y(0) - y(mean):.1f}" fill="{COLORS[arm]}">'
             )
-            parts.append(f"{bar}<title>{escape(name)}, {arm}: {mean:.3g} ± {deviation:.2g} %</title></rect>")
+            parts.append(f"{bar}<title>{name}, {arm}: {mean:.3g} ± {deviation:.2g} %</title></rect>")
             center = x + BAR / 2
             spread = f"M{center:.1f} {low:.1f}V{high:.1f}M{center - 5:.1f} {low:.1f}h10M{center - 5:.1f} {high:.1f}h10"
             # A dark line with a light edge shows on a bar, on white and on black.
@@ -321,7 +323,7 @@ def chart(summary: dict[str, Any]) -> str:
         for mark in ("chance", "real faces"):
             line = f"M{middle - BAR - 12:.1f} {y(pair[mark]):.1f}H{middle + BAR + 12:.1f}"
             parts.append(f'<path d="{line}" stroke="{COLORS[mark]}" stroke-width="3"/>')
-        parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 24}" text-anchor="middle">{escape(name)}</text>')
+        parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 24}" text-anchor="middle">{name}</text>')
         apart = f"{pair['pixels apart']:.0f} px apart"
         parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 7}" text-anchor="middle" font-size="12">{apart}</text>')
     style = f'font-family="system-ui, sans-serif" font-size="14" fill="{INK}"'

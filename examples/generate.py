@@ -203,7 +203,7 @@ def score(
         data = open_data(
             args.score,
             size=card["generator"]["image_size"],
-            crop=crop_setting(args.crop or card.get("crop", "auto")),
+            crop=crop_setting(args.crop or str(card.get("crop", "auto"))),
             classes=own if args.classes == "auto" else args.classes,
             attributes=args.attributes,
         )

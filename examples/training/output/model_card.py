@@ -133,9 +133,11 @@ def _card_beside(path: Path, content: bytes) -> Card:
 def build(weights: Weights, card: Card) -> SAGANGenerator:
     """The network that the card describes, with these weights, in evaluation mode."""
     try:
-        arguments = card["generator"]
+        arguments, classes = card["generator"], card.get("classes", {})
+        if not isinstance(classes, Mapping) or len(classes) not in (0, arguments.get("num_classes")):
+            raise ValueError("its classes are not as many as the generator's")
         generator = build_generator(**arguments)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"the card does not describe a generator: {error}") from None
     try:
         generator.load_state_dict(weights)

@@ -219,16 +219,21 @@ def test_damage_to_the_two_files_of_an_earlier_version(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"colour": 1}, r"the card does not describe a generator: .*colour"),
-        ({"base_channels": 8}, r"the weights do not fit a generator of"),
-        (None, r"the card does not describe a generator"),
+        ({"generator": {"colour": 1}}, r"the card does not describe a generator: .*colour"),
+        ({"generator": {"base_channels": 8}}, r"the weights do not fit a generator of"),
+        ({"generator": None}, r"the card does not describe a generator"),
+        ({"generator": [1]}, r"the card does not describe a generator"),
+        ({"classes": 5}, r"the card does not describe a generator: its classes are not as many"),
+        ({"classes": {"cat": 1}}, r"the card does not describe a generator: its classes are not as many"),
     ],
 )
 def test_a_card_of_another_network(
-    change: dict[str, int] | None, message: str, exported: tuple[model_card.Weights, model_card.Card, Path]
+    change: dict[str, Any], message: str, exported: tuple[model_card.Weights, model_card.Card, Path]
 ) -> None:
     weights, card, path = exported
-    metadata = {"card": json.dumps(card | {"generator": change and card["generator"] | change})}
+    (name,) = change
+    changed = card[name] | change[name] if isinstance(change[name], dict) else change[name]
+    metadata = {"card": json.dumps(card | {name: changed})}
     metadata["sha256"] = model_card.hashlib.sha256(model_card._data(path.read_bytes())).hexdigest()
     save_file(dict(weights), path, metadata)
     with pytest.raises(ValueError, match=message):
