@@ -24,7 +24,7 @@ from torch_sagan import (
     zero_centered_gradient_penalty,
 )
 
-pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
+both_kernels = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 
 LOGITS = st.lists(st.floats(-5, 5, allow_subnormal=False), min_size=1, max_size=6)
 
@@ -235,6 +235,7 @@ def test_vanishing_gradient() -> None:
     assert discriminator.weight.grad.isfinite().all()
 
 
+@both_kernels
 @pytest.mark.parametrize("batch", [1, 3])
 def test_double_backward_through_attention(batch: int) -> None:
     """Every parameter that shapes D's slope is moved by the penalty, by as much as finite differences say."""
@@ -274,6 +275,7 @@ def test_double_backward_through_attention(batch: int) -> None:
         assert any(name.endswith(part) for name in moved), part
 
 
+@both_kernels
 def test_penalty_through_a_normalized_discriminator() -> None:
     network = SAGANDiscriminator(16, base_channels=8)
     for module in network.modules():

@@ -15,9 +15,14 @@ from torch.nn.utils import parametrizations, parametrize
 from references import self_attention_by_loops
 from torch_sagan import SAGANDiscriminator, SelfAttention2d, SpectralNorm, spectral_norms
 
-pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
+both_kernels = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 
-SIZES = [16, 28, 32, 48, 64, 96, 128, 256]
+# Odd first maps and even ones, few stages and many; the rest of the sizes is exhaustive.
+FAST = (16, 28, 48, 256)
+SIZES = [
+    pytest.param(size, marks=[] if size in FAST else pytest.mark.exhaustive)
+    for size in (16, 28, 32, 48, 64, 96, 128, 256)
+]
 
 
 def trace(network: SAGANDiscriminator, images: Tensor) -> list[tuple[Any, ...]]:
@@ -52,6 +57,7 @@ def attention_sizes(network: SAGANDiscriminator, image_size: int) -> list[int]:
 # --- sizes and layers ----------------------------------------------------------------------------------------------
 
 
+@both_kernels
 @pytest.mark.parametrize("image_size", SIZES)
 def test_forward_and_backward_at_every_size(image_size: int) -> None:
     network = SAGANDiscriminator(image_size, base_channels=4)
@@ -152,6 +158,7 @@ def test_attention_where_it_was_asked_for(resolutions: tuple[int, ...]) -> None:
     assert sum(isinstance(m, SelfAttention2d) for m in network.modules()) == len(resolutions)
 
 
+@both_kernels
 def test_maps_at_64_pixels() -> None:
     logits, maps = SAGANDiscriminator(64, base_channels=8)(torch.randn(3, 3, 64, 64), return_attention=True)
     assert logits.shape == (3,)
@@ -161,6 +168,7 @@ def test_maps_at_64_pixels() -> None:
         torch.testing.assert_close(attention.sum(2), torch.ones(attention.shape[:2]))
 
 
+@both_kernels
 def test_maps_are_those_of_the_layers() -> None:
     network = SAGANDiscriminator(16, base_channels=8).double().eval()
     entered: list[tuple[SelfAttention2d, Tensor]] = []
@@ -193,6 +201,7 @@ def test_another_attention() -> None:
     assert not any(isinstance(m, SelfAttention2d) for m in network.modules())
 
 
+@both_kernels
 def test_gamma_changes_the_logits() -> None:
     network = SAGANDiscriminator(16, base_channels=8).eval()
     x = torch.randn(2, 3, 16, 16)
@@ -224,6 +233,7 @@ def test_one_seed_one_network() -> None:
     assert not torch.equal(SAGANDiscriminator(16, base_channels=4).eval()(x), networks[0](x))
 
 
+@both_kernels
 def test_samples_do_not_mix() -> None:
     network = SAGANDiscriminator(16, base_channels=4).double().eval()
     x = torch.randn(3, 3, 16, 16, dtype=torch.float64)

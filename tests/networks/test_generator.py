@@ -16,9 +16,14 @@ from torch.nn.utils import parametrizations, parametrize
 from references import self_attention_by_loops
 from torch_sagan import SAGANGenerator, SelfAttention2d, SpectralNorm, spectral_norm
 
-pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
+both_kernels = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 
-SIZES = [16, 28, 32, 48, 64, 96, 128, 256]
+# Odd first maps and even ones, few stages and many; the rest of the sizes is exhaustive.
+FAST = (16, 28, 48, 256)
+SIZES = [
+    pytest.param(size, marks=[] if size in FAST else pytest.mark.exhaustive)
+    for size in (16, 28, 32, 48, 64, 96, 128, 256)
+]
 
 Entry = tuple[Any, ...]
 
@@ -58,6 +63,7 @@ def normalized_flags(network: nn.Module) -> list[bool]:
 # --- sizes and layers ----------------------------------------------------------------------------------------------
 
 
+@both_kernels
 @pytest.mark.parametrize("image_size", SIZES)
 def test_forward_and_backward_at_every_size(image_size: int) -> None:
     network = SAGANGenerator(image_size, base_channels=4)
@@ -178,6 +184,7 @@ def test_attention_where_it_was_asked_for(resolutions: tuple[int, ...]) -> None:
     assert sum(isinstance(m, SelfAttention2d) for m in network.modules()) == len(resolutions)
 
 
+@both_kernels
 def test_maps_at_64_pixels() -> None:
     """Input side first, one row for each query, and each row sums to 1."""
     network = SAGANGenerator(64, base_channels=8)
@@ -189,6 +196,7 @@ def test_maps_at_64_pixels() -> None:
         torch.testing.assert_close(attention.sum(2), torch.ones(attention.shape[:2]))
 
 
+@both_kernels
 def test_maps_are_those_of_the_layers() -> None:
     network = SAGANGenerator(16, base_channels=8, attention_resolutions=(4, 8)).double().eval()
     entered: list[tuple[SelfAttention2d, Tensor]] = []
@@ -204,6 +212,7 @@ def test_maps_are_those_of_the_layers() -> None:
     torch.testing.assert_close(network(z), images)
 
 
+@both_kernels
 def test_gamma_changes_the_image() -> None:
     network = SAGANGenerator(16, base_channels=8).eval()
     z = torch.randn(2, 128)
@@ -281,6 +290,7 @@ def test_one_seed_one_network() -> None:
     assert not torch.equal(other.eval()(z), networks[0](z))
 
 
+@both_kernels
 def test_samples_do_not_mix_in_evaluation() -> None:
     network = SAGANGenerator(16, base_channels=4).double().eval()
     z = torch.randn(3, 128, dtype=torch.float64)
