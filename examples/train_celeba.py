@@ -43,6 +43,7 @@ from training.data.image_folder import ImageFolder, left_out
 from training.data.loading import read_batches
 from training.data.sources import DataSource, InfiniteBatchSampler, crop_setting, folder_of, open_data
 from training.data.workers import usable_cores
+from training.output.estimate import LongRun
 from training.output.logging import RunLog, one_report
 from training.output.model_card import image_channels
 from training.output.sampling import draw, redraw, save_reals, usable_average
@@ -140,7 +141,7 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
         closing(images),
         ranks.noticing_losses(),  # while signals are deferred
     ):
-        batches = state.batches(images)
+        batches, pace = state.batches(images), LongRun(state.device, state.step, config.steps, config.batch_size)
         while state.step < config.steps:
             drawn = lost = None
             try:
@@ -156,6 +157,7 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
             state.means.add(state.advance(iter(drawn)))
             if log:
                 log.advance()
+                pace.advance(state.step)
             step, end = state.step, state.step == config.steps
             logs, draws, saves = (step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
             evaluates = config.eval_every > 0 and step % config.eval_every == 0
