@@ -10,6 +10,7 @@ from torch._library.custom_ops import CustomOpDef  # what torch.library.custom_o
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the base class, also of other libraries' batch norms
 from torch.nn.utils.parametrizations import _SpectralNorm as TorchSpectralNorm  # what spectral_norm registers there
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = [
     "BatchNorm",
@@ -17,10 +18,12 @@ __all__ = [
     "TorchSpectralNorm",
     "is_autocast",
     "is_exporting",
+    "is_recorded",
     "is_transformed",
     "no_autocast",
     "on_device",
     "only_plain_operations",
+    "plain_tensor",
     "runs_custom_operations",
 ]
 
@@ -58,6 +61,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_recorded() -> bool:
+    """Whether a mode such as ``FakeTensorMode`` or ``make_fx`` sees every operation, whose tensors have no values."""
+    return is_in_torch_dispatch_mode()
+
+
 def runs_custom_operations() -> bool:
     """Whether operations run as they are called, by the CPU or a GPU: not in a compiler, a transform or a trace."""
     return not (torch.compiler.is_compiling() or only_plain_operations())
@@ -71,3 +79,14 @@ def only_plain_operations(*tensors: Tensor) -> bool:
     if is_transformed() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def plain_tensor(tensor: Tensor) -> Tensor:
+    """The same tensor without a subclass that wraps functions alone, as MONAI's MetaTensor and fastai's TensorImage do.
+
+    Methods of such a class may take other arguments than PyTorch's. One that takes part in dispatch, as DTensor, stays.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor
+    return tensor.as_subclass(Tensor)

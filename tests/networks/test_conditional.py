@@ -123,3 +123,15 @@ def test_gradient_penalty_takes_labels() -> None:
 def test_no_classes_is_an_error(kind: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         kind(16, num_classes=0)
+
+
+def test_reset_parameters_makes_a_new_batch_norm() -> None:
+    """Also after the meta device, whose memory may hold anything."""
+    with torch.device("meta"):
+        norm = ConditionalBatchNorm2d(4, 3)
+    norm.to_empty(device="cpu")
+    for tensor in norm.state_dict().values():
+        tensor.fill_(7)
+    norm.reset_parameters()
+    for name, tensor in ConditionalBatchNorm2d(4, 3).state_dict().items():
+        assert torch.equal(norm.state_dict()[name], tensor), name

@@ -26,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_sagan._torch import is_autocast
-from torch_sagan.attention.second_derivative import register_derivatives
+from torch_sagan.attention.second_derivative import as_base, register_derivatives
 
-__all__ = ["fused_attention", "has_kernel"]
+__all__ = ["backward_bytes", "fused_attention", "has_kernel"]
 
 ALIGNMENT = 16  # rows of channels have a length and an address in multiples of so many bytes
 WIDEST = 256  # the most channels that FlashAttention takes
@@ -52,13 +51,15 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         value: (B, E, M).
 
     Returns:
-        (B, E, N), in the dtype of autocast where that is on.
+        (B, E, N).
     """
-    device = query.device.type
-    if is_autocast(device):  # it does not know operators of our own
-        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     results: tuple[Tensor, Tensor] = _fused(query, key, value)
     return results[0]  # (B, E, N)
+
+
+def backward_bytes(batch: int, d: int, e: int, n: int, m: int, itemsize: int) -> int:
+    """The most bytes that the backward adds: gradients, and the kernel's arguments as rows of channels."""
+    return 2 * itemsize * batch * (d + e) * (n + m)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     else:
         q, k, v = (_rows(tensor) for tensor in (query, key, value))  # (B, 1, N, ≥ D), (B, 1, M, ≥ D), (B, 1, M, ≥ E)
         attended, logsumexp, _, _ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=1.0)
-    return _channels(attended, value), logsumexp
+    return as_base(_channels(attended, value)), logsumexp
 
 
 def _backward(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_sagan._torch import is_autocast, is_exporting, only_plain_operations
+from torch_sagan._torch import is_autocast, is_exporting, no_autocast, only_plain_operations, plain_tensor
 from torch_sagan.attention.cuda import fused_attention, has_kernel
+from torch_sagan.attention.second_derivative import in_float32
 from torch_sagan.attention.tiles import tiled_attention
 
-__all__ = ["attention", "attention_map", "l2_as_dot_product"]
+__all__ = ["attention", "attention_and_map", "attention_map", "l2_as_dot_product"]
 
 # The kernels that do not materialize the attention matrix, by the type of the device. On the meta device, where nothing
 # is computed, operations and costs are counted as on CUDA.
@@ -24,18 +25,18 @@ SMALL_MATRIX = {"cpu": 2**20, "cuda": 2**26, "meta": 0}
 def attention_map(query: Tensor, key: Tensor) -> Tensor:
     r"""What every query position attends to: :math:`\beta_{ji} = \operatorname{softmax}_i(f_i^\top g_j)`.
 
-    There is no :math:`1/\sqrt{D}`: the paper has none.
+    There is no :math:`1/\sqrt{D}`: the paper has none. Logits and softmax are computed in float32 at least.
 
     Args:
         query: g, (B, D, N), one column per query position j.
         key: f, (B, D, M), one column per key position i.
 
     Returns:
-        (B, N, M); each row is a distribution over the keys and sums to 1.
+        (B, N, M), in the dtype of the query; each row is a distribution over the keys and sums to 1.
 
     Source: Zhang et al., arXiv:1805.08318, equation 1.
     """
-    return torch.softmax(torch.bmm(query.mT, key), dim=2)  # (B, N, M)
+    return _weights(plain_tensor(query), plain_tensor(key)).to(query.dtype)  # (B, N, M)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     On the CPU and on CUDA the attention matrix is not materialized, so memory grows with N + M. The exceptions are
     matrices so small that they are faster, on the CPU, and on CUDA with TF32; float64 on CUDA; other devices, AMD's
     GPUs among them; exported programs; and where only plain operations work (``torch.func``, forward-mode derivatives,
-    ``torch.jit.trace``). Differentiable twice.
+    ``torch.jit.trace``). Logits and softmax are computed in float32 at least. Differentiable twice.
 
     The weights :math:`\beta_{ji}` are those of :func:`attention_map`, and :math:`h_i` is column i of ``value``.
 
@@ -54,7 +55,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         value: h, (B, E, M). E may differ from D.
 
     Returns:
-        (B, E, N).
+        (B, E, N), in the dtype of the arguments, or of autocast where that is on.
 
     Raises:
         ValueError: for shapes that do not match.
@@ -62,11 +63,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     Source: Zhang et al., arXiv:1805.08318, equation 2 without the output projection.
     """
-    _check(query, key, value)
+    query, key, value = _prepared(query, key, value)
     if _should_materialize(query, key, value):
-        # In this order of the factors PyTorch's backward needs no transposed copies of the matrix.
-        return torch.bmm(attention_map(query, key), value.mT).mT  # (B, E, N)
+        return _attend(query, key, value)[0]  # (B, E, N)
     return KERNELS[query.device.type](query, key, value)  # (B, E, N)
+
+
+def attention_and_map(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`attention` returns, (B, E, N), with the map (B, N, M) that :func:`attention_map` returns."""
+    return _attend(*_prepared(query, key, value))
 
 
 def l2_as_dot_product(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,21 +88,40 @@ def l2_as_dot_product(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         key: f, (B, D, M).
 
     Returns:
-        Query (B, D + 1, N) and key (B, D + 1, M).
+        Query (B, D + 1, N) and key (B, D + 1, M), in float32 at least: squares leave the range of float16.
 
     Source: Kim, Papamakarios and Mnih, *The Lipschitz Constant of Self-Attention*, arXiv:2006.04710, section 3.2.
     """
-    mean = key.mean(dim=2, keepdim=True)  # (B, D, 1)
-    query, key = query - mean, key - mean
-    squared_norm = key.square().sum(dim=1, keepdim=True).to(key.dtype)  # (B, 1, M); autocast sums in float32
-    return (
-        torch.cat([2 * query, torch.ones_like(query[:, :1])], dim=1),  # (B, D + 1, N)
-        torch.cat([key, -squared_norm], dim=1),  # (B, D + 1, M)
-    )
+    with no_autocast(query.device.type):
+        query, key = in_float32(query, key)
+        mean = key.mean(dim=2, keepdim=True)  # (B, D, 1)
+        query, key = query - mean, key - mean
+        return (
+            torch.cat([2 * query, torch.ones_like(query[:, :1])], dim=1),  # (B, D + 1, N)
+            torch.cat([key, -key.square().sum(dim=1, keepdim=True)], dim=1),  # (B, D + 1, M)
+        )
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain equation: (B, E, N) and the map (B, N, M)."""
+    weights = _weights(query, key)  # (B, N, M)
+    with no_autocast(query.device.type):
+        # In this order of the factors PyTorch's backward needs no transposed copies of the matrix.
+        attended = torch.bmm(weights, in_float32(value)[0].transpose(1, 2)).transpose(1, 2)  # (B, E, N)
+    return attended.to(value.dtype), weights.to(query.dtype)
+
+
+def _weights(query: Tensor, key: Tensor) -> Tensor:
+    with no_autocast(query.device.type):
+        q, k = in_float32(query, key)
+        # Not q.mT, which PyTorch's older exporter to ONNX does not know.
+        return torch.softmax(torch.bmm(q.transpose(1, 2), k), dim=2)  # (B, N, M)
+
+
+def _prepared(*tensors: Tensor) -> list[Tensor]:
+    """Query, key and value as every path takes them; raises for what none takes."""
+    query, key, value = tensors
+    shapes = [tuple(tensor.shape) for tensor in tensors]
     if not (
         all(len(shape) == 3 for shape in shapes)
         and query.shape[0] == key.shape[0] == value.shape[0]
@@ -107,13 +131,14 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"expected query (B, D, N), key (B, D, M) and value (B, E, M), got {shapes[0]}, {shapes[1]} and {shapes[2]}"
         )
-    dtypes = [tensor.dtype for tensor in (query, key, value)]
-    # Autocast casts all of them to one dtype, except float64.
-    alike = len(set(dtypes)) == 1 or (is_autocast(query.device.type) and torch.float64 not in dtypes)
-    if not (alike and all(dtype.is_floating_point for dtype in dtypes)):
+    dtypes = [tensor.dtype for tensor in tensors]
+    cast = is_autocast(query.device.type) and torch.float64 not in dtypes  # as PyTorch's own attention
+    if not ((cast or len(set(dtypes)) == 1) and all(dtype.is_floating_point for dtype in dtypes)):
         raise TypeError(
             f"expected query, key and value in one floating-point dtype, got {dtypes[0]}, {dtypes[1]} and {dtypes[2]}"
         )
+    dtype = torch.get_autocast_dtype(query.device.type) if cast else query.dtype
+    return [plain_tensor(tensor).to(dtype) for tensor in tensors]
 
 
 def _should_materialize(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+from torch.nn.utils import parametrize
 
 from torch_sagan._checks import at_least_one, one_of
-from torch_sagan._torch import on_device
+from torch_sagan._torch import (
+    is_recorded,
+    no_autocast,
+    on_device,
+    only_plain_operations,
+    plain_tensor,
+    runs_custom_operations,
+)
 from torch_sagan.attention import equation
 
 __all__ = ["AttentionRecord", "SelfAttention2d"]
+
+WARM_UP_READS = 15  # of a weight under spectral norm; so many iterations a new one starts with
 
 
 class SelfAttention2d(nn.Module):
@@ -29,7 +41,8 @@ class SelfAttention2d(nn.Module):
     where j is the query position and i runs over the positions that it attends to. The letters are the paper's: f is
     the 1×1 convolution ``key``, g is ``query``, h is ``value``, and :math:`W_v` is ``out`` (the identity when there is
     none). The learned scalar ``gamma`` starts at zero: a new layer returns exactly its input, so it can be put into a
-    trained model. As in the paper, there is no :math:`1/\sqrt{d}`.
+    trained model. As in the paper, there is no :math:`1/\sqrt{d}`. Logits and softmax are in float32 at least, and y
+    has the dtype, the strides and the class of x.
 
     With ``similarity="l2"`` the negative squared distance takes the place of the dot product, and gives the layer a
     Lipschitz bound, which the dot product cannot have:
@@ -152,13 +165,7 @@ class SelfAttention2d(nn.Module):
         output projection, no biases."""
         value_channels = max(1, channels // 2)
         return cls(
-            channels,
-            value_channels=value_channels,
-            pool=2,
-            out_projection=True,
-            bias=False,
-            device=device,
-            dtype=dtype,
+            channels, value_channels=value_channels, pool=2, out_projection=True, bias=False, device=device, dtype=dtype
         )
 
     @overload
@@ -178,38 +185,49 @@ class SelfAttention2d(nn.Module):
             y (B, C, H, W); with ``return_attention`` the pair of y and the attention map (B, N, M). N = H·W counts the
             query positions and M the keys left after pooling, both in row-major order; each row of the map sums to 1.
         """
-        x = _check_feature_map(x, self.channels)  # (B, C, H, W)
+        features = _check_feature_map(x, self.channels)  # (B, C, H, W)
         if self.similarity == "l2":
-            features = self.query(x)  # (B, D, H, W)
-            query = _flatten_query(features, x)  # (B, D, N)
-            value = self.value(features).flatten(2)  # (B, E, N)
-            query, key = equation.l2_as_dot_product(query, query)  # (B, D + 1, N)
+            projected = self.query(features)  # (B, D, H, W)
+            value = self.value(projected).flatten(2)  # (B, E, N)
+            attended, attention = _attend_by_distance(_flatten_query(projected, x), value, return_attention)
         else:
-            query, key, value = self._project(x)  # (B, D, H, W), (B, D, H, W), (B, E, H, W)
+            query, key, value = self._project(features)  # (B, D, H, W), (B, D, H, W), (B, E, H, W)
             query = _flatten_query(query, x)  # (B, D, N)
             key = _flatten_pooled(key, self.pool)  # (B, D, M)
             value = _flatten_pooled(value, self.pool)  # (B, E, M)
-        attended, attention = _attend(query, key, value, return_attention)  # (B, E, N), (B, N, M) or None
+            attended, attention = _attend(query, key, value, return_attention)  # (B, E, N), (B, N, M) or None
         o = self.out(attended.unflatten(2, x.shape[2:]))  # (B, C, H, W)
-        # y has x's dtype. Under autocast o, and perhaps x, is in half precision; a float32 gamma would make y float32.
-        y = torch.addcmul(x, self.gamma.to(o.dtype), o)  # (B, C, H, W)
-        return _output(y, attention)
+        return _output(_add(x, self.gamma, o), attention)  # (B, C, H, W)
 
-    def _project(self, x: Tensor | torch.fx.Proxy) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value: one convolution if all three are plain 1×1 convolutions (faster), else three calls."""
-        projections = (self.query, self.key, self.value)
+        projections: tuple[Any, ...] = (self.query, self.key, self.value)
         # torch.fx traces with a Proxy for x, and its graph should name the three modules.
-        if not (isinstance(x, Tensor) and all(map(_is_plain_1x1_convolution, projections))):
+        together = isinstance(x, Tensor) and all(map(_is_plain_1x1_convolution, projections))
+        if not together or len({projection.bias is None for projection in projections}) > 1:
             query, key, value = (projection(x) for projection in projections)
             return query, key, value
         # Each weight is read once, because reading it may run a power iteration.
-        weights, biases = zip(*((projection.weight, projection.bias) for projection in projections), strict=True)
-        bias = None
-        if any(b is not None for b in biases):
-            bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
+        weights = [projection.weight for projection in projections]
+        bias = None if projections[0].bias is None else torch.cat([projection.bias for projection in projections])
         projected = F.conv2d(x, torch.cat(weights), bias)  # (B, 2D + E, H, W)
         query, key, value = projected.split([len(weight) for weight in weights], dim=1)
         return query, key, value
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Make this a new layer again: ``gamma`` is zero, and the modules of the projections reset their parameters.
+
+        A layer that was built on the meta device needs it after ``to_empty``. Parametrized weights are included, and u
+        and v of a spectral norm are drawn and warmed up.
+
+        Raises:
+            ValueError: for a weight that a hook computes, such as PyTorch's older ``spectral_norm``.
+        """
+        for module in list(self.modules())[1:]:
+            if hasattr(module, "reset_parameters"):
+                _reset(module)
+        self.gamma.zero_()
 
     def extra_repr(self) -> str:
         return f"{self.channels}, pool={self.pool}, similarity={self.similarity!r}"
@@ -241,7 +259,7 @@ def _check_feature_map(x: Tensor, channels: int) -> Tensor:
         raise TypeError(f"expected a tensor (B, {channels}, H, W), got {type(x).__name__}")
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"expected a feature map (B, {channels}, H, W), got {tuple(x.shape)}")
-    return x
+    return plain_tensor(x)
 
 
 @torch.fx.wrap
@@ -266,10 +284,39 @@ def _flatten_pooled(projected: Tensor, pool: int) -> Tensor:
 
 @torch.fx.wrap
 def _attend(query: Tensor, key: Tensor, value: Tensor, return_attention: bool) -> tuple[Tensor, Tensor | None]:
-    if not return_attention:
-        return equation.attention(query, key, value), None  # (B, E, N)
-    attention = equation.attention_map(query, key)  # (B, N, M)
-    return torch.bmm(attention, value.mT).mT, attention  # (B, E, N), (B, N, M)
+    if return_attention:
+        return equation.attention_and_map(query, key, value)  # (B, E, N), (B, N, M)
+    return equation.attention(query, key, value), None  # (B, E, N)
+
+
+@torch.fx.wrap
+def _attend_by_distance(query: Tensor, value: Tensor, return_attention: bool) -> tuple[Tensor, Tensor | None]:
+    with no_autocast(query.device.type):  # a square has twice the digits of the features
+        query, key = equation.l2_as_dot_product(query, query)  # (B, D + 1, N)
+        attended, attention = _attend(query, key, value.to(query.dtype), return_attention)
+    return attended.to(value.dtype), attention if attention is None else attention.to(value.dtype)
+
+
+@torch.fx.wrap
+def _add(x: Tensor, gamma: Tensor, o: Tensor) -> Tensor:
+    """γ o + x, in the dtype and with the strides of x; where γ is 0 that is x, also if o is infinite or NaN."""
+    gamma = gamma.to(o.dtype)  # under autocast o, and perhaps x, is in half precision; a float32 γ would make y float32
+    if _may_be_zero_times_infinity(gamma, o):
+        o = o.masked_fill((gamma == 0) & ~o.isfinite(), 0)
+    y = torch.addcmul(x, gamma, o).to(x.dtype)  # (B, C, H, W)
+    if y.stride() != x.stride() and runs_custom_operations():  # those of o, where x has dimensions of size 1
+        like_x = torch.empty_like(x)
+        y = y if y.stride() == like_x.stride() else like_x.copy_(y)
+    return y
+
+
+def _may_be_zero_times_infinity(gamma: Tensor, o: Tensor) -> bool:
+    """Whether to look for it. Without the compiler that costs passes over o, so it is not done in every step."""
+    if torch.compiler.is_compiling() or only_plain_operations(gamma, o):
+        return True
+    if type(o) is Tensor and o.is_cpu and not is_recorded():
+        return gamma.item() == 0 and not math.isfinite(o.detach().sum())
+    return o.dtype == torch.float16  # a GPU should not wait for γ; other dtypes overflow beyond some 1e18 alone
 
 
 @torch.fx.wrap
@@ -277,20 +324,49 @@ def _output(y: Tensor, attention: Tensor | None) -> Tensor | tuple[Tensor, Tenso
     return y if attention is None else (y, attention)
 
 
+# What a call of a convolution runs. PyTorch has no public names for hooks.
+METHODS = {name: getattr(nn.Conv2d, name) for name in ("__call__", "_call_impl", "forward", "_conv_forward")}
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 def _is_plain_1x1_convolution(module: nn.Module) -> bool:
     """Whether calling the module computes a 1×1 convolution and nothing else. Its weight may be parametrized."""
     return (
         isinstance(module, nn.Conv2d)
-        # Neither the class nor the instance has methods of its own for it.
-        and getattr(module.forward, "__func__", None) is nn.Conv2d.forward
-        and getattr(module._conv_forward, "__func__", None) is nn.Conv2d._conv_forward
         and (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
-        # No hooks on this module, and no global ones. Up to torch 2.13 this has no public API.
-        and not (module._forward_pre_hooks or module._forward_hooks)
-        and not (module._backward_pre_hooks or module._backward_hooks)
-        and not (module_hooks._global_forward_pre_hooks or module_hooks._global_forward_hooks)
-        and not (module_hooks._global_backward_pre_hooks or module_hooks._global_backward_hooks)
+        # No methods of the instance, of a subclass, or that somebody has put into PyTorch's classes.
+        and all(getattr(getattr(module, name), "__func__", None) is method for name, method in METHODS.items())
+        and not any(getattr(module, hooks) or getattr(module_hooks, f"_global{hooks}") for hooks in HOOKS)
+        # A quantized or sharded weight may have no concatenation.
+        and (parametrize.is_parametrized(module) or type(module.weight) in (nn.Parameter, Tensor))
     )
+
+
+def _reset(module: Any) -> None:
+    """Its ``reset_parameters``, also where weights are parametrized, which that method cannot write to."""
+    if not parametrize.is_parametrized(module):
+        if isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters:
+            raise ValueError(f"a hook computes the weight of {module}: call reset_parameters before it is registered")
+        module.reset_parameters()
+        return
+    plain = copy.deepcopy(module)
+    plain.__class__ = type(module).__base__  # that before PyTorch gave the module a class with properties
+    del plain.parametrizations
+    for name in module.parametrizations:
+        plain.register_parameter(name, nn.Parameter(torch.empty_like(getattr(module, name))))
+    plain.reset_parameters()
+    for name, chain in module.parametrizations.items():
+        for path, vector in chain.named_buffers():
+            if path.endswith(("._u", "._v")):  # of a spectral norm, ours or PyTorch's
+                vector.normal_()
+        setattr(module, name, getattr(plain, name).detach())
+        training = chain.training
+        chain.train()
+        for _ in range(WARM_UP_READS):  # each runs a power iteration
+            getattr(module, name)
+        chain.train(training)
+    for name, parameter in module.named_parameters(recurse=False):
+        parameter.copy_(getattr(plain, name))
 
 
 def _conv1x1(in_channels: int, out_channels: int) -> nn.Module:

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torch_sagan._torch import CustomOpDef, no_autocast
+from torch_sagan._torch import CustomOpDef, no_autocast, plain_tensor
 
-__all__ = ["differentiable_gradients", "register_derivatives"]
+__all__ = ["as_base", "in_float32", "register_derivatives"]
 
 # On the CPU, chosen by measuring: fewer cost call overhead, more fall out of the cache.
 BLOCK_QUERIES = 64
@@ -56,11 +56,12 @@ def register_derivatives(forward: CustomOpDef, backward: CustomOpDef) -> None:
     def differentiate(ctx: Any, d_attended: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if d_attended is None:
             return None, None, None
+        d_attended = plain_tensor(d_attended)
         query, key, value, *results = ctx.saved_tensors
         with torch.no_grad():
             gradients: tuple[Tensor, Tensor, Tensor] = backward(d_attended, query, key, value, *results)
-        if torch.is_grad_enabled():
-            return differentiable_gradients(gradients, d_attended, query, key, value)
+        if torch.is_grad_enabled():  # the same gradients, with the derivative that the kernel lacks
+            gradients = _with_derivative(*gradients, d_attended, query, key, value)
         return gradients
 
     def forward_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
@@ -74,23 +75,15 @@ def register_derivatives(forward: CustomOpDef, backward: CustomOpDef) -> None:
         register_flop_formula(operator._opoverload.overloadpacket)(formula)
 
 
-def differentiable_gradients(
-    gradients: tuple[Tensor, Tensor, Tensor], d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value as a kernel computed them, with the derivative that the kernel lacks.
+def in_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the precision of logits and softmax, whichever path computes them: float32, or float64 as it is."""
+    return tuple(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
 
-    Args:
-        gradients: those of query (B, D, N), key (B, D, M) and value (B, E, M).
-        d_attended: the gradient of the result (B, E, N), from which they were computed.
-        query: (B, D, N).
-        key: (B, D, M).
-        value: (B, E, M).
 
-    Returns:
-        The same gradients, as functions of the other arguments.
-    """
-    same: tuple[Tensor, Tensor, Tensor] = _with_derivative(*gradients, d_attended, query, key, value)
-    return same
+def as_base(tensor: Tensor) -> Tensor:
+    """The same memory, not as a view: autograd forbids in-place changes of a view that is one of several results."""
+    storage = tensor.untyped_storage()
+    return tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 # An operator instead of an autograd.Function, because its derivative also works for batched gradients.
@@ -123,8 +116,7 @@ def _double_backward(
     a: Tensor, b: Tensor, c: Tensor, d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of d_attended, query, key and value, in operations that can be differentiated again."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    a, b, c, d_attended, query, key, value = (x.to(dtype) for x in (a, b, c, d_attended, query, key, value))
+    a, b, c, d_attended, query, key, value = in_float32(a, b, c, d_attended, query, key, value)
     g_d_attended, g_query = [], []
     g_key, g_value = torch.zeros_like(key), torch.zeros_like(value)
     key_b = torch.cat([key, b], dim=1)  # (B, 2D, M)

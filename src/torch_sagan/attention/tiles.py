@@ -27,9 +27,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torch_sagan.attention.second_derivative import register_derivatives
+from torch_sagan.attention.second_derivative import as_base, in_float32, register_derivatives
 
-__all__ = ["tiled_attention"]
+__all__ = ["backward_bytes", "tiled_attention"]
 
 LOG2_E = math.log2(math.e)
 
@@ -57,31 +57,28 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return results[0]  # (B, E, N)
 
 
+def backward_bytes(batch: int, d: int, e: int, n: int, m: int, itemsize: int) -> int:
+    """The most bytes that the backward adds, for a query (B, D, N), a key (B, D, M) and a value (B, E, M)."""
+    parts = _parts_per_sample(batch, n)
+    samples = min(batch * parts, torch.get_num_threads())
+    gradients_and_factors = batch * (2 * d + e + 1) * (n + m)  # the factors of the logits have one more channel
+    tiles = 2 * samples * min(n // parts, TILE_QUERIES) * min(m, TILE_KEYS)
+    split = batch * ((2 * d + e + 1) * n + parts * (3 * d + 2 * e + 1) * m) if parts > 1 else 0
+    return itemsize * (gradients_and_factors + tiles + split)
+
+
 # Operators of our own, so that a compiled graph holds two nodes instead of unrolled loops.
 
 
 @torch.library.custom_op("torch_sagan::tiled_attention", mutates_args=())
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def _tiled(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The result (B, E, N), and for the backward two numbers for each query (B, 1, N): the maximum that was subtracted
     from its logits (0 if none was), and the sum of its weights."""
-    with torch.autocast("cpu", enabled=False):
-        return _forward_in_tiles(query, key, value)
-
-
-@torch.library.custom_op("torch_sagan::tiled_attention_backward", mutates_args=())
-def _tiled_backward(
-    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, subtracted: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, each in its own dtype."""
-    with torch.autocast("cpu", enabled=False):
-        return _backward_in_tiles(d_attended, query, key, value, attended, subtracted, total)
-
-
-def _forward_in_tiles(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = _working_precision(query, key, value)
+    q, k, v = in_float32(query, key, value)
     # If there are more threads than samples, the queries of each sample are split into several parts. From here on, B
     # counts the parts of all samples, and N the queries of one part.
-    parts = _parts_per_sample(q)
+    parts = _parts_per_sample(len(q), q.shape[2])
     subtract_max = _may_overflow(q, k)
     queries = _split(q if subtract_max else q * LOG2_E, parts)  # (B, D, N)
     keys, values = _repeat(k, parts), _repeat(v, parts)  # (B, D, M), (B, E, M)
@@ -109,7 +106,7 @@ def _forward_in_tiles(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
             if subtract_max:
                 subtracted[b, :, n] = row_max.mT
     batch = len(query)
-    return _join(attended, batch).to(value.dtype), _join(subtracted, batch), _join(total, batch)
+    return as_base(_join(attended, batch).to(value.dtype)), _join(subtracted, batch), _join(total, batch)
 
 
 # For one query q (D) with the keys K (D, M), their weights p (M) and the values V (E, M), the result o (E) and its
@@ -118,11 +115,14 @@ def _forward_in_tiles(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
 #     dlogits = p ⊙ (Vᵀd − oᵀd),   dq = K dlogits,   dK = q dlogitsᵀ,   dV = d pᵀ
 
 
-def _backward_in_tiles(
+@torch.library.custom_op("torch_sagan::tiled_attention_backward", mutates_args=())
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+def _tiled_backward(
     d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, subtracted: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_o, q, k, v, o = _working_precision(d_attended, query, key, value, attended)
-    parts = _parts_per_sample(q)  # as in the forward
+    """The gradients of query, key and value, each in its own dtype."""
+    d_o, q, k, v, o = in_float32(d_attended, query, key, value, attended)
+    parts = _parts_per_sample(len(q), q.shape[2])  # as in the forward
     subtract_max = bool(subtracted.any())  # if all are 0, there is nothing to subtract
     if subtract_max:
         # The weights below, exp(logit - maximum), are at most 1 and cannot overflow. Each row sums to `total`;
@@ -166,9 +166,8 @@ def _backward_in_tiles(
 
 @_tiled.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (query_in_working_precision,) = _working_precision(query)
     attended = value.new_empty(value.shape[0], value.shape[1], query.shape[2])
-    subtracted, total = (query_in_working_precision.new_empty(query.shape[0], 1, query.shape[2]) for _ in range(2))
+    subtracted, total = (in_float32(query)[0].new_empty(query.shape[0], 1, query.shape[2]) for _ in range(2))
     return attended, subtracted, total
 
 
@@ -180,13 +179,6 @@ def _(
 
 
 register_derivatives(_tiled, _tiled_backward)
-
-
-def _working_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _append_channel(tensor: Tensor, channel: Tensor | None = None) -> Tensor:
@@ -223,8 +215,8 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 # have work. All parts of a sample have the same keys and values.
 
 
-def _parts_per_sample(query: Tensor) -> int:
-    return math.gcd(query.shape[2], max(1, torch.get_num_threads() // len(query)))
+def _parts_per_sample(batch: int, n_queries: int) -> int:
+    return math.gcd(n_queries, max(1, torch.get_num_threads() // batch))
 
 
 def _split(tensor: Tensor, parts: int) -> Tensor:

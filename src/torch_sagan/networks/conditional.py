@@ -76,6 +76,12 @@ class ConditionalBatchNorm2d(nn.Module):
         normalized = self.norm(x)  # (B, C, H, W)
         return torch.addcmul(beta[:, :, None, None], gamma[:, :, None, None], normalized)  # (B, C, H, W)
 
+    def reset_parameters(self) -> None:
+        """Make this a new layer again: every gamma is 1, every beta 0, and the running statistics start over."""
+        self.norm.reset_parameters()
+        nn.init.ones_(self.gamma)
+        nn.init.zeros_(self.beta)
+
     def extra_repr(self) -> str:
         return "{1}, num_classes={0}".format(*self.gamma.shape)
 

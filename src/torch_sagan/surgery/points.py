@@ -13,9 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.flop_counter import FlopCounterMode
 
+from torch_sagan.attention import cuda, tiles
 from torch_sagan.attention.equation import SMALL_MATRIX
 from torch_sagan.attention.layer import SelfAttention2d
-from torch_sagan.attention.tiles import TILE_KEYS, TILE_QUERIES
 from torch_sagan.surgery.example_pass import ExampleInput, FeatureMap, outputs_of_a_pass
 from torch_sagan.surgery.insert import check_insertable, check_target, feature_maps
 
@@ -217,15 +217,7 @@ def _costs(batch: int, channels: int, positions: int, itemsize: int, on_cpu: boo
     plain = features + matrix, 3 * matrix
     if on_cpu and b * n * n <= SMALL_MATRIX["cpu"]:
         return _Costs(operations, *plain, *plain)
-    # Gradients of result, value, query and key, and the factors of the logits with one more channel; on CUDA, the
-    # kernel's arguments as rows of channels.
-    backward = itemsize * b * n * (2 * c + 4 * d + 2 if on_cpu else 4 * c + 4 * d)
-    if on_cpu:
-        threads = torch.get_num_threads()
-        parts = math.gcd(n, max(1, threads // b))  # of each sample's queries, each with a copy of keys and values
-        backward += 2 * itemsize * min(b * parts, threads) * min(n // parts, TILE_QUERIES) * min(n, TILE_KEYS)
-        if parts > 1:
-            backward += itemsize * b * n * ((c + 2 * d + 1) + parts * (2 * c + 3 * d + 1))
+    backward = (tiles if on_cpu else cuda).backward_bytes(b, d, c, n, n, itemsize)
     return _Costs(operations, features, backward, *plain)
 
 
