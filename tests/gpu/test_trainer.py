@@ -80,7 +80,7 @@ def test_trains(way: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # it compiles both networks
-@pytest.mark.skipif(not HAS_GPU, reason="test_train_celeba.py traces the compiled networks on the CPU")
+@pytest.mark.skipif(not HAS_GPU, reason="test_training.py of the trainer traces the compiled networks on the CPU")
 @pytest.mark.usefixtures("machine")
 def test_trains_compiled(tmp_path: Path) -> None:
     assert train(tmp_path, *CUDA, "--compile", "--precision", "bf16", "--steps", "2") == 0
@@ -147,7 +147,7 @@ def batches(state: TrainingState, count: int) -> Iterator[list]:
     return state.batches(Batch(part, None) for part in images)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="test_train_celeba.py counts the readings of a step on the CPU")
+@pytest.mark.skipif(not HAS_GPU, reason="test_state.py counts the readings of a step on the CPU")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("loss", ["hinge", "wgan-gp"])
 def test_a_step_never_waits_for_the_gpu(loss: str, precision: str, device: torch.device) -> None:

@@ -6,9 +6,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 import train_celeba
+from training.configuration import Config
+from training.data.dataset import Batch
+from training.state import TrainingState
+from training.step import Piece
 
 TINY = ["--image-size", "16", "--base-channels", "4", "--batch-size", "4", "--z-dim", "8", "--device", "cpu"]
 SCRIPT = [str(Path(train_celeba.__file__)), *TINY, "--no-tensorboard"]
@@ -46,3 +51,27 @@ def assert_same(one: dict, other: dict, *, apart_from: tuple[str, ...] = ()) -> 
         if path not in apart_from:
             equal = torch.equal(value, other_leaves[path]) if isinstance(value, torch.Tensor) else None
             assert equal if equal is not None else value == other_leaves[path], path
+
+
+def leave_out_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs draw nothing, which takes most of their time: for tests of other things."""
+    monkeypatch.setattr(train_celeba, "draw", lambda state, out: {})
+    for name in ("redraw", "save_reals"):
+        monkeypatch.setattr(train_celeba, name, lambda *_: None)
+
+
+def tiny_state(**settings: object) -> TrainingState:
+    config = Config(**({"image_size": 16, "base_channels": 4, "batch_size": 4, "z_dim": 8} | settings))
+    return TrainingState(config, image_channels=1, device=torch.device("cpu"))
+
+
+def noise(state: TrainingState) -> Iterator[list[Piece]]:
+    """Batches without end, in the state's pieces."""
+    size = state.config.batch_size // state.config.grad_accum_steps
+    rng = torch.Generator().manual_seed(0)
+
+    def data() -> Iterator[Batch]:
+        while True:
+            yield Batch(torch.randint(256, (size, 1, 16, 16), dtype=torch.uint8, generator=rng))
+
+    return state.batches(data())
