@@ -53,7 +53,6 @@ from training.runs.distributed import Ranks, ShardSampler, pick_device, processe
 from training.runs.memory import out_of_memory
 from training.runs.run_lock import RunLock
 from training.runs.signals import StopRequested, deferred_signals, stop_requested
-from training.runs.streams import unfailing_streams
 from training.runs.tensor_files import refuse_unsafe_torch
 from training.state import TrainingState
 
@@ -208,7 +207,7 @@ def report(state: TrainingState, log: RunLog | None, evaluate: Evaluate | None) 
 
 def main(arguments: Sequence[str] | None = None, open_evaluator: OpenEvaluator = open_evaluator) -> int:
     refuse_unsafe_torch()  # or the run could not be resumed
-    with unfailing_streams(), processes() as ranks:
+    with processes() as ranks:
         with ranks.agreeing():
             args = read_arguments(Config, arguments, "Train a SAGAN on faces, digits or your own images.")
         # A function, so that its networks are freed before the process group ends.

@@ -6,11 +6,13 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tiny_runs import SCRIPT, checkpoint, train
+from training.command_line import script
 from training.runs.streams import UnfailingStream, escaped, unfailing_streams
 
 RUN = [sys.executable, *SCRIPT, "--data", "digits", "--steps", "3", "--log-every", "1"]
@@ -46,22 +48,29 @@ def test_a_run_without_anyone_who_listens_is_complete(
             stream.close()
         monkeypatch.setattr(sys, name, stream)
     (tmp_path / "images").mkdir()
-    assert train(tmp_path, "--steps", "2", "--log-every", "1") == 0
+    with pytest.raises(SystemExit, match=r"^0$"):
+        script(lambda: train(tmp_path, "--steps", "2", "--log-every", "1"))
     assert [sys.stdout, sys.stderr] == streams
     monkeypatch.undo()
     assert checkpoint(tmp_path)["step"] == 2
 
 
-@pytest.mark.slow  # a process for each
-@pytest.mark.parametrize("how", ["{run} >&- 2>&-", "{run} 2>&1 | head -1", "{run} >/dev/full 2>/dev/full"])
-def test_in_a_shell(how: str, tmp_path: Path) -> None:
+@pytest.mark.slow  # starts processes
+def test_in_a_shell(tmp_path: Path) -> None:
     """The status is that of a run that is complete, and no file took the numbers of the closed streams."""
-    run = " ".join([*RUN, "--out", str(tmp_path / "run")])
-    done = subprocess.run(["bash", "-c", "set -o pipefail; " + how.format(run=run)], capture_output=True, timeout=120)
-    assert done.returncode == 0, done
-    assert b"Traceback" not in done.stdout + done.stderr
-    assert checkpoint(tmp_path / "run")["step"] == 3
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
+    ways = ("{run} >&- 2>&-", "{run} 2>&1 | head -1", "{run} >/dev/full 2>/dev/full")
+    with ExitStack() as stack:  # all at once, since each takes seconds to start
+        running = []
+        for i, how in enumerate(ways):
+            run = " ".join([*RUN, "--out", str(tmp_path / str(i))])
+            command = ["bash", "-c", "set -o pipefail; " + how.format(run=run)]
+            running.append(stack.enter_context(subprocess.Popen(command, stdout=-1, stderr=-1)))
+        for i, process in enumerate(running):
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, (ways[i], out, err)
+            assert b"Traceback" not in out + err
+            assert checkpoint(tmp_path / str(i))["step"] == 3
+            assert len((tmp_path / str(i) / "log.jsonl").read_text().splitlines()) == 3
 
 
 def test_closed_descriptors_are_not_given_to_files(tmp_path: Path) -> None:
@@ -96,7 +105,8 @@ def test_terminal_controls_are_escaped(tmp_path: Path, capsys: pytest.CaptureFix
         print(name)
         print(name, file=sys.stderr)
     assert capsys.readouterr() == (f"{escaped(name)}\n",) * 2
-    assert train(tmp_path / name, "--steps", "1") == 0
+    with unfailing_streams():
+        assert train(tmp_path / name, "--steps", "1") == 0
     out, err = capsys.readouterr()
     assert escaped(str(tmp_path / name)) in out
     assert not {"\x1b", "\x9b", "\x07", "\x7f"} & set(out + err)
