@@ -15,7 +15,7 @@ from torch import nn
 import generate
 import train_digits
 from mnist_files import idx, write
-from tiny_runs import checkpoint
+from tiny_runs import assert_same, checkpoint
 from torch_sagan import spectral_norms
 from training.command_line import read_arguments, resolve_config
 from training.configuration import Config
@@ -31,8 +31,18 @@ def config(*arguments: str) -> Config:
     return resolve_config(Config, given, None)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with the recipe's settings, of which nothing was asked."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_digits, "ask", lambda run: None)
+        train_digits.main([*TINY, "--out", str(out)])
+    return out
+
+
 @pytest.mark.parametrize("classes", ["own", "none"])
-def test_a_run_writes_what_it_names_and_asks(classes, tmp_path, capsys):
+def test_a_run_writes_what_it_names_and_asks(classes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a" / "b"
     assert train_digits.main([*TINY, "--classes", classes, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -58,23 +68,22 @@ def test_a_run_writes_what_it_names_and_asks(classes, tmp_path, capsys):
         assert np.asarray(grid)[3:100, 3:100].std() > 1
 
 
-def test_the_settings_are_those_of_the_recipe(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(train_digits, "ask", asked.append)
-    train_digits.main([*TINY, "--out", str(tmp_path)])
-    assert asked == [tmp_path]
-    stored = json.loads((tmp_path / "config.json").read_text())
+def test_the_settings_are_those_of_the_recipe(trained: Path) -> None:
+    stored = json.loads((trained / "config.json").read_text())
     assert {"data": "digits", "classes": "own", "architecture": "mnist", "image_size": 28, "noise": 0.3}.items() <= (
         stored.items()
     )
-    generator, card = open_generator(tmp_path)
+    generator, card = open_generator(trained)
     assert (card["generator"]["architecture"], card["generator"]["image_channels"]) == ("mnist", 1)
     assert isinstance(generator.attention["7"].query[2], nn.BatchNorm2d)
     assert generator.num_classes == 10
 
 
-@pytest.mark.parametrize("resume", ["auto", "runs/earlier", "runs/earlier/checkpoint.pt"])
-def test_a_resumed_run_stays_in_its_folder(resume, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "resume",
+    ["auto", *(pytest.param(f"runs/earlier{file}", marks=pytest.mark.exhaustive) for file in ("", "/checkpoint.pt"))],
+)
+def test_a_resumed_run_stays_in_its_folder(resume: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(train_digits, "ask", asked.append)
     monkeypatch.chdir(tmp_path)
@@ -86,7 +95,9 @@ def test_a_resumed_run_stays_in_its_folder(resume, tmp_path, monkeypatch):
     assert [path.name for path in Path("runs").iterdir()] == [folder.name]
 
 
-def test_nothing_is_asked_of_a_dry_run_or_a_run_that_was_stopped(tmp_path, monkeypatch):
+def test_nothing_is_asked_of_a_dry_run_or_a_run_that_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train_digits, "ask", lambda run: pytest.fail("asked"))
     train_digits.main([*TINY, "--out", str(tmp_path), "--dry-run"])
     (tmp_path / "checkpoint.pt").write_bytes((tmp_path / "dry-run" / "checkpoint.pt").read_bytes())  # an earlier run's
@@ -95,7 +106,7 @@ def test_nothing_is_asked_of_a_dry_run_or_a_run_that_was_stopped(tmp_path, monke
     assert train_digits.main([*TINY, "--out", str(tmp_path)]) == 130
 
 
-def test_mnists_own_files(tmp_path, capsys):
+def test_mnists_own_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Digit d is a stripe in row 2 d, which a classifier learns from a few images."""
     labels = np.arange(60, dtype=np.uint8) % 10
     images = np.zeros((60, 28, 28), np.uint8)
@@ -110,7 +121,7 @@ def test_mnists_own_files(tmp_path, capsys):
     assert checkpoint(tmp_path / "out")["classes"] == {str(digit): 6 for digit in range(10)}
 
 
-def test_other_images_are_refused_before_anything_is_trained(tmp_path):
+def test_other_images_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (28, 28)).save(tmp_path / "images" / name / "0.png")
@@ -121,16 +132,18 @@ def test_other_images_are_refused_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_checkpoint_and_the_grid_depend_on_the_seed_alone(tmp_path, monkeypatch):
+def test_the_checkpoint_and_the_grid_depend_on_the_seed_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train_digits, "ask", lambda run: None)
-    grids = []
-    for i, seed in enumerate(("0", "0", "1")):
-        train_digits.main([*TINY, "--seed", seed, "--out", str(tmp_path / str(i))])
-        grids.append((tmp_path / str(i) / "samples-000002.png").read_bytes())
-    assert grids[0] == grids[1] != grids[2]
+    for seed in "01":
+        train_digits.main([*TINY, "--seed", seed, "--out", str(tmp_path / seed)])
+    first, again, other = (out / "samples-000002.png" for out in (trained, tmp_path / "0", tmp_path / "1"))
+    assert first.read_bytes() == again.read_bytes() != other.read_bytes()
+    assert_same(checkpoint(trained), checkpoint(tmp_path / "0"), apart_from=("/config/out",))
 
 
-def test_labels_change_the_images():
+def test_labels_change_the_images() -> None:
     generator, _ = build_networks(config("--base-channels", "4"), image_channels=1, num_classes=10)
     for name, parameter in generator.named_parameters():
         if name.endswith(("norm.gamma", "norm.beta")):
@@ -144,10 +157,8 @@ def test_labels_change_the_images():
     assert (threes - eights).abs().amax(dim=(1, 2, 3)).min() > 1e-3
 
 
-def test_training_makes_the_labels_matter(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_digits, "ask", lambda run: None)
-    train_digits.main([*TINY, "--out", str(tmp_path)])
-    norms = [p for name, p in checkpoint(tmp_path)["generator"].items() if name.endswith("norm.gamma")]
+def test_training_makes_the_labels_matter(trained: Path) -> None:
+    norms = [p for name, p in checkpoint(trained)["generator"].items() if name.endswith("norm.gamma")]
     assert len(norms) == 2
     for gamma in norms:
         assert (gamma - 1).abs().amax(dim=1).count_nonzero() > 1  # classes went their own ways from 1
@@ -155,7 +166,7 @@ def test_training_makes_the_labels_matter(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("network", [0, 1])
-def test_attention_is_the_tutorials(network):
+def test_attention_is_the_tutorials(network: int) -> None:
     """128 channels at 7×7, projections of a 4×4 convolution and ReLU in both networks, and batch norm between in G."""
     model = build_networks(config(), image_channels=1, num_classes=10)[network].eval()
     assert list(model.attention) == ["7"]
@@ -186,7 +197,7 @@ def test_attention_is_the_tutorials(network):
         (["--colour"], "unrecognized arguments: --colour"),
     ],
 )
-def test_errors_are_one_line(arguments, message, tmp_path):
+def test_errors_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=re.escape(message)) as ended:
         train_digits.main([*TINY, *arguments, "--out", str(tmp_path / "out")])
     assert "\n" not in str(ended.value)
