@@ -23,11 +23,11 @@ MARK = "_is_inserted_attention"  # an attribute of the layer, since models may h
 
 def inserted_layer(module: nn.Module) -> nn.Module | None:
     """The layer that was inserted after this module, with what it has been wrapped in since; or None."""
-    # The registries tell. Attributes do not: a wrapper may answer with those of the module that it wraps.
+    # Its registry tells. Attributes do not: a wrapper may answer with those of the module that it wraps.
     if NAME not in module._modules:
         return None
     layer = part = module._modules[NAME]
-    while part is not None and MARK not in vars(part):
+    while part is not None and getattr(part, MARK, None) is not True:
         inside = part._modules
         part = next(iter(inside.values())) if len(inside) == 1 and NAME not in inside else None
     return None if part is None else layer
@@ -75,9 +75,9 @@ def _is_ours(hook: Any) -> bool:
 
 def _run(host: nn.Module) -> None:
     """Let a host call its layer, once. A ``Sequential`` does so anyway: the layer is the last of its children."""
-    if type(host).forward is not nn.Sequential.forward and _attend not in host._forward_hooks.values():
-        # Under one name, since the replicas of DataParallel share their hooks and do this in threads.
-        host._forward_hooks.setdefault(NAME, _attend)  # type: ignore[arg-type]
+    hooks: dict[Any, Any] = host._forward_hooks
+    if type(host).forward is not nn.Sequential.forward and NAME not in hooks and _attend not in hooks.values():
+        hooks.setdefault(NAME, _attend)  # one name: the replicas of DataParallel share their hooks and run in threads
 
 
 def _attend(host: nn.Module, args: Any, output: Tensor) -> Any:
