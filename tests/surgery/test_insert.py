@@ -277,7 +277,7 @@ def test_a_lazy_module_that_has_not_run() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (4, 6)], ids=str)
 @pytest.mark.parametrize("attention", [SelfAttention2d, SelfAttention2d.paper])
-def test_a_new_layer_keeps_every_bit(
+def test_a_new_layer_keeps_bits_and_strides(
     attention: Callable[[int], nn.Module], size: tuple[int, int], layout: torch.memory_format
 ) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()).to(memory_format=layout)
@@ -286,3 +286,4 @@ def test_a_new_layer_keeps_every_bit(
     insert_self_attention(model, ["0", "1"], example_input=x, attention=attention)
     after = model(x)
     assert torch.equal(after, before)
+    assert after.stride() == before.stride()
