@@ -206,6 +206,8 @@ def score(
             crop=crop_setting(args.crop or str(card.get("crop", "auto"))),
             classes=own if args.classes == "auto" else args.classes,
             attributes=args.attributes,
+            channels=str(card["generator"].get("image_channels", 3)),
+            mirror=bool(card.get("mirror", True)),
         )
     except ValueError as error:
         fail(str(error).replace("--data", "--score", 1))

@@ -189,6 +189,7 @@ def _trained(file: Path, state: Any, *, average: bool) -> tuple[Weights, Card]:
             "averaged": average,
             "data": Path(config["data"]).name,  # without the folders above it, which may be private
             "crop": config["crop"],
+            "mirror": config.get("mirror", True),
             "classes": dict(state["classes"]),
             "steps": state["step"],
             "images": state["images"],

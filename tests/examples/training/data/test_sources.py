@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import generate
+from tiny_runs import checkpoint, train
+from training.data.image_folder import ImageFolder
 from training.data.sources import open_data, procedural_faces, with_channels
 
 SIZE = 16
@@ -66,6 +69,23 @@ def test_mirroring_can_be_disabled(mirror: bool, gray: Path, tmp_path: Path) -> 
         assert open_data(str(gray), size=SIZE, cache=cache, mirror=mirror).flip is mirror
     assert open_data("faces:4", size=SIZE, mirror=mirror).flip is mirror
     assert open_data("digits", size=SIZE, mirror=mirror).flip is False
+
+
+def test_a_run_on_gray_unmirrored_images_is_scored_against_such(
+    gray: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "run", "--data", str(gray), "--steps", "1", "--channels", "1", "--no-mirror")
+    assert "--channels 1" not in capsys.readouterr().out  # advice for those that have not given it
+    assert checkpoint(tmp_path / "run")["generator"]["to_image.weight"].shape[1] == 1
+    read: list[ImageFolder] = []
+    monkeypatch.setattr(generate, "open_data", lambda *data, **more: read.append(open_data(*data, **more)) or read[-1])
+    generate.main([str(tmp_path / "run"), "--out", str(tmp_path / "made"), "--score", str(gray), "--samples", "2"])
+    assert [(data.channels, data.flip) for data in read] == [(1, False)]
+
+
+def test_gray_images_are_pointed_out(gray: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", "--data", str(gray), "--dry-run")
+    assert "these images are gray; a new run with --channels 1 would train on one" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------- CelebA
