@@ -372,6 +372,13 @@ def test_u_and_v_stay_outside_the_graph(normalizer: str, function: Callable[[nn.
     layer(torch.randn(2, 3)).sum().backward()
 
 
+@pytest.mark.parametrize("implementation", ["sagan", "torch"])
+def test_a_vector_has_no_u_and_v_to_reset(implementation: str) -> None:
+    layer = spectral_norm(spectral_norm(nn.Linear(3, 4)), "bias", implementation=implementation)
+    reset_power_iteration(layer)
+    assert spectral_norms(layer)["bias"] == pytest.approx(1)
+
+
 def test_sigma_of_a_network_in_training() -> None:
     """Twenty optimizer steps on a loss: every weight still has a largest singular value of about 1."""
     network = apply_spectral_norm(model())
