@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tiny_runs import lines, resume, train
-from training.output.logging import Means, one_report
+from training.output.logging import Means, RunLog, one_report
 from training.runs.distributed import SINGLE_PROCESS
 
 
@@ -22,38 +23,58 @@ def events(out: Path) -> EventAccumulator:
     return accumulator
 
 
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, with a line of the log for each."""
+    out = tmp_path_factory.mktemp("run")
+    train(out, "--no-tensorboard", "--steps", "2", "--log-every", "1")
+    return out
+
+
+@pytest.fixture
+def out(two_steps: Path, tmp_path: Path) -> Path:
+    """That run, to go on with."""
+    return Path(shutil.copytree(two_steps, tmp_path / "run", symlinks=True))
+
+
+def test_lines_that_the_checkpoint_does_not_know_are_logged_once(out: Path) -> None:
+    with open(out / "log.jsonl", "ab") as file:
+        file.write(b'{"step": 3}\n{"step": 4, "ima')  # as if it had gone on and been killed before it saved again
+    resume(out, "--steps", "4")
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     "cut",
     [
-        b'{"step": 4, "ima',
         b'{"step": 4, "gamma": {"G": 0.1}',
         b"",
         b'{"step": 4}{"step": 5}',
         b"null\n[1]\n{}\n\xff\xfe\n" + b'{"step": 1%s}' % (b"0" * 400),
     ],
 )
-def test_lines_that_the_checkpoint_does_not_know_are_logged_once(cut, tmp_path):
-    train(tmp_path, "--steps", "2", "--log-every", "1")
-    with open(tmp_path / "log.jsonl", "ab") as file:
-        file.write(b'{"step": 3}\n' + cut)  # as if the run had gone on and been killed before it saved again
-    resume(tmp_path, "--steps", "4")
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+def test_lines_that_are_no_lines_are_dropped(cut: bytes, out: Path) -> None:
+    with open(out / "log.jsonl", "ab") as file:
+        file.write(b'{"step": 3}\n' + cut)
+    RunLog(out, 2, 4, 4, tensorboard=False).close()
+    assert [line["step"] for line in lines(out)] == [1, 2]
 
 
-def test_the_log_is_never_half_written(tmp_path, monkeypatch):
-    train(tmp_path, "--steps", "2", "--log-every", "1")
+def test_the_log_is_never_half_written(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.replace", lambda *_: sys.exit("killed"))  # between writing the file anew and naming it
     with pytest.raises(SystemExit):
-        resume(tmp_path, "--steps", "4")
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+        resume(out, "--steps", "4")
+    assert [line["step"] for line in lines(out)] == [1, 2]
 
 
-def test_tensorboard_shows_what_the_log_and_the_images_do(tmp_path):
-    settings = ["--tensorboard", "--log-every", "1", "--sample-every", "2", "--save-every", "2"]
-    train(tmp_path, *settings, "--steps", "3")
+def test_tensorboard_shows_what_the_log_and_the_images_do(tmp_path: Path) -> None:
+    settings = ["--tensorboard", "--log-every", "1", "--sample-every", "2", "--save-every", "2", "--eval-every", "2"]
+    train(tmp_path, *settings, "--steps", "3", open_evaluator=lambda *_: lambda *_: {"fid": 7.0})
     (tmp_path / "checkpoint-000003.pt").unlink()  # as if it had been killed before it saved at step 3
-    resume(tmp_path, "--steps", "5")
+    resume(tmp_path, "--steps", "5", "--eval-every", "0")
     seen = events(tmp_path)
+    assert [line["step"] for line in lines(tmp_path) if line.get("scores") == {"fid": 7.0}] == [2]
+    assert [(scalar.step, scalar.value) for scalar in seen.Scalars("scores/fid")] == [(2, 7.0)]
     for name in ("loss_d", "loss_g", "lr_g", "images_per_second"):
         assert [scalar.step for scalar in seen.Scalars(name)] == [1, 2, 3, 4, 5]
     losses = [line["loss_d"] for line in lines(tmp_path)]
@@ -67,9 +88,11 @@ def test_tensorboard_shows_what_the_log_and_the_images_do(tmp_path):
 
 
 @pytest.mark.parametrize("at", [0, 20])  # while it opens the file, and in the second line of the log
-def test_a_disk_that_is_full_for_tensorboard_is_one_line(at, tmp_path, monkeypatch, capfd):
+def test_a_disk_that_is_full_for_tensorboard_is_one_line(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The package writes in a thread, whose errors are printed with their traceback unless they are caught."""
-    written = []
+    written: list[bytes] = []
 
     def write(writer: object, data: bytes) -> None:
         written.append(data)
@@ -83,8 +106,8 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_line(at, tmp_path, monkeypat
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_errors_of_other_threads_are_still_reported(monkeypatch):
-    reported = []
+def test_errors_of_other_threads_are_still_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[str] = []
     monkeypatch.setattr(threading, "excepthook", lambda error: reported.append(str(error.exc_value)))
 
     def fail() -> None:
@@ -97,7 +120,9 @@ def test_errors_of_other_threads_are_still_reported(monkeypatch):
     assert reported == ["full"]
 
 
-def test_without_the_package_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_without_the_package_it_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     load = builtins.__import__
 
     def without(name: str, *args: object, **more: object) -> object:
@@ -111,13 +136,11 @@ def test_without_the_package_it_says_so_and_goes_on(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_no_tensorboard(tmp_path, capsys):
-    train(tmp_path, "--no-tensorboard", "--steps", "1")
-    assert not (tmp_path / "tensorboard").exists()
-    assert "TensorBoard" not in capsys.readouterr().err
+def test_no_tensorboard(two_steps: Path) -> None:
+    assert not (two_steps / "tensorboard").exists()
 
 
-def test_means_are_those_since_the_last_reading():
+def test_means_are_those_since_the_last_reading() -> None:
     network = torch.nn.Linear(1, 1)
     means = Means({"G": network}, SINGLE_PROCESS)
     for losses in ((1.0, 5.0), (3.0, 7.0)):
@@ -136,10 +159,3 @@ def test_means_are_those_since_the_last_reading():
     means.add(torch.tensor((9.0, 0.0)))
     with pytest.raises(SystemExit, match=r"step 4: .*1 of G's 2 weight tensors.* step 3, loss of D 10, of G 1"):
         means.read(4, 4)
-
-
-def test_scores_are_logged(tmp_path):
-    settings = ["--steps", "2", "--eval-every", "2", "--tensorboard"]
-    train(tmp_path, *settings, open_evaluator=lambda *_: lambda *_: {"fid": 7.0})
-    assert lines(tmp_path)[-1]["scores"] == {"fid": 7.0}
-    assert events(tmp_path).Scalars("scores/fid")[0].value == 7.0
