@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -56,15 +56,13 @@ class Rows:
     def __getitem__(self, index: NDArray[np.int64]) -> Pixels:
         """The images of these numbers, a copy."""
         images = np.empty((len(index), *self.shape[1:]), np.uint8)
-        size = math.prod(self.shape[1:])
-        for image, row in zip(images, index.tolist(), strict=True):
+        size, whole = math.prod(self.shape[1:]), memoryview(images.reshape(-1))
+        for i, row in enumerate(index.tolist()):
             # At its own position: several threads read.
-            if os.preadv(self._file.descriptor, [image.reshape(-1)], self.start + size * row) != size:
+            target = whole[i * size : (i + 1) * size]
+            if os.preadv(self._file.descriptor, [target], self.start + size * row) != size:
                 raise SourceLost(f"{self.path} was cut off while it was read; the next start decodes the images again")
         return images
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Pixels:
-        return self[np.arange(len(self))].astype(dtype or np.uint8, copy=False)
 
 
 class CachedFolder(ImageSet):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import generate
-from tiny_runs import assert_same, checkpoint, lines, resume, train
+from tiny_runs import assert_same, checkpoint, leave_out_images, lines, resume, train
 from torch_sagan import SAGANDiscriminator, SpectralNorm, spectral_norms
 from training import state as state_module
 from training.augmentation import POLICIES
@@ -56,6 +56,11 @@ def celeba(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_images(monkeypatch)
+
+
 def size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
@@ -88,20 +93,22 @@ def test_a_folder_of_class_folders(animals: Path, tmp_path: Path, capsys: pytest
     assert size(tmp_path / "b" / "grid.png")[1] == 2 * 130 + 2
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_resuming_is_bitwise(animals: Path, tmp_path: Path) -> None:
     settings = ["--data", str(animals), "--classes", "own", *RESNET, "--log-every", "1", "--lr-g", "0.01"]
     settings += ["--loss", "relativistic", "--augment", "color,translation,cutout", "--noise", "0.1"]  # random numbers
     settings += ["--ema-start", "2"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train(whole, *settings, "--steps", "4")
-    train(halves, *settings, "--steps", "4", "--save-every", "2")
-    (halves / "checkpoint-000004.pt").unlink()  # as if it had been killed at step 3
+    train(whole, *settings, "--steps", "3")
+    train(halves, *settings, "--steps", "3", "--save-every", "2")
+    (halves / "checkpoint-000003.pt").unlink()  # as if it had been killed after step 2
     assert resume(halves) == 0
     assert_same(checkpoint(whole), checkpoint(halves), apart_from=("/config/out", "/config/save_every"))
     one, other = ([line | {"images_per_second": 0} for line in lines(out)] for out in (whole, halves))
     assert one == other
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_other_classes_are_refused_when_resuming(animals: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(out, "--data", str(animals), "--classes", "own", "--steps", "1")
@@ -120,6 +127,7 @@ def test_other_classes_are_refused_when_resuming(animals: Path, tmp_path: Path) 
     assert resume(out, "--steps", "2") == 0
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_more_images_of_the_same_classes_are_counted_when_resuming(animals: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(out, "--data", str(animals), "--classes", "own", "--steps", "1")
@@ -161,6 +169,7 @@ def spoiled(celeba: Path, text: str) -> None:
     (celeba / "list_attr_celeba.txt").write_text(text)
 
 
+@pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -193,6 +202,7 @@ def test_a_table_of_other_images_is_one_line(celeba: Path, tmp_path: Path) -> No
     assert "\n" not in str(ended.value)
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_images_and_their_labels_reach_the_networks_together(
     animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,9 +219,9 @@ def test_images_and_their_labels_reach_the_networks_together(
         return step(gan, spied(), **more)
 
     monkeypatch.setattr(state_module, "training_step", look)
-    settings = ["--batch-size", "10", "--grad-accum-steps", "2", "--d-steps", "2", "--steps", "3"]
+    settings = ["--batch-size", "10", "--grad-accum-steps", "2", "--d-steps", "2", "--steps", "2"]
     train(tmp_path / "run", "--data", str(animals), "--classes", "own", *settings)
-    assert len(seen) == 3 * 2 * 2
+    assert len(seen) == 2 * 2 * 2
     colors = torch.tensor([COLORS[name] for name in COUNTS]) / 127.5 - 1
     for piece in seen:
         assert piece.labels is not None
@@ -348,6 +358,7 @@ def test_batch_norm_is_synchronised_unless_told_otherwise(synchronised: bool, mo
     assert isinstance(run.discriminator, SAGANDiscriminator)
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_config_json_has_every_setting(tmp_path: Path) -> None:
     train(tmp_path, "--steps", "1", "--classes", "own", "--beta2", "0.99")
     stored = json.loads((tmp_path / "config.json").read_text())

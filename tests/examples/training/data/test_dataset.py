@@ -77,6 +77,7 @@ def test_pixels_of_other_data_are_recognized() -> None:
     assert changes(data.fingerprint(), other.fingerprint()) == "pixels"
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_a_resumed_run_says_what_has_changed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     train(out, "--data", str(folder), "--steps", "1")

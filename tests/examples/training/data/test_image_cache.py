@@ -257,7 +257,9 @@ def flip(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 4]))
 
 
-@pytest.mark.parametrize("offset", [0, 20, 90, 128, 5000, -5, -1])
+@pytest.mark.parametrize(
+    "offset", [20, 128, -1, *(pytest.param(offset, marks=pytest.mark.exhaustive) for offset in (0, 90, 5000, -5))]
+)
 def test_a_file_of_which_a_bit_has_changed_is_built_again(
     offset: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -397,7 +399,7 @@ def test_a_builder_that_is_killed_leaves_neither_a_lock_nor_half_a_cache(folder:
     assert_equal(batches(source, 4), batches(ImageFolder(folder, 16, 160), 4))
 
 
-@pytest.mark.slow  # starts two processes, which import torch
+@pytest.mark.exhaustive  # starts two processes, as the two tests above
 def test_a_damaged_header_is_replaced_once_while_another_process_waits(folder: Path, tmp_path: Path) -> None:
     expected = pixels(cached(folder, tmp_path / "cache")).sum(dtype=int)
     (path,) = caches(tmp_path / "cache")
@@ -462,6 +464,7 @@ def test_too_little_space_is_known_beforehand(folder: Path, tmp_path: Path, monk
 # ------------------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_training_with_and_without_it_is_bitwise_the_same(folder: Path, tmp_path: Path) -> None:
     settings = ["--data", str(folder), "--save-every", "2"]
     with_it, without, both = tmp_path / "with", tmp_path / "without", tmp_path / "both"
@@ -476,6 +479,7 @@ def test_training_with_and_without_it_is_bitwise_the_same(folder: Path, tmp_path
     assert_same(checkpoint(with_it), checkpoint(both), apart_from=apart_from)
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_a_run_is_resumed_as_if_no_bit_had_changed(folder: Path, tmp_path: Path) -> None:
     settings = ["--data", str(folder), "--steps", "4", "--save-every", "2"]
     train(tmp_path / "whole", *settings)
@@ -488,6 +492,7 @@ def test_a_run_is_resumed_as_if_no_bit_had_changed(folder: Path, tmp_path: Path)
     assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "resumed"), apart_from=("/config/out",))
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_the_cache_can_lie_elsewhere(folder: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", "--data", str(folder), "--steps", "1", "--cache-dir", str(tmp_path / "ssd"))
     assert len(caches(tmp_path / "ssd")) == 1

@@ -133,6 +133,7 @@ def shapes(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize("cache", [["--no-cache", "--num-workers", "0"], []], ids=["no cache", "cache"])
 def test_a_run_counts_what_it_trains_on(
     cache: list[str], shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -210,6 +211,7 @@ def test_a_folder_without_one_readable_image_says_why(tmp_path: Path) -> None:
         open_data(str(tmp_path), size=SIZE)
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_the_first_image_is_named_when_it_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "images"
     data.mkdir()

@@ -74,6 +74,7 @@ def test_for_a_gpu_a_thread_builds_and_pins_the_same_batches(
         assert classes or batch.labels is other.labels is None
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_a_run_that_was_stopped_goes_on_with_the_next_image_that_it_has_not_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pinned: list[object]
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_image_that_it_has_not_seen
     assert_same(checkpoint(tmp_path / "stopped"), checkpoint(tmp_path / "whole"), apart_from=("/config/out",))
 
 
+@pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize(
     ("error", "ends"),
     [

@@ -83,6 +83,7 @@ def test_a_run_on_gray_unmirrored_images_is_scored_against_such(
     assert [(data.channels, data.flip) for data in read] == [(1, False)]
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_gray_images_are_pointed_out(gray: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "run", "--data", str(gray), "--dry-run")
     assert "these images are gray; a new run with --channels 1 would train on one" in capsys.readouterr().out

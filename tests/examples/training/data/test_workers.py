@@ -46,11 +46,9 @@ def read(source: Numbers, amount: int, workers: int) -> list[int]:
         return [int(batch.images[0, 0, 0, -1]) for batch in islice(batches, amount)]
 
 
-def check_that_signals_to_the_whole_group_are_ignored(number: int) -> None:
-    assert read(Numbers(number), 10, workers=1) == list(range(10))
-
-
-def check_that_one_sigterm_of_the_parent_ends_a_worker() -> None:
+def check_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        assert read(Numbers(number), 10, workers=1) == list(range(10))
     workers = [Worker(Numbers().pixels) for _ in range(2)]
     for worker in workers:
         worker([0])  # it has started
@@ -76,14 +74,8 @@ def in_a_process_of_its_own(call: str, **more: bool) -> subprocess.CompletedProc
 
 
 @pytest.mark.slow  # starts a process
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_signals_to_the_whole_group_are_ignored(number: int) -> None:
-    in_a_process_of_its_own(f"check_that_signals_to_the_whole_group_are_ignored({int(number)})", check=True)
-
-
-@pytest.mark.slow  # starts a process
-def test_one_sigterm_of_the_parent_ends_a_worker() -> None:
-    in_a_process_of_its_own("check_that_one_sigterm_of_the_parent_ends_a_worker()", check=True)
+def test_signals_to_the_whole_group_are_ignored_and_one_sigterm_of_the_parent_is_not() -> None:
+    in_a_process_of_its_own("check_signals()", check=True)
 
 
 @pytest.mark.slow  # starts a process
