@@ -76,6 +76,22 @@ def test_autocast(kind: str, dtype: torch.dtype, device: torch.device) -> None:
     assert_close(ours, exact(layer, x), dtype, pooled=kind == "official")
 
 
+@of_each_layer
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, 1e3), (torch.bfloat16, 1e3), (torch.float16, 6e4)],  # which overflows in float16's convolutions
+    ids=["float32", "bf16", "f16"],
+)
+def test_a_new_layer_is_the_identity(kind: str, dtype: torch.dtype, scale: float, device: torch.device) -> None:
+    layer, x = build(kind, device)
+    nn.init.zeros_(layer.gamma)
+    x = (scale * x.detach().clamp(-1, 1)).to(dtype).contiguous(memory_format=torch.channels_last)
+    for y in (layer.to(dtype)(x), layer(x, return_attention=True)[0]):
+        assert torch.equal(y, x)
+        assert y.stride() == x.stride()
+        assert y.relu_().min() == 0
+
+
 @pytest.mark.skipif(not HAS_GPU, reason="tests/attention and tests/ecosystem compile on the CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 def test_compiled(dtype: torch.dtype, device: torch.device) -> None:
