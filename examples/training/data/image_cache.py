@@ -56,7 +56,7 @@ class Rows:
     def __getitem__(self, index: NDArray[np.int64]) -> Pixels:
         """The images of these numbers, a copy."""
         images = np.empty((len(index), *self.shape[1:]), np.uint8)
-        size, whole = math.prod(self.shape[1:]), memoryview(images.reshape(-1))
+        size, whole = math.prod(self.shape[1:]), images.reshape(-1).data
         for i, row in enumerate(index.tolist()):
             # At its own position: several threads read.
             target = whole[i * size : (i + 1) * size]

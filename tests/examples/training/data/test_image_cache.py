@@ -363,7 +363,7 @@ class Builder(subprocess.Popen):
         self.stdin.flush()
 
 
-@pytest.mark.slow  # starts two processes, which import torch
+@pytest.mark.exhaustive  # starts two processes, which import torch; the next test has two as well
 def test_two_processes_that_start_together_build_it_once(folder: Path, tmp_path: Path) -> None:
     with Builder(folder, tmp_path / "cache", 0.1) as one, Builder(folder, tmp_path / "cache", 0.1) as other:
         one.go()
@@ -399,7 +399,7 @@ def test_a_builder_that_is_killed_leaves_neither_a_lock_nor_half_a_cache(folder:
     assert_equal(batches(source, 4), batches(ImageFolder(folder, 16, 160), 4))
 
 
-@pytest.mark.exhaustive  # starts two processes, as the two tests above
+@pytest.mark.exhaustive  # starts two processes, as the test above
 def test_a_damaged_header_is_replaced_once_while_another_process_waits(folder: Path, tmp_path: Path) -> None:
     expected = pixels(cached(folder, tmp_path / "cache")).sum(dtype=int)
     (path,) = caches(tmp_path / "cache")
