@@ -132,6 +132,15 @@ def test_precision_of_each_dtype(dtype: torch.dtype, tolerance: float) -> None:
         torch.testing.assert_close(mine.double(), other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
+def test_operators_return_the_dtype_that_they_are_given() -> None:
+    """As compiled programs expect it; in eager mode autograd would cast gradients that differ."""
+    tensors = [tensor.detach() for tensor in inputs(dtype=torch.bfloat16)]
+    y, *sums = tiles._tiled(*tensors)
+    assert [x.dtype for x in (y, *sums)] == [torch.bfloat16, torch.float32, torch.float32]
+    gradients = tiles._tiled_backward(torch.ones_like(y), *tensors, y, *sums)
+    assert [gradient.dtype for gradient in gradients] == [torch.bfloat16] * 3
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_autocast_does_not_reach_inside() -> None:
     tensors = inputs(dtype=torch.float32)
