@@ -20,8 +20,8 @@ from torch import nn
 
 from torch_sagan import SAGANGenerator, spectral_norms
 from training.average import recalibrated
-from training.command_line import Parser, given_path, script
 from training.output.model_card import build, from_checkpoint
+from training.script import Parser, given_path, script
 
 IMAGES, SEED = 256, 5  # not the latent vectors that the statistics come from
 

@@ -52,10 +52,10 @@ from measurement.plain import plain_step
 from measurement.stopwatch import CALLS, Run, Stopwatch, on_device
 from measurement.tables import draw_growth, print_rows
 from torch_sagan import SAGANDiscriminator, spectral_norm
-from training.command_line import Parser, given_path, script
-from training.configuration import Config
+from training.flags import Config
 from training.runs.atomic_files import write_text
 from training.runs.distributed import SINGLE_PROCESS, pick_device
+from training.script import Parser, given_path, script
 from training.state import TrainingState
 from training.step import Piece
 

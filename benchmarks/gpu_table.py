@@ -37,14 +37,14 @@ from measurement.peak_memory import allocated_by
 from measurement.stopwatch import Run, Stopwatch, on_device
 from torch_sagan import functional, spectral_norms
 from training.average import recalibrated
-from training.command_line import Parser, given_path, script
-from training.configuration import Config
 from training.data.dataset import Batch
 from training.data.loading import read_batches
 from training.data.sources import ArrayDataset, InfiniteBatchSampler
 from training.data.workers import usable_cores
+from training.flags import Config
 from training.output.sampling import draw
 from training.runs.distributed import SINGLE_PROCESS, ShardSampler, pick_device
+from training.script import Parser, given_path, script
 from training.state import TrainingState
 
 # A row: its name, and what measures its cells, which is called only if there is time left.

@@ -51,12 +51,12 @@ from evaluation.evaluator import evaluation_mode
 from evaluation.sliced_wasserstein import sliced_wasserstein
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d
 from training.average import recalibrated, update_average
-from training.command_line import Parser, fail, flag, given_path, option, script
-from training.data import faces
+from training.data import procedural_faces as faces
 from training.objectives import objective
 from training.output.image_io import save_grid
 from training.runs.atomic_files import write_json, write_text
-from training.runs.streams import escaped
+from training.runs.standard_streams import escaped
+from training.script import Parser, fail, flag, given_path, option, script
 from training.step import GAN, Piece, no_augmentation, training_step
 
 TRAINED_ON = 8192  # faces

@@ -22,11 +22,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from measurement.operators import OperatorCounter
-from training.command_line import Parser, read_arguments, resolve_config, script
-from training.configuration import Config
+from training.flags import Config
 from training.objectives import objective
 from training.runs.atomic_files import write_text
 from training.runs.memory import readable
+from training.script import Parser, read_arguments, resolve_config, script
 from training.state import build_networks
 from training.step import GAN, Piece, no_augmentation, training_step
 

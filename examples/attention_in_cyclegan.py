@@ -22,9 +22,9 @@ from tqdm import trange
 
 from networks.cyclegan import Discriminator, Generator
 from torch_sagan import insert_self_attention, record_attention, remove_self_attention
-from training.command_line import script, short_run_parser
-from training.data import faces
+from training.data import procedural_faces as faces
 from training.output.image_io import save_attention, save_grid
+from training.script import script, short_run_parser
 
 PEOPLE = 1024  # of each kind
 BATCH = 4

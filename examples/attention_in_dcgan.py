@@ -19,9 +19,9 @@ from tqdm import trange
 
 from networks.dcgan import Z_DIM, Discriminator, Generator
 from torch_sagan import SelfAttention2d, apply_spectral_norm, insert_self_attention, record_attention
-from training.command_line import script, short_run_parser
-from training.data import faces
+from training.data import procedural_faces as faces
 from training.output.image_io import save_attention, save_grid
+from training.script import script, short_run_parser
 
 PEOPLE, BATCH = 2048, 16
 QUERIES = ((0.52, 0.63), (0.73, 0.5), (0.2, 0.5), (0.95, 0.5))  # an eye, the mouth, the headband, the shirt

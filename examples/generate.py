@@ -29,13 +29,13 @@ from torch import Tensor
 from evaluation.class_agreement import class_agreement
 from evaluation.evaluator import Evaluator, real_images
 from torch_sagan import SAGANGenerator
-from training.command_line import Parser, fail, given_path, script
 from training.data.image_folder import ImageFolder
 from training.data.labels import parse_labels
 from training.data.sources import crop_setting, open_data
 from training.latents import draw_latents, walk
 from training.output.image_io import save_animation, save_grid, save_images
 from training.output.model_card import Card, open_generator, output_folder, save
+from training.script import Parser, fail, given_path, script
 
 BATCH = 16  # fixed, because another batch size may round differently
 ROWS = 16  # at most so many classes in a grid if none are named

@@ -33,8 +33,7 @@ parser.add_argument("--lr-g", type=float, default=1e-4, help="learning rate of t
 parser.add_argument("--lr-d", type=float, default=4e-4, help="of the discriminator (default: %(default)s)")
 parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
 
-Z_DIM = 128
-EMA_DECAY = 0.999
+Z_DIM, EMA_DECAY = 128, 0.999
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -42,9 +41,8 @@ class ImageFolder(Dataset[Tensor]):
     """Images (3, S, S) in [-1, 1]: the largest centre square, resized, mirrored half of the time."""
 
     def __init__(self, root: Path, size: int, out: Path) -> None:
-        ours = set(out.resolve().glob("samples-*.png"))
-        found = (path for path in root.resolve().rglob("*") if path.suffix.lower() in SUFFIXES)
-        self.paths = sorted(path for path in found if path not in ours)
+        found = {path for path in root.resolve().rglob("*") if path.suffix.lower() in SUFFIXES}
+        self.paths = sorted(found - set(out.resolve().glob("samples-*.png")))
         self.size = size
         if not self.paths:
             raise SystemExit(f"minimal.py: no images in {root}")
@@ -53,12 +51,15 @@ class ImageFolder(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        try:
-            with Image.open(self.paths[index]) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
-        except Exception as error:  # whatever a damaged file makes Pillow raise
-            print(f"left out {self.paths[index]}: {error}", file=sys.stderr)
-            return self[(index + 1) % len(self)]
+        for path in self.paths[index:] + self.paths[:index]:
+            try:
+                with Image.open(path) as file:
+                    image = ImageOps.exif_transpose(file).convert("RGB")
+                break
+            except Exception as error:  # whatever a damaged file makes Pillow raise
+                print(f"left out {path}: {error}", file=sys.stderr)
+        else:
+            raise OSError("none of the images can be read")
         image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
         if torch.rand(()) < 0.5:
             image = ImageOps.mirror(image)
@@ -102,9 +103,8 @@ def main() -> None:
         g_optimizer.param_groups[0]["lr"], d_optimizer.param_groups[0]["lr"] = args.lr_g, args.lr_d
         print(f"resumed at step {first}")
 
-    batches = chain.from_iterable(repeat(loader))
-    for step in range(first + 1, args.steps + 1):
-        real = next(batches).to(device)  # (B, 3, S, S)
+    for step, images in zip(range(first + 1, args.steps + 1), chain.from_iterable(repeat(loader)), strict=False):
+        real = images.to(device)  # (B, 3, S, S)
         fake = generator(torch.randn(len(real), Z_DIM, device=device))  # (B, 3, S, S)
 
         # One pass for both kinds, so that the spectral norm iterates once.

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from training.command_line import Parser, fail, flag, given_path, script
-from training.configuration import Config
+from training.flags import Config
 from training.output.image_io import row_names
 from training.runs.atomic_files import write_text
+from training.script import Parser, fail, flag, given_path, script
 
 Item = TypeVar("Item")
 Points = list[tuple[float, float]]  # (step, value)

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from torch_sagan import record_attention
-from training.command_line import Parser, fail, given_path, script
 from training.data.labels import parse_labels
 from training.output.image_io import save_attention, save_explorer
 from training.output.model_card import open_generator, output_folder
 from training.output.sampling import QUERIES
+from training.script import Parser, fail, given_path, script
 
 
 def fraction(text: str, size: int) -> float:

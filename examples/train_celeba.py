@@ -12,7 +12,7 @@ The folder `--out` receives sample grids, attention maps, `log.jsonl`, TensorBoa
 that was stopped (by Ctrl-C, SIGTERM, or the power) and resumed continues as if it had never stopped: on the CPU,
 bitwise.
 
-The training step is in training/step.py, the meaning of each setting in training/configuration.py.
+The training step is in training/step.py, the meaning of each setting in training/flags.py.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ from evaluation.class_agreement import class_agreement
 from evaluation.evaluator import Evaluator, Sampler, real_images
 from evaluation.sliced_wasserstein import COARSEST
 from torch_sagan import spectral_norms
-from training.command_line import fail, interpreter, read_arguments, resolve_config, script
-from training.configuration import Config, check, default_out
 from training.data.dataset import Batch, changes
 from training.data.image_folder import ImageFolder, left_out
 from training.data.loading import read_batches
 from training.data.sources import DataSource, InfiniteBatchSampler, crop_setting, folder_of, open_data
 from training.data.workers import usable_cores
+from training.flags import Config, check, default_out
 from training.output.estimate import LongRun
 from training.output.logging import RunLog, one_report
 from training.output.model_card import image_channels
@@ -54,6 +53,7 @@ from training.runs.memory import out_of_memory
 from training.runs.run_lock import RunLock
 from training.runs.signals import StopRequested, deferred_signals, stop_requested
 from training.runs.tensor_files import refuse_unsafe_torch
+from training.script import fail, interpreter, read_arguments, resolve_config, script
 from training.state import TrainingState
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]  # a generator and a seed -> scores; the first one selects

@@ -25,11 +25,11 @@ import torch
 
 import train_celeba
 from evaluation.class_agreement import ClassAgreement, kernel_classifier
-from training.command_line import fail, read_arguments, script
-from training.configuration import Config, default_out
 from training.data.mnist import is_mnist
 from training.data.sources import ArrayDataset, open_data
+from training.flags import Config, default_out
 from training.output.model_card import open_generator
+from training.script import fail, read_arguments, script
 
 RECIPE = Path(__file__).parent / "recipes" / "digits.txt"
 SAMPLES = 1000  # that the classifier sees

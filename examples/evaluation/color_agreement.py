@@ -1,4 +1,4 @@
-"""Whether distant parts of generated faces have the same colour, as they have in the procedural faces (faces.py).
+"""Whether distant parts of generated faces have the same color, as those of procedural_faces.py have.
 
 A procedural face has two eyes of one colour, two earrings, two cheeks, and a shirt of the headband's colour, and
 nothing near one part shows the colour of the other. A classifier of a small window around each part (linear
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from training.data import faces
+from training.data import procedural_faces as faces
 
 Images = NDArray[np.uint8]  # (n, 3, size, size)
 FIRST_REAL = 1_000_000  # number of the first face for the classifiers, far from those that generators are trained on

@@ -21,14 +21,14 @@ from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d
 from training.architectures import build_discriminator, build_generator
 from training.augmentation import augmentation
 from training.average import update_average
-from training.command_line import resolutions
-from training.configuration import Config
 from training.cuda_graph import GraphedStep
 from training.data.dataset import Batch
+from training.flags import Config
 from training.objectives import objective
 from training.output.logging import Means
 from training.runs.checkpointing import CONTENTS, versions
 from training.runs.distributed import SINGLE_PROCESS, Ranks
+from training.script import resolutions
 from training.step import GAN, Piece, training_step
 
 

@@ -22,7 +22,7 @@ from measurement.passes import attention_layers, feature_map
 from measurement.peak_memory import allocated_by, peak_memory
 from measurement.stopwatch import CALLS, WARM_UP, Replay, Stopwatch, on_device
 from training import cuda_graph
-from training.configuration import Config
+from training.flags import Config
 from training.state import TrainingState
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -24,7 +24,7 @@ from evaluation import color_agreement
 from evaluation.color_agreement import PAIRS, ColorClassifiers, Reading
 from long_range import LocalAttention, Settings, networks, paired_difference
 from torch_sagan import SelfAttention2d
-from training.data import faces
+from training.data import procedural_faces as faces
 
 SIZE = 32
 TINY = ["--steps", "3", "--batch-size", "4", "--image-size", "16", "--base-channels", "4", "--samples", "20"]

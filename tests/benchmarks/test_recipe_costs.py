@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import recipe_costs
 from measurement.operators import OperatorCounter
 from recipe_costs import DATA, RECIPES, estimate, read_recipe
-from training.configuration import Config
+from training.flags import Config
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.txt"))
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import torch_sagan
-from training.command_line import flag
-from training.configuration import Config
+from training.flags import Config
+from training.script import flag
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES, BENCHMARKS = ROOT / "examples", ROOT / "benchmarks"

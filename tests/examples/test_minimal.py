@@ -140,6 +140,13 @@ def test_a_file_that_cannot_be_read_is_named_and_replaced(images: Path, capsys: 
     assert capsys.readouterr().err.startswith(f"left out {images / 'b.jpg'}: image file is truncated")
 
 
+def test_a_folder_of_damaged_images_is_an_error_of_one_line(images: Path) -> None:
+    for path in (path for path in images.rglob("*") if path.suffix.lower() in minimal.SUFFIXES):
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(OSError, match="none of the images can be read"):
+        minimal.ImageFolder(images, 8, images)[1]
+
+
 @pytest.mark.parametrize("what", ["weight", "moment"])
 def test_numbers_that_are_not_finite_are_not_saved(
     what: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ from PIL import Image
 
 import train_celeba
 from recipe_costs import DATA, RECIPES, read_recipe
-from training.configuration import check
+from training.flags import check
 from training.output.model_card import open_generator
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.txt"))

@@ -23,7 +23,7 @@ from PIL import Image
 import report
 from chromium import FOUND, chromium
 from report import chart, charts, curves, page, read_log, spread, ticks, varies
-from training.configuration import Config
+from training.flags import Config
 from training.output.image_io import save_grid
 
 

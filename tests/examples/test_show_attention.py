@@ -19,7 +19,7 @@ import show_attention
 import train_celeba
 from torch_sagan import SAGANGenerator, explore_attention, record_attention
 from training.average import recalibrated
-from training.configuration import Config
+from training.flags import Config
 from training.output import image_io, model_card
 from training.output.image_io import GAP, TILE, row_names
 

@@ -17,9 +17,9 @@ import train_digits
 from mnist_files import idx, write
 from tiny_runs import assert_same, checkpoint
 from torch_sagan import spectral_norms
-from training.command_line import read_arguments, resolve_config
-from training.configuration import Config
+from training.flags import Config
 from training.output.model_card import open_generator
+from training.script import read_arguments, resolve_config
 from training.state import build_networks
 
 TINY = ["--steps", "2", "--base-channels", "4", "--batch-size", "4", "--device", "cpu", "--no-tensorboard"]

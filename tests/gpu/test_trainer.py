@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from numerics import HAS_GPU
 from tiny_runs import SCRIPT, checkpoint, lines, train
-from training.configuration import Config
 from training.cuda_graph import WARM_UP
 from training.data.dataset import Batch
+from training.flags import Config
 from training.runs.distributed import processes
 from training.state import TrainingState
 from training.step import GAN, training_step

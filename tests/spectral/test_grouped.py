@@ -25,7 +25,7 @@ from torch_sagan import (
     spectral_norm,
     spectral_norms,
 )
-from training.configuration import Config
+from training.flags import Config
 from training.objectives import objective
 from training.state import build_networks
 from training.step import GAN, Piece, no_augmentation, training_step

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import train_celeba
-from training.configuration import Config
 from training.data.dataset import Batch
+from training.flags import Config
 from training.state import TrainingState
 from training.step import Piece
 

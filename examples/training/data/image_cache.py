@@ -31,10 +31,10 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training.data.ahead import made_ahead
 from training.data.dataset import ImageSet, Pixels, Problems, SourceLost
 from training.data.files import SharedFile
 from training.data.image_folder import ImageFolder, Replacements, left_out
+from training.data.prefetch import made_ahead
 from training.data.workers import Workers, usable_cores
 from training.runs.memory import readable
 

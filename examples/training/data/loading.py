@@ -8,8 +8,8 @@ from collections.abc import Generator, Iterable
 import torch
 from tqdm import tqdm
 
-from training.data.ahead import made_ahead
 from training.data.dataset import Batch, ImageSet, Indices
+from training.data.prefetch import made_ahead
 from training.data.workers import Workers
 
 # Batches that are made before they are asked for.

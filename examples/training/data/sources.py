@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Sampler
 
-from training.data import faces
+from training.data import procedural_faces as faces
 from training.data.cifar10 import is_cifar10, read_cifar10
 from training.data.dataset import ImageSet, Indices, Pixels, Problems
 from training.data.image_cache import CachedFolder, open_cache

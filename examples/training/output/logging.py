@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.command_line import fail
 from training.runs.atomic_files import write
 from training.runs.distributed import Ranks
+from training.script import fail
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

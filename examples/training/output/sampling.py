@@ -9,10 +9,10 @@ from torch import Tensor
 
 from torch_sagan import SAGANGenerator, record_attention
 from training.average import recalibrated
-from training.command_line import fail
 from training.data.dataset import ImageSet
 from training.data.sources import InfiniteBatchSampler
 from training.output.image_io import save_attention, save_explorer, save_grid
+from training.script import fail
 from training.state import TrainingState
 
 COLUMNS = 8

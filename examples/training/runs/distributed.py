@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
-from training.command_line import fail, line
 from training.runs.memory import out_of_memory
+from training.script import fail, line
 
 Rows = TypeVar("Rows", Tensor, list[Any])
 

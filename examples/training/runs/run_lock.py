@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
 
-from training.command_line import fail, line
+from training.script import fail, line
 
 if sys.platform != "win32":
     import fcntl

@@ -13,7 +13,7 @@ from scipy.stats import wasserstein_distance
 
 from evaluation import sliced_wasserstein as sw
 from evaluation.sliced_wasserstein import distances, laplacian_pyramid, sliced_wasserstein, slices
-from training.data import faces
+from training.data import procedural_faces as faces
 
 
 def portraits(count: int, size: int, first: int = 0) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 import train_celeba
 from tiny_runs import assert_same, checkpoint, leave_out_images, lines, train
-from training.configuration import Config
+from training.flags import Config
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tiny_runs import leave_out_images, train
-from training.command_line import script
+from training.script import script
 
 
 @pytest.fixture(autouse=True)

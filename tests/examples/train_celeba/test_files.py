@@ -11,8 +11,8 @@ import pytest
 
 import train_celeba
 from tiny_runs import checkpoint, lines, resume, train
-from training.command_line import interpreter
-from training.configuration import default_out
+from training.flags import default_out
+from training.script import interpreter
 
 
 def test_dry_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ import torch
 
 import train_celeba
 from tiny_runs import TINY, checkpoint, train
-from training.command_line import read_arguments
-from training.configuration import Config
+from training.flags import Config
+from training.script import read_arguments
 
 
 @pytest.fixture(scope="module")

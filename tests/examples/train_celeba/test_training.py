@@ -9,7 +9,7 @@ import torch
 
 from tiny_runs import checkpoint, leave_out_images, leaves, lines, resume, train
 from training import objectives
-from training.configuration import Config
+from training.flags import Config
 from training.objectives import LOSSES
 
 

@@ -18,10 +18,10 @@ from tiny_runs import assert_same, checkpoint, leave_out_images, lines, resume, 
 from torch_sagan import SAGANDiscriminator, SpectralNorm, spectral_norms
 from training import state as state_module
 from training.augmentation import POLICIES
-from training.command_line import read_arguments, resolve_config
-from training.configuration import Config
+from training.flags import Config
 from training.objectives import LOSSES
 from training.output.model_card import load
+from training.script import read_arguments, resolve_config
 from training.state import TrainingState
 from training.step import Piece
 

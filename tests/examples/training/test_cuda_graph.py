@@ -12,9 +12,9 @@ from torch import Tensor
 from emulated_cuda import CUDAGraph, emulate_graphs
 from tiny_runs import assert_same
 from training import cuda_graph
-from training.configuration import Config, check
 from training.cuda_graph import WARM_UP
 from training.data.dataset import Batch
+from training.flags import Config, check
 from training.state import TrainingState
 
 STEPS = WARM_UP + 3  # so that the graph is replayed more than once

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sagan import hinge_discriminator_loss, hinge_generator_loss
-from training.configuration import Config
 from training.data.dataset import Batch
+from training.flags import Config
 from training.objectives import LOSSES, hinge, objective
 from training.state import TrainingState, random_seed
 from training.step import GAN, Objective, Piece, share, total, training_step

@@ -22,9 +22,9 @@ from PIL import Image
 import train_celeba
 from tiny_runs import SCRIPT, assert_same, checkpoint, resume, train
 from training import step
-from training.configuration import Config
 from training.data.dataset import Batch, Pixels, Problems
 from training.data.sources import ArrayDataset, procedural_faces
+from training.flags import Config
 from training.runs.distributed import Ranks
 
 PATIENCE = 120  # seconds for what takes some, and for ever when it is broken

@@ -19,9 +19,9 @@ from PIL import Image
 
 import train_celeba
 from tiny_runs import SCRIPT, TINY, checkpoint, lines, resume, train
-from training.configuration import Config
 from training.data.image_cache import CHECKSUM
 from training.data.sources import InfiniteBatchSampler, digits, open_data
+from training.flags import Config
 from training.runs.distributed import Ranks, ShardSampler, pick_device
 from training.runs.run_lock import RunLock
 from training.state import TrainingState

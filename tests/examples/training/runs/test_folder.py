@@ -37,14 +37,14 @@ def test_a_run_of_the_minimal_trainer_is_one(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("names", "is_one"),
     [
-        ({"config.json", "run.lock"}, True),  # that has just begun
-        ({"config.json", "log.jsonl", "run.lock"}, True),  # that was killed before its first checkpoint
-        ({"config.json", "a.png"}, False),  # of a data set that somebody downloaded
-        ({"run.lock", "samples-000001.png"}, False),
-        ({"checkpoint.pt", "a.png"}, False),
-        ({"checkpoint-1.pt", "samples-1.png", "log.jsonl"}, False),
+        (["config.json", "run.lock"], True),  # that has just begun
+        (["config.json", "log.jsonl", "run.lock"], True),  # that was killed before its first checkpoint
+        (["config.json", "a.png"], False),  # of a data set that somebody downloaded
+        (["run.lock", "samples-000001.png"], False),
+        (["checkpoint.pt", "a.png"], False),
+        (["checkpoint-1.pt", "samples-1.png", "log.jsonl"], False),
     ],
     ids=str,
 )
-def test_names_that_others_use_too_are_not_enough(names: set[str], is_one: bool) -> None:
+def test_names_that_others_use_too_are_not_enough(names: list[str], is_one: bool) -> None:
     assert holds_a_run(names) is is_one

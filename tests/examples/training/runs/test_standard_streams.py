@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tiny_runs import SCRIPT, checkpoint, train
-from training.command_line import script
-from training.runs.streams import UnfailingStream, escaped, unfailing_streams
+from training.runs.standard_streams import UnfailingStream, escaped, unfailing_streams
+from training.script import script
 
 RUN = [sys.executable, *SCRIPT, "--data", "digits", "--steps", "3", "--log-every", "1"]
 
@@ -77,7 +77,7 @@ def test_closed_descriptors_are_not_given_to_files(tmp_path: Path) -> None:
     """In a process of its own, since it closes its streams."""
     code = (
         "import os, sys; sys.path.insert(0, sys.argv[1]); os.close(1); os.close(2)\n"
-        "from training.runs.streams import unfailing_streams\n"
+        "from training.runs.standard_streams import unfailing_streams\n"
         "with unfailing_streams():\n"
         "    file = open(sys.argv[2], 'wb'); os.write(2, b'of a library')\n"
         "sys.exit(3 if file.fileno() > 2 else 4)"

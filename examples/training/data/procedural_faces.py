@@ -4,7 +4,7 @@ Face `index` of `seed` is always the same face, at every size. Five pairs of dis
 irises, the two earrings, the two cheeks, the hair and the brows, the headband and the shirt. Nothing near a part shows
 which color it should have, so only a model that relates distant positions can draw both alike.
 
-    from training.data.faces import render, traits
+    from training.data.procedural_faces import render, traits
     images = render(traits(64), size=64)        # uint8, (64, 3, 64, 64)
 
 Coordinates run from -1 to 1, x to the right and y downward. Every shape is a signed distance (negative inside), and the

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from training.architectures import ARCHITECTURES
 from training.augmentation import augmentation
-from training.command_line import fail, option, path_option
 from training.objectives import DEFAULT_WEIGHT, LOSSES
+from training.script import fail, option, path_option
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from tqdm import TMonitor
 
-from training.data import ahead
-from training.data.ahead import made_ahead
+from training.data import prefetch
+from training.data.prefetch import made_ahead
 from training.runs.signals import StopRequested, deferred_signals
 
 PATIENCE = 60  # seconds for what takes milliseconds, and for ever when it is broken
@@ -87,7 +87,7 @@ def test_a_thread_that_is_stuck_is_let_go_before_it_is_waited_for() -> None:
 
 
 def test_a_thread_that_stays_stuck_does_not_keep_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "END", 0.05)
+    monkeypatch.setattr(prefetch, "END", 0.05)
     release = threading.Event()
     results = made_ahead(lambda number: number == 0 or release.wait(PATIENCE), count())
     assert next(results)
@@ -116,9 +116,9 @@ def test_a_signal_ends_the_wait(number: int) -> None:
 def test_a_result_that_is_late_is_reported_and_then_given_up(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ahead, "POLL", 0.01)
-    monkeypatch.setattr(ahead, "NOTICE", 0.05)
-    monkeypatch.setattr(ahead, "LIMIT", 0.2)
+    monkeypatch.setattr(prefetch, "POLL", 0.01)
+    monkeypatch.setattr(prefetch, "NOTICE", 0.05)
+    monkeypatch.setattr(prefetch, "LIMIT", 0.2)
     release = threading.Event()
     results = made_ahead(
         lambda item: release.wait(PATIENCE), count(), why_late=lambda: "; worker 7 is stopped", abandon=release.set

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from training.command_line import Parser, fail, given_path, read_arguments
-from training.configuration import Config
+from training.flags import Config
+from training.script import Parser, fail, given_path, read_arguments
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -92,7 +92,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 SCRIPT = """
 import sys
-from training.command_line import fail, script
+from training.script import fail, script
 def main():
     for i in range(20_000):
         print("line", i)

@@ -1,6 +1,6 @@
 """How scripts read a command line and end: settings as flags, recipes, errors of one line, streams that may be closed.
 
-The trainer's own flags are in configuration.py.
+The trainer's own flags are in flags.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from training.runs.streams import unfailing_streams
+from training.runs.standard_streams import unfailing_streams
 
 Settings = TypeVar("Settings")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.data import faces
+from training.data import procedural_faces as faces
 from training.data.sources import open_data
 
 PALETTES = [faces.EYES, faces.EARRINGS, faces.BANDS]
