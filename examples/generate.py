@@ -32,7 +32,7 @@ from torch_sagan import SAGANGenerator
 from training.data.image_folder import ImageFolder
 from training.data.labels import parse_labels
 from training.data.sources import crop_setting, open_data
-from training.latents import draw_latents, walk
+from training.latents import draw_labels, draw_latents, walk
 from training.output.image_io import save_animation, save_grid, save_images
 from training.output.model_card import Card, open_generator, output_folder, save
 from training.script import Parser, fail, given_path, script
@@ -225,11 +225,15 @@ def score(
     if evaluator.note:
         print(evaluator.note, file=sys.stderr)
 
+    counts = list((data.labels.counts() if data.labels else card.get("classes", {})).values())
+    shares = [counts[label] for label in classes] if counts else []
+    shares = shares if any(shares) else [1] * len(classes)
+
     def inputs(count: int, rng: torch.Generator) -> tuple[Tensor, ...]:
         z = draw_latents(count, generator.z_dim, rng, args.truncation)  # (count, z_dim)
         if not classes:
             return (z,)
-        return z, torch.tensor(classes)[torch.randint(len(classes), (count,), generator=rng)]
+        return z, torch.tensor(classes)[draw_labels(count, shares, rng)]
 
     if isinstance(data, ImageFolder):
         for path, reason in (data.others | data.unreadable).items():

@@ -42,6 +42,7 @@ from training.data.loading import read_batches
 from training.data.sources import DataSource, InfiniteBatchSampler, crop_setting, folder_of, open_data
 from training.data.workers import usable_cores
 from training.flags import Config, check, default_out
+from training.latents import draw_labels
 from training.output.estimate import LongRun
 from training.output.logging import RunLog, one_report
 from training.output.model_card import image_channels
@@ -95,11 +96,11 @@ def open_evaluator(config: Config, data: DataSource, device: torch.device) -> Ev
     )
     about = f"{evaluator.samples} images of each kind, every {config.eval_every} steps"
     print(f"evaluate  {about}; {evaluator.note}".rstrip("; "))
-    classes = len(data.labels.classes) if data.labels else None
+    classes = data.labels.counts() if data.labels else {}
 
     def draw_inputs(count: int, rng: torch.Generator) -> Sequence[torch.Tensor]:
         z = torch.randn(count, config.z_dim, generator=rng)
-        return (z,) if classes is None else (z, torch.randint(classes, (count,), generator=rng))
+        return (z, draw_labels(count, list(classes.values()), rng)) if classes else (z,)
 
     inputs: Sampler = draw_inputs
     return lambda generator, seed: evaluator(generator, inputs, seed=seed)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from torch_sagan import SAGANGenerator, recalibrate
+from training.latents import draw_labels
 
 CALIBRATION = 16, 64  # batches, and latent vectors in each: about a thousand samples fix the batch statistics
 
@@ -31,10 +32,11 @@ def update_average(average: nn.Module, model: nn.Module, *, decay: float, steps:
         torch._foreach_copy_(ours, theirs)
 
 
-def recalibrated(average: SAGANGenerator) -> SAGANGenerator:
+def recalibrated(average: SAGANGenerator, images_per_class: Sequence[int] = ()) -> SAGANGenerator:
     """A copy of an averaged generator whose sigmas and batch statistics are those of its own weights.
 
-    It depends on the weights alone, so that a run and a script that opens its checkpoint get the same generator.
+    Labels are drawn as in training, by the numbers of images in its classes; if these are not known, all classes count
+    the same. The result depends on nothing else, so that a run and a script that opens its checkpoint get the same.
     """
     rng = torch.Generator().manual_seed(0)
     device = next(average.parameters()).device
@@ -45,7 +47,8 @@ def recalibrated(average: SAGANGenerator) -> SAGANGenerator:
             z = torch.randn(size, average.z_dim, generator=rng).to(device)  # (64, z_dim)
             labels = None
             if average.num_classes is not None:
-                labels = torch.randint(average.num_classes, (size,), generator=rng).to(device)  # (64,)
+                shares = images_per_class or [1] * average.num_classes
+                labels = draw_labels(size, shares, rng).to(device)  # (64,)
             yield z, labels
 
     generator: SAGANGenerator = copy.deepcopy(average)

@@ -1,6 +1,8 @@
-"""Latent vectors: draw them, with or without truncation, and interpolate between them."""
+"""The inputs of a generator: latent vectors, with or without truncation, ways between them, and labels."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,14 @@ def draw_latents(count: int, z_dim: int, rng: torch.Generator, truncation: float
         else:
             rows.append(nn.init.trunc_normal_(torch.empty(z_dim), a=-truncation, b=truncation, generator=rng))
     return torch.stack(rows)
+
+
+def draw_labels(count: int, images_per_class: Sequence[int], rng: torch.Generator) -> Tensor:
+    """`count` class numbers, as often as the images of each class: the labels that a generator was trained with.
+
+    Scores and batch statistics depend on the mix of classes, and those of real images are of the real mix.
+    """
+    return torch.multinomial(torch.tensor(images_per_class).double(), count, replacement=True, generator=rng)
 
 
 def slerp(start: Tensor, end: Tensor, share: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ def open_generator(path: Path, *, average: bool = True) -> tuple[SAGANGenerator,
         return generator, {"generator": arguments, "averaged": average, "classes": {}, "source": file.name}
     weights, card = _trained(file, state, average=average)
     generator = build(weights, card)
-    return (recalibrated(generator) if average else generator), card
+    return (recalibrated(generator, list(card["classes"].values())) if average else generator), card
 
 
 def image_channels(weights: Weights) -> int:

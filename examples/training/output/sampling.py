@@ -47,7 +47,7 @@ def usable_average(state: TrainingState) -> SAGANGenerator:
     """The averaged generator with the sigmas and batch statistics of its own weights; the run ends if they diverged."""
     if not all(weight.isfinite().all() for weight in state.average.parameters()):
         fail(f"step {state.step}: training has diverged, the averaged generator holds infinities or NaN")
-    return recalibrated(state.average)
+    return recalibrated(state.average, list(state.classes.values()))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from training.latents import draw_latents, slerp, walk
+from training.latents import draw_labels, draw_latents, slerp, walk
 
 
 def test_latents_do_not_depend_on_how_many_follow() -> None:
@@ -24,6 +24,14 @@ def test_truncation_is_the_normal_between_the_bounds(bound: float) -> None:
     density = math.exp(-(bound**2) / 2) / math.sqrt(2 * math.pi)
     variance = 1 - 2 * bound * density / math.erf(bound / math.sqrt(2))
     assert z.var().item() == pytest.approx(variance, rel=0.03)
+
+
+def test_labels_are_as_frequent_as_the_images_of_their_classes() -> None:
+    labels = draw_labels(22_660, [5, 0, 2261], torch.Generator().manual_seed(0))
+    counts = torch.bincount(labels, minlength=3).tolist()
+    assert counts[1] == 0
+    # 50 are expected, with a standard deviation of 7: five of them. As frequent as the others would be 7,553.
+    assert abs(counts[0] - 50) < 35
 
 
 def test_slerp_follows_the_arc() -> None:
