@@ -24,15 +24,16 @@ BUDGET ?= 480
 
 VENV := .venv
 BIN := $(VENV)/bin
-# A file's tests stay in one process, so that what they share, such as the built site, is made once.
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# A file's tests stay in one process, so that what they share, such as the built site, is made once. Processes share the
+# cores: with a thread for each core in each of them, the small networks of tests would wait for one another.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # The checks share two or so cores and print in order.
 .NOTPARALLEL:
-.PHONY: help demo test gpu check lint format types docs package coverage clean
+.PHONY: help demo test exhaustive gpu check lint format types docs package coverage clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,9 +42,13 @@ demo: $(VENV)/.stamp-examples ## set up, train on procedural faces, name the fil
 	@echo "==> train: examples/train_celeba.py $(DEMO)"
 	@$(BIN)/python examples/train_celeba.py $(DEMO)
 
-test: $(VENV)/.stamp-dev ## set up and run the tests and the docstring examples, without the exhaustive ones
+test: $(VENV)/.stamp-dev ## set up and run the tests and the docstring examples
 	@echo "==> tests and docstring examples"
 	@$(PYTEST) -m "not exhaustive" $(PYTEST_ARGS)
+
+exhaustive: $(VENV)/.stamp-dev ## the tests that `make test` leaves out: the rest of large matrices, compilers, many kills
+	@echo "==> exhaustive tests"
+	@$(PYTEST) -m exhaustive $(PYTEST_ARGS)
 
 # Tests have half of the time, where there is a command to end them. The table has what they leave; what it has begun when
 # its time is over, it finishes, for which a minute is kept.
@@ -61,7 +66,7 @@ gpu: $(if $(RUN_WITH),,$(VENV)/.stamp-dev) ## test on this machine's GPU, and pr
 	$(RUN) benchmarks/gpu_table.py --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--tiny) --tests build/gpu-tests.xml \
 		--budget $$(($(BUDGET) - 60 - $$(date +%s) + start)) && exit $$status
 
-check: lint types docs package coverage ## everything that CI runs: lint, types, docs, package, tests with coverage
+check: lint types docs package coverage ## lint, types, docs, package, tests with coverage
 	@echo "==> all checks passed"
 
 lint: $(VENV)/.stamp-dev ## ruff: rules and formatting
@@ -94,8 +99,8 @@ package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/, check t
 	@$(BIN)/python .ci/verify_types.py build/wheel
 
 coverage: $(VENV)/.stamp-dev
-	@echo "==> all tests and docstring examples, with line coverage"
-	@$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
+	@echo "==> tests and docstring examples, with line coverage"
+	@$(PYTEST) -m "not exhaustive" --cov --cov-report=term $(PYTEST_ARGS)
 
 clean: ## remove what the targets above made, except .venv and runs
 	rm -rf build dist docs/_build docs/api/*.rst .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

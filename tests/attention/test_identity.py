@@ -77,7 +77,10 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
 @extreme
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "call",
+    [pytest.param(call, marks=pytest.mark.exhaustive) if call in ("compiled", "exported") else call for call in CALLS],
+)
 def test_is_the_identity_in_a_program(call: str, dtype: torch.dtype, scale: float) -> None:
     torch._dynamo.reset()
     layer, x = new_layer("default", dtype, scale, 8)

@@ -59,7 +59,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 # The others differ from these in settings that have tests of their own, or have the networks of 128 pixels, which take
 # seconds even when they are narrow.
-OFTEN = ("celeba64", "digits")
+OFTEN = ("digits",)
 
 
 @pytest.mark.slow  # a training of each

@@ -31,6 +31,7 @@ print("loaded", len(sys.argv) - 2)
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # the exporter takes seconds
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the strict exporter does that
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # and uses this

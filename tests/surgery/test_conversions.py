@@ -263,6 +263,7 @@ def test_features_of_a_traced_model(tracer: type[torch.fx.Tracer]) -> None:
     torch.testing.assert_close(extractor(IMAGES)["attended"], features[0])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # the compiler takes seconds
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_it_compiles_in_one_graph_and_exports() -> None:

@@ -88,7 +88,7 @@ def l2_as_dot_product(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         key: f, (B, D, M).
 
     Returns:
-        Query (B, D + 1, N) and key (B, D + 1, M), in float32 at least: squares leave the range of float16.
+        Query (B, D + 1, N) and key (B, D + 1, M), in float32 at least, because squares leave the range of float16.
 
     Source: Kim, Papamakarios and Mnih, *The Lipschitz Constant of Self-Attention*, arXiv:2006.04710, section 3.2.
     """

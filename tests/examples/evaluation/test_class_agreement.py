@@ -82,7 +82,7 @@ def test_large_images_are_reduced(size: int, seen: int) -> None:
 
 
 @pytest.mark.slow  # draws 4096 faces twice
-@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("size", [32, pytest.param(64, marks=pytest.mark.exhaustive)])
 def test_hair_is_recognised_on_every_real_face(size: int) -> None:
     data = procedural_faces(size)
     agreement = class_agreement("faces", data)

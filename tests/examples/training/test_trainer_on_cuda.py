@@ -59,7 +59,7 @@ def test_a_gpu_that_is_not_there_is_one_line(name, ranks, gpus, message, monkeyp
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["auto", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES[1:])])
 def test_a_run_on_a_gpu(name, gpu, tmp_path, capsys):
     """It trains, draws, scores, saves and goes on; what the device's own functions are asked for is there."""
     settings = ["--device", name, "--noise", "0.1", "--eval-every", "2", "--eval-samples", "8", "--log-every", "1"]

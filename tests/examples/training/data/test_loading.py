@@ -212,7 +212,11 @@ def can_mount() -> bool:
 
 @pytest.mark.slow  # starts a process, which imports torch
 @pytest.mark.skipif(not can_mount(), reason="needs the rights to mount a file system")
-@pytest.mark.parametrize("cache", [["--no-cache", "--num-workers", "2"], []], ids=["no cache", "cache"])
+@pytest.mark.parametrize(
+    "cache",
+    [["--no-cache", "--num-workers", "2"], pytest.param([], marks=pytest.mark.exhaustive)],
+    ids=["no cache", "cache"],
+)
 def test_little_shared_memory_is_enough(cache: list[str], images: Path, tmp_path: Path) -> None:
     """Docker gives 64 MiB, less than five batches of 512 images of 128 pixels from each worker; here, a batch has three
     times as much as all of it."""

@@ -401,6 +401,7 @@ def test_whatever_fails_beside_workers_the_process_ends_with_one_line(
     assert re.search(rf"^{told[fault]}.*\n\Z", err, re.MULTILINE)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # starts a process for each interruption
 @pytest.mark.parametrize("setup", SETUPS)
 def test_interrupted_at_random_moments_a_run_ends_as_if_it_never_was(

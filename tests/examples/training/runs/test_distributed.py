@@ -147,7 +147,8 @@ def test_two_processes(settings: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # torchrun, and two processes that import torch
-@pytest.mark.parametrize("damaged", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("damaged", [False, True])
 def test_one_process_of_a_machine_verifies_the_cache_for_the_others(damaged: bool, tmp_path: Path) -> None:
     images, cache = tmp_path / "images", tmp_path / "cache"
     images.mkdir()
@@ -201,6 +202,7 @@ def test_one_of_the_processes_tells_what_is_wrong(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # torchrun, and two processes that import torch
 def test_where_torchrun_is_killed_its_processes_end_and_the_next_run_goes_on(tmp_path: Path) -> None:
     command = [*TORCHRUN, *SCRIPT, "--data", "digits", "--out", str(tmp_path), "--log-every", "1"]
@@ -220,6 +222,7 @@ def test_where_torchrun_is_killed_its_processes_end_and_the_next_run_goes_on(tmp
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, state["step"] + 2))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # torchrun, and two processes that import torch
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_process_that_lost_another_ends(tmp_path: Path) -> None:

@@ -62,7 +62,15 @@ def test_what_nohup_and_the_like_ignore_stays_ignored(number: signal.Signals) ->
         signal.signal(number, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive),
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.exhaustive),
+        signal.SIGUSR1,
+    ],
+)
 def test_interrupted_between_two_halves_of_a_step(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,7 +162,7 @@ def test_signals_of_the_last_step_and_after_it_change_nothing(
 
 
 @pytest.mark.slow  # starts a process
-@pytest.mark.parametrize("nohup", [False, True])
+@pytest.mark.parametrize("nohup", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_a_closed_terminal_ends_a_run_in_order_unless_it_runs_under_nohup(nohup: bool, tmp_path: Path) -> None:
     """The kernel signals all processes of the session and refuses every write to the terminal."""
     pty = pytest.importorskip("pty", reason="needs a terminal")

@@ -55,6 +55,7 @@ def test_a_run_without_anyone_who_listens_is_complete(
     assert checkpoint(tmp_path)["step"] == 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # starts processes
 def test_in_a_shell(tmp_path: Path) -> None:
     """The status is that of a run that is complete, and no file took the numbers of the closed streams."""
