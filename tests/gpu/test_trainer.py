@@ -73,10 +73,10 @@ WAYS = {
 
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
-    "way", [often if "graph" in often else pytest.param(often, marks=pytest.mark.exhaustive) for often in WAYS]
+    "way", [way if "graph" in way else pytest.param(way, marks=pytest.mark.exhaustive) for way in WAYS]
 )
 def test_trains(way: str, tmp_path: Path) -> None:
-    steps = WARM_UP + 2 if "graph" in way.lower() else 2
+    steps = WARM_UP + 2 if "graph" in way else 2
     assert train(tmp_path, *CUDA, *WAYS[way], "--steps", str(steps)) == 0
     assert_trained(tmp_path, steps)
 
