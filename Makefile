@@ -17,7 +17,7 @@ CONSTRAINTS ?= constraints.txt
 DEMO ?= --data faces --image-size 64 --base-channels 16 --batch-size 16 --g-attention 16 --lr-g 1e-3 --lr-d 1e-3 \
 	--ema-decay 0.998 --steps 1200 --out runs/demo
 PYTEST_ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 DEVICE ?= cuda
 RUN_WITH ?=
 BUDGET ?= 480

@@ -72,6 +72,7 @@ class Shapes(TorchDispatchMode):
         return results
 
 
+@pytest.mark.exhaustive
 def test_no_attention_matrix_is_counted() -> None:
     """As on CUDA, where none is made: N = 64², of which the keys are pooled to M = 32²."""
     with Shapes() as shapes:

@@ -191,6 +191,7 @@ def test_no_code_is_cut_off_on_a_screen(site: Path, pages: dict[str, Html], brow
         assert browser.run(CUT_OFF) == [], name
 
 
+@pytest.mark.exhaustive
 def test_pages_fit_a_phone(site: Path, pages: dict[str, Html], browser: chromium.Page) -> None:
     """Tables and code scroll by themselves; the page does not. No page makes a network request or writes an error."""
     browser.size(390, 844, touch=True)

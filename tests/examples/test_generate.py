@@ -102,7 +102,7 @@ def test_the_generator_that_is_opened_is_the_one_that_the_trainer_draws_with(
     drawn_with: list[dict[str, torch.Tensor]] = []
 
     def spy(state: TrainingState, out: Path) -> dict[str, Path]:
-        drawn_with.append(recalibrated(state.average).state_dict())
+        drawn_with.append(recalibrated(state.average, list(state.classes.values())).state_dict())
         return draw(state, out)
 
     draw = sampling.draw
@@ -239,7 +239,7 @@ def test_labels_are_names_or_numbers_and_taken_in_turn(
     flags: list[str], classes: list[int], animals: Path, tmp_path: Path
 ) -> None:
     run(animals, tmp_path / "out", "--images", "--count", "4", *flags)
-    generator = recalibrated(shaken(num_classes=3)).eval()
+    generator = recalibrated(shaken(num_classes=3), list(ANIMALS.values())).eval()
     assert_shows(
         tmp_path / "out", generator(draw_latents(4, 8, torch.Generator().manual_seed(0)), torch.tensor(classes))
     )
@@ -248,7 +248,7 @@ def test_labels_are_names_or_numbers_and_taken_in_turn(
 def test_a_grid_has_a_row_for_each_class_with_its_name_and_a_column_for_each_latent_vector(
     animals: Path, tmp_path: Path
 ) -> None:
-    generator = recalibrated(shaken(num_classes=3)).eval()
+    generator = recalibrated(shaken(num_classes=3), list(ANIMALS.values())).eval()
     z = draw_latents(4, 8, torch.Generator().manual_seed(0))
     names = list(ANIMALS)
     for flags, rows in (([], [0, 1, 2]), (["--labels", "dog,cat"], [1, 0])):

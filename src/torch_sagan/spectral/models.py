@@ -62,7 +62,9 @@ def apply_spectral_norm(
 
     >>> from torch import nn
     >>> from torch_sagan import apply_spectral_norm, spectral_norms
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(1))
+    >>> model = nn.Sequential(
+    ...     nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(1)
+    ... )
     >>> model = apply_spectral_norm(model, exclude="4")
     >>> list(spectral_norms(model))  # the names of the normalized weights
     ['0.weight', '2.weight']

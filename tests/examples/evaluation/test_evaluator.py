@@ -85,6 +85,7 @@ def test_without_inception_there_is_the_sliced_wasserstein_distance(
     assert evaluate(model, 8, seed=3) == {"swd": pytest.approx(expected, rel=0.01)}  # batches of 8 round differently
 
 
+@pytest.mark.exhaustive
 @needs_torchmetrics
 def test_fid_has_its_closed_form() -> None:
     # Between N(μ, σ² I) and N(0, s² I) in two dimensions: 2 μ² + 2 (σ − s)².

@@ -78,7 +78,7 @@ def test_drawing_and_scoring_recalibrate_a_copy_of_the_average(tmp_path: Path, m
     drawn = [draw(state, tmp_path)["samples"].read_bytes() for _ in range(2)]
     assert drawn[0] == drawn[1]
     assert_same(state.state_dict(), before)
-    monkeypatch.setattr(sampling, "recalibrated", lambda average: average)
+    monkeypatch.setattr(sampling, "recalibrated", lambda average, counts: average)
     assert draw(state, tmp_path)["samples"].read_bytes() != drawn[0]
 
 

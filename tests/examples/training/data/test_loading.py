@@ -192,6 +192,7 @@ def test_sigterm_is_answered_with_a_checkpoint_while_a_worker_is_suspended(
     assert not Path(f"/proc/{worker}").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # starts a process, which imports torch
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux' /proc")
 def test_a_worker_that_is_killed_costs_no_step(run: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -210,6 +211,7 @@ def can_mount() -> bool:
     return subprocess.run(mount, capture_output=True).returncode == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # starts a process, which imports torch
 @pytest.mark.skipif(not can_mount(), reason="needs the rights to mount a file system")
 @pytest.mark.parametrize(

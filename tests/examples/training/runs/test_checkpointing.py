@@ -375,7 +375,14 @@ SETUPS = {
 
 @pytest.mark.slow  # starts a process
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and prlimit")
-@pytest.mark.parametrize("fault", ["full disk", "worker killed", "images gone"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("full disk", marks=pytest.mark.exhaustive),
+        "worker killed",
+        pytest.param("images gone", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_whatever_fails_beside_workers_the_process_ends_with_one_line(
     fault: str, image_folder: Path, tmp_path: Path
 ) -> None:

@@ -95,12 +95,13 @@ def test_the_order_does_not_depend_on_the_number_of_processes() -> None:
     assert drawn(1, 1) == drawn(2, 1) == drawn(3, 2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # torchrun, and two processes that import torch
 @pytest.mark.parametrize(
     "settings",
     [
         ["--loss", "wgan-gp", "--d-steps", "2"],
-        pytest.param(["--grad-accum-steps", "2", "--channels-last", "yes"], marks=pytest.mark.exhaustive),
+        ["--grad-accum-steps", "2", "--channels-last", "yes"],
     ],
     ids=" ".join,
 )

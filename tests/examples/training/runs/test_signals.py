@@ -68,7 +68,7 @@ def test_what_nohup_and_the_like_ignore_stays_ignored(number: signal.Signals) ->
         pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive),
         signal.SIGTERM,
         pytest.param(signal.SIGHUP, marks=pytest.mark.exhaustive),
-        signal.SIGUSR1,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.exhaustive),
     ],
 )
 def test_interrupted_between_two_halves_of_a_step(
@@ -190,6 +190,7 @@ def test_a_closed_terminal_ends_a_run_in_order_unless_it_runs_under_nohup(nohup:
     assert len(lines(tmp_path)) == state["step"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # starts a process
 @pytest.mark.skipif(not shutil.which("bash"), reason="runs a job script")
 def test_the_job_script_of_the_docs_saves_before_the_end_and_requeues(tmp_path: Path) -> None:
