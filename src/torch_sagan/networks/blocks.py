@@ -258,7 +258,7 @@ class Stages(nn.Module):
                 f"attention_resolutions {unknown} do not occur: its feature maps have the sizes {list(sizes)}"
             )
         self.num_classes = num_classes
-        self.sizes = list(sizes)
+        self.sizes: list[int] = list(sizes)
         self.blocks: nn.ModuleList = nn.ModuleList(blocks)
         self.attention: nn.ModuleDict = nn.ModuleDict(
             {str(size): attention(width) for size, width in zip(sizes, widths, strict=True) if size in resolutions}

@@ -63,7 +63,7 @@ MMGENERATION = {
 
 # What other files are: patterns, each of which matches all of one of their keys or more. The first entry counts.
 # Names that several implementations share are described and not attributed.
-KINDS = {
+KINDS: dict[tuple[str, ...], str] = {
     ("state_dict",): "a whole checkpoint: give its entry 'state_dict'",
     ("generator", "discriminator"): "a checkpoint of torch-sagan's trainer: its 'generator' and 'discriminator' are "
     "state dicts for load_state_dict",

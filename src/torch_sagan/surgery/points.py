@@ -62,7 +62,7 @@ class InsertionPoints(list[InsertionPoint]):
         super().__init__(points)
         self.operations = operations
         self.memory = memory
-        self.refused = list(refused)
+        self.refused: list[str] = list(refused)
 
     def __str__(self) -> str:
         if not self:
