@@ -253,7 +253,7 @@ def residual_batch(machine: Machine) -> int:
 
 
 def loader(machine: Machine) -> Iterator[Row]:
-    """From images in a mapped file, as the cache of decoded ones is."""
+    """From images in a mapped file. (Those of the cache are read, not mapped.)"""
 
     def measure(size: int, batch: int, count: int) -> Sequence[object]:
         with tempfile.NamedTemporaryFile() as file:

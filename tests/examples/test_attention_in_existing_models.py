@@ -13,12 +13,8 @@ from PIL import Image
 
 import attention_in_cyclegan
 import attention_in_dcgan
-from training.output.image_io import GAP, TILE
-
-
-def sheet(columns: int, rows: int, tile: int = 128) -> tuple[int, int]:
-    """The size of a PNG with so many tiles: a gap on both sides of each."""
-    return columns * (tile + GAP) + GAP, rows * (tile + GAP) + GAP
+from png_grids import sheet
+from training.output.image_io import TILE
 
 
 @pytest.fixture(autouse=True)

@@ -12,27 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
 import show_attention
 import train_celeba
+from png_grids import opened, sheet
 from torch_sagan import SAGANGenerator, explore_attention, record_attention
 from training.average import recalibrated
 from training.flags import Config
 from training.output import image_io, model_card
-from training.output.image_io import GAP, TILE, row_names
-
-
-def sheet(columns: int, rows: int, tile: int = 128) -> tuple[int, int]:
-    """The size of a PNG with so many tiles: a gap on both sides of each."""
-    return columns * (tile + GAP) + GAP, rows * (tile + GAP) + GAP
-
-
-def opened(path: Path) -> NDArray[np.uint8]:
-    with Image.open(path) as file:
-        assert file.format == "PNG"
-        return np.asarray(file.convert("RGB"))
+from training.output.image_io import TILE, row_names
 
 
 @pytest.fixture(scope="module")

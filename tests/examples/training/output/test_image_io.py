@@ -8,22 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
+from png_grids import opened, sheet
 from torch_sagan import AttentionRecord
 from training.output.image_io import GAP, TILE, row_names, save_attention, save_grid, save_images
-
-
-def sheet(columns: int, rows: int, tile: int = 128) -> tuple[int, int]:
-    """The size of a PNG with so many tiles: a gap on both sides of each."""
-    return columns * (tile + GAP) + GAP, rows * (tile + GAP) + GAP
-
-
-def opened(path: Path) -> NDArray[np.uint8]:
-    with Image.open(path) as file:
-        assert file.format == "PNG"
-        return np.asarray(file.convert("RGB"))
 
 
 def test_the_figure_shows_the_map_of_each_point(tmp_path: Path) -> None:
