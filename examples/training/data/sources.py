@@ -37,7 +37,7 @@ from training.data.labels import (
     parse_attributes,
     read_attributes,
 )
-from training.data.mnist import is_mnist, read_mnist
+from training.data.mnist import TEST, TRAINING, is_mnist, read_labels, read_mnist
 
 FACES = 4096
 ATTRIBUTES = "attributes:"
@@ -122,34 +122,68 @@ def open_data(
     """
     if attributes and not classes.startswith(ATTRIBUTES):
         raise ValueError(f"--attributes {attributes}: only --classes {ATTRIBUTES}Smiling,Male has attributes")
+    named = _named_attributes(classes)
+    if (source := _in_memory(data, size)) is not None:
+        _adapt(source, data, classes, channels, mirror)
+        if source.labels:
+            check_classes(source.labels, f"--classes {classes}")
+        return source
+    root = Path(data)
+    labeling = _attribute_labeling(root, named, attributes) if named else from_folders if classes == "own" else None
+    colors = 1 if channels == "1" else 3
+    folder = _open_folder(data, size, crop, cache, verify, labeling, colors)
+    folder.flip = mirror
+    return folder
+
+
+def open_held_out(
+    data: str, *, size: int, classes: str = "none", channels: str = "auto", mirror: bool = True
+) -> ArrayDataset | None:
+    """Images of the same kind that `open_data` never returns, with the same classes in the same order; None if the data
+    set keeps none, as digits, folders of images, and MNIST's files without `t10k-…`.
+
+    Of CIFAR-10 and in MNIST's files it is the test part. After `faces:200` come the faces from number 200 on.
+
+    Every error is a ValueError or an OSError with one line.
+    """
+    _named_attributes(classes)
+    if (held_out := _in_memory(data, size, held_out=True)) is not None:
+        _adapt(held_out, data, classes, channels, mirror)
+    return held_out
+
+
+def _in_memory(data: str, size: int, *, held_out: bool = False) -> ArrayDataset | None:
+    """The data set that is no folder of images, or its held-out part; None if there is none."""
+    root = Path(data)
+    if numbers := face_numbers(data):
+        if held_out:
+            numbers = range(numbers.stop, numbers.stop + FACES)
+        return procedural_faces(size, len(numbers), first=numbers.start)
+    if data == "digits":
+        return None if held_out else digits(size)
+    if is_cifar10(root):
+        return cifar10(root, size, held_out=held_out)
+    if root.is_dir() and is_mnist(root):
+        return mnist(root, size, held_out=held_out)
+    return None
+
+
+def _named_attributes(classes: str) -> list[str]:
+    """The names after `attributes:` in `--classes`."""
     named = classes.removeprefix(ATTRIBUTES).split(",") if classes.startswith(ATTRIBUTES) else []
     if classes not in ("none", "own") and not (named and all(named)):
         raise ValueError(f"--classes {classes}: expected none, own, or {ATTRIBUTES} and names such as Smiling,Male")
-    root = Path(data)
-    if numbers := face_numbers(data):
-        source = procedural_faces(size, len(numbers), first=numbers.start)
-    elif data == "digits":
-        source = digits(size)
-    elif is_cifar10(root):
-        source = cifar10(root, size)
-    elif root.is_dir() and is_mnist(root):
-        source = mnist(root, size)
-    else:
-        labeling = _attribute_labeling(root, named, attributes) if named else from_folders if classes == "own" else None
-        colors = 1 if channels == "1" else 3
-        folder = _open_folder(data, size, crop, cache, verify, labeling, colors)
-        folder.flip = mirror
-        return folder
+    return named
+
+
+def _adapt(source: ArrayDataset, data: str, classes: str, channels: str, mirror: bool) -> None:
+    """Give images in memory the channels, the mirroring and the classes that are asked for."""
+    if _named_attributes(classes):
+        raise ValueError(f"--classes {classes}: {data} has no attributes, give own or none")
     source.images = with_channels(source.images, channels)
     source.flip = source.flip and mirror
-    if named:
-        raise ValueError(f"--classes {classes}: {data} has no attributes, give own or none")
-    assert source.labels is not None
     if classes == "none":
         source.labels = None
-    else:
-        check_classes(source.labels, f"--classes {classes}")
-    return source
 
 
 def face_numbers(data: str) -> range | None:
@@ -183,18 +217,22 @@ def digits(size: int) -> ArrayDataset:
     return ArrayDataset(pixels, Labels(tuple(map(str, range(10))), content.target.astype(np.int64)), flip=False)
 
 
-def mnist(folder: Path, size: int) -> ArrayDataset:
-    """MNIST's training images, or those of a data set in the same files; their classes are the numbers of the
-    labels."""
-    images, labels = read_mnist(folder)
-    classes = tuple(str(number) for number in range(labels.max() + 1))
-    return ArrayDataset(_resized(images, size), Labels(classes, labels), flip=False)
+def mnist(folder: Path, size: int, *, held_out: bool = False) -> ArrayDataset | None:
+    """MNIST's training or test images, or those of a data set in the same files; None without test images. Their
+    classes are the numbers of the labels."""
+    if held_out and not is_mnist(folder, TEST):
+        return None
+    images, labels = read_mnist(folder, TEST if held_out else TRAINING)
+    count = int(read_labels(folder, TRAINING).max()) + 1
+    if labels.max() >= count:
+        raise ValueError(f"{folder}: a label of the test images is {labels.max()}, above all of the training images")
+    return ArrayDataset(_resized(images, size), Labels(tuple(map(str, range(count))), labels), flip=False)
 
 
-def cifar10(archive: Path, size: int) -> ArrayDataset:
-    """CIFAR-10's training images."""
-    images, labels, classes = read_cifar10(archive)
-    return ArrayDataset(_resized(images, size), Labels(classes, labels))
+def cifar10(archive: Path, size: int, *, held_out: bool = False) -> ArrayDataset | None:
+    """CIFAR-10's training or test images; None if the archive is without test images."""
+    images, labels, classes = read_cifar10(archive, held_out=held_out)
+    return ArrayDataset(_resized(images, size), Labels(classes, labels)) if len(images) else None
 
 
 def with_channels(images: Pixels, channels: str) -> Pixels:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from training.data.cifar10 import is_cifar10, read_cifar10
+from training.data.sources import open_data, open_held_out
 
 CLASSES = ["airplane", "cat", "truck"]
 
@@ -42,6 +43,18 @@ def test_images_labels_and_names(tmp_path: Path) -> None:
     assert np.array_equal(images, np.concatenate([one, other]))  # without the test images
     assert labels.tolist() == [2, 0, 1]
     assert classes == tuple(CLASSES)
+
+
+def test_the_test_part_is_held_out(tmp_path: Path) -> None:
+    (learned, one), (tested, other) = records([2, 0, 1], 0), records([1, 2], 1)
+    files = {"data_batch_1.bin": learned, "batches.meta.txt": META}
+    whole = str(archive(tmp_path / "whole.tar.gz", {"test_batch.bin": tested} | files))
+    assert np.array_equal(open_data(whole, size=32).images, one)
+    held_out = open_held_out(whole, size=32, classes="own")
+    assert held_out is not None
+    assert np.array_equal(held_out.images, other)
+    assert held_out.counts() == {"airplane": 0, "cat": 1, "truck": 1}
+    assert open_held_out(str(archive(tmp_path / "training.tar.gz", files)), size=32) is None
 
 
 def test_other_archives(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from mnist_files import idx, write
 from training.data.mnist import is_mnist, read_mnist
+from training.data.sources import open_data, open_held_out
 
 PIXELS = np.arange(3 * 28 * 28).reshape(3, 28, 28).astype(np.uint8)
 
@@ -39,6 +40,29 @@ def test_images_and_labels(tmp_path: Path, pack: bool) -> None:
 def test_damaged_files(tmp_path: Path, images: bytes, labels: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_mnist(write(tmp_path, images, labels))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_test_part_is_held_out(tmp_path: Path, pack: bool) -> None:
+    folder = write(tmp_path, idx(PIXELS), idx(np.array([2, 0, 1], np.uint8)), pack)
+    assert open_held_out(str(folder), size=28) is None
+    write(folder, idx(255 - PIXELS[:2]), idx(np.array([1, 1], np.uint8)), pack, part="t10k")
+    held_out = open_held_out(str(folder), size=28, classes="own")
+    assert held_out is not None
+    assert np.array_equal(held_out.images, 255 - PIXELS[:2, None])
+    assert held_out.counts() == {"0": 0, "1": 2, "2": 0}  # the classes of the training images, also without an image
+    assert not held_out.flip
+    assert np.array_equal(open_data(str(folder), size=28).images, PIXELS[:, None])
+
+
+def test_a_test_part_that_does_not_belong_to_the_training_images(tmp_path: Path) -> None:
+    folder = write(tmp_path, idx(PIXELS), idx(np.array([2, 0, 1], np.uint8)))
+    write(folder, idx(PIXELS), idx(np.array([2, 0, 3], np.uint8)), part="t10k")
+    with pytest.raises(ValueError, match="a label of the test images is 3, above all of the training images"):
+        open_held_out(str(folder), size=28)
+    (folder / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(ValueError, match=r"expected t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte\.gz"):
+        open_held_out(str(folder), size=28)
 
 
 def test_a_cut_off_archive(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The data sets that `--data` names: channels, mirroring, and CelebA's table beside the images or with them."""
+"""The data sets that `--data` names: channels, mirroring, what is held out, and CelebA's table beside the images or in
+them."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ from PIL import Image
 
 import generate
 from tiny_runs import checkpoint, train
+from training.data import sources
 from training.data.image_folder import ImageFolder
-from training.data.sources import open_data, procedural_faces, with_channels
+from training.data.sources import open_data, open_held_out, procedural_faces, with_channels
 
 SIZE = 16
 
@@ -87,6 +89,38 @@ def test_a_run_on_gray_unmirrored_images_is_scored_against_such(
 def test_gray_images_are_pointed_out(gray: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tmp_path / "run", "--data", str(gray), "--dry-run")
     assert "these images are gray; a new run with --channels 1 would train on one" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- the held-out part
+
+
+@pytest.mark.parametrize(("data", "first"), [("faces", 50), ("faces:10", 10), ("faces:5-12", 12)])
+def test_faces_after_those_of_the_training_are_held_out(data: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "FACES", 50)  # 4096 take seconds
+    held_out, faces = open_held_out(data, size=SIZE, classes="own"), open_data(f"faces:{first}-{first + 50}", size=SIZE)
+    assert held_out is not None
+    np.testing.assert_array_equal(held_out.images, faces.images)
+    assert held_out.labels is not None
+    assert held_out.labels.classes == open_data("faces:99", size=SIZE, classes="own").labels.classes
+    learned = {face.tobytes() for face in open_data(data, size=SIZE).images}
+    assert not learned & {face.tobytes() for face in held_out.images}
+
+
+def test_a_held_out_part_is_read_like_the_training_images() -> None:
+    held_out = open_held_out("faces:1", size=SIZE, channels="1", mirror=False)
+    assert held_out is not None
+    assert held_out.images.shape == (4096, 1, SIZE, SIZE)
+    assert held_out.flip is False
+    assert held_out.labels is None
+    for classes, message in (("hair", "expected none, own"), ("attributes:Male", "faces:1 has no attributes")):
+        with pytest.raises(ValueError, match=message):
+            open_held_out("faces:1", size=SIZE, classes=classes)
+
+
+def test_data_that_keep_no_image_apart(gray: Path) -> None:
+    assert open_held_out("digits", size=SIZE, classes="own") is None
+    assert open_held_out(str(gray), size=SIZE, classes="own") is None
+    assert open_held_out(str(gray), size=SIZE, classes="attributes:Male") is None
 
 
 # --------------------------------------------------------------------------------------------------------- CelebA
