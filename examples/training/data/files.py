@@ -6,6 +6,7 @@ runs, wherever they are: they hold thumbnails, copies, what was deleted, and gen
 
 from __future__ import annotations
 
+import errno
 import heapq
 import io
 import os
@@ -33,6 +34,13 @@ SYSTEM = frozenset(
 
 # What a run and generate.py write besides `FILES`, where the run's folder is that of the data itself.
 FOLDERS = re.compile(r"generated|dry-run|tensorboard|earlier-\d+")
+
+# What the system says of a disk, a server or itself, not of a damaged file: another day it may read the file.
+PASSING = frozenset({
+    errno.EIO, errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET,
+    errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.EMFILE, errno.ENFILE,
+})  # fmt: skip
 
 HIDDEN, HIDDEN_FILE, OF_A_RUN = "hidden or system folder", "hidden file", "folder or file of a run"
 

@@ -5,9 +5,9 @@ from it and training without it are bitwise the same. After the array come N num
 a checksum. Runs read the rows that they need; they do not map the file, because access to a mapping kills the process
 where the file was cut off or the disk cannot read it.
 
-The name contains crop, size and a fingerprint of the files. A cache is written under another name, by one process at a
-time, and renamed when it is complete and on the disk. So a file with the name that a run expects is up to date. If its
-checksum is wrong, it is built again.
+The name contains crop, size and a fingerprint of the files. A cache is written under another name, and renamed when it
+is complete and on the disk. So a file with the name that a run expects is up to date. If its checksum is wrong, it is
+built again. The lock only spares work: without it each process writes a file of its own, and the last one stays.
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ import hashlib
 import io
 import math
 import os
+import secrets
 import shutil
 import sys
-import uuid
+import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from training.data.dataset import ImageSet, Pixels, Problems, SourceLost
 from training.data.files import SharedFile
 from training.data.image_folder import ImageFolder, Replacements, left_out
-from training.data.prefetch import made_ahead
+from training.data.prefetch import LIMIT, made_ahead
 from training.data.workers import Workers, usable_cores
+from training.runs.kernel_lock import KernelLock, holder, machine, this_process
 from training.runs.memory import readable
+from training.runs.signals import StopRequested, deferred_signals, stop_requested
 
 DECODER = f"3, Pillow {PIL.__version__}"  # increase the number when `ImageFolder` returns other pixels for a file
 CHECKSUM = 4  # bytes at the end of a cache: the CRC-32 of all before them
@@ -120,27 +122,65 @@ def open_cache(folder: ImageFolder, directory: Path, *, verify: bool = True) -> 
     if images is not None:
         return CachedFolder(folder, images)
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / f"{stem}.lock")  # the kernel's: it ends with the process, however that ends
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process, which decodes {folder.root}", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
+    with closing(KernelLock(directory / f"{stem}.lock")) as lock:
+        locked = _wait(lock, folder.root)
         images = _open(path, shape)  # by now, another process may have built it
         if images is None:
-            for file in directory.iterdir():  # out of date, or left by a process that was killed
-                if file.name.startswith(f"{stem}-") and file.suffix in (".npy", ".part"):
-                    if file == path:
-                        print(f"damaged, decoded again: {path}", file=sys.stderr, flush=True)
-                    file.unlink()
-            _build(folder, path, shape)
+            if path.exists():
+                print(f"damaged, decoded again: {path}", file=sys.stderr, flush=True)
+            _tidy(stem, path, locked=locked)
+            with deferred_signals(second_stops=False):
+                with suppress(StopRequested):
+                    _build(folder, path, shape)
+                if number := stop_requested():
+                    raise SystemExit(128 + number)
             images = _open(path, shape)
             if images is None:
                 raise OSError(f"{path} differs from what was just written: choose another folder with --cache-dir")
-    finally:
-        lock.release()
+        if locked:
+            lock.clear()
     return CachedFolder(folder, images)
+
+
+def _wait(lock: KernelLock, root: Path) -> bool:
+    """Wait while another process decodes the same images. Returns whether the kernel keeps others out from now on."""
+    told = False
+    while (locked := lock.attempt()) is False:
+        if not told:
+            print(f"waiting for {holder(lock.read())}, which decodes {root}", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.1)
+    if locked is None:
+        print(
+            f"{lock.path}: this file system has no locks ({lock.missing}); runs that start together all decode {root}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
+    with suppress(OSError):
+        lock.clear()
+        lock.write(this_process())
+    return True
+
+
+def _tidy(stem: str, path: Path, *, locked: bool) -> None:
+    """Delete caches that are damaged or out of date, and what processes left that were killed.
+
+    The lock may be this machine's alone, or none. What another process may be writing or may have just written is only
+    deleted after a time in which a builder would have given up.
+    """
+    for file in path.parent.iterdir():
+        if not file.name.startswith(f"{stem}-") or file.suffix not in (".npy", ".part"):
+            continue
+        with suppress(FileNotFoundError):
+            mine = locked and (file.suffix == ".npy" or _mark() in file.name)
+            if mine or (file != path and time.time() - file.stat().st_mtime > LIMIT):
+                file.unlink()
+
+
+def _mark() -> str:
+    """A part of the names of files that this machine is writing."""
+    return hashlib.sha256(machine().encode()).hexdigest()[:8]
 
 
 def _stem(folder: ImageFolder) -> str:
@@ -196,7 +236,7 @@ def _build(folder: ImageFolder, path: Path, shape: tuple[int, ...]) -> None:
         )
     for line in left_out(folder.others):
         print(line, file=sys.stderr)
-    part = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}.part")
+    part = path.with_name(f"{path.stem}-{_mark()}-{secrets.token_hex(4)}.part")
     try:
         with open(part, "xb") as file:
             # Written, not mapped: on a full disk a write raises an error, while storing to a mapping kills the process.
@@ -236,6 +276,8 @@ def _decoded(folder: ImageFolder) -> Iterator[tuple[Pixels, NDArray[np.int64]]]:
     with bar, closing(decoding):
         try:
             for part, (images, problems) in zip(parts, decoding, strict=True):
+                if stop_requested():  # seen by what waits for images, but they may come fast
+                    raise StopRequested
                 unreadable |= problems
                 bar.update(len(part))
                 yield images, np.array([-1 if folder.all_paths[i] in problems else i for i in part])

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from training.data.dataset import ImageSet, Pixels, Problems, digest
+from training.data.dataset import ImageSet, Pixels, Problems, SourceLost, digest
 from training.data.decoding import SUFFIXES, is_gray, upright_rgb, upright_size, without_warnings
-from training.data.files import Archive, Folder, reason
+from training.data.files import PASSING, Archive, Folder, reason
 from training.data.labels import UNLABELED, Labels
 
 Labeling = Callable[[list[str]], Labels]  # paths within a folder, with slashes -> their classes
@@ -109,11 +109,14 @@ class ImageFolder(ImageSet):
         return images, found
 
     def rows(self, numbers: Sequence[int]) -> tuple[Pixels, Problems]:
-        """The images of these numbers among all of the folder, those without a class too; zeros if unreadable."""
+        """The images of these numbers among all of the folder, those without a class too; zeros if damaged.
+
+        For what is kept: where the system cannot read a file that may be good, this is a SourceLost.
+        """
         images = self.empty(len(numbers))
         found: Problems = {}
         for target, number in zip(images, numbers, strict=True):
-            if problem := self._decode_into(target, self.all_paths[number]):
+            if problem := self._decode_into(target, self.all_paths[number], passing=False):
                 found[self.all_paths[number]] = problem
         return images, found
 
@@ -150,13 +153,18 @@ class ImageFolder(ImageSet):
         why = self.unreadable.get(path) or self._decode_into(self.empty(1)[0], path)
         return f"none of the {count} images{kind} can be read, for example {path}: {why}"
 
-    def _decode_into(self, target: Pixels, path: str) -> str:
-        """Fill (C, size, size) with an image. Returns why that is not possible, or ""."""
+    def _decode_into(self, target: Pixels, path: str, *, passing: bool = True) -> str:
+        """Fill (C, size, size) with an image. Returns why that is not possible, or "".
+
+        Without `passing`, what may pass is no such reason but an error.
+        """
         try:
             with without_warnings():
                 self._decode(target, path)
         except Exception as error:  # damaged files raise errors of many types
             self.source.check()
+            if not passing and isinstance(error, OSError) and error.errno in PASSING:
+                raise SourceLost(f"{path}: {reason(error)} (--no-cache goes on without such an image)") from None
             return "not in a format that can be read" if isinstance(error, UnidentifiedImageError) else reason(error)
         return ""
 

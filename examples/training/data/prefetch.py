@@ -105,6 +105,6 @@ def _await(future: Future[Result], why_late: Callable[[], str]) -> None:
             raise StopRequested
         polls += 1
         if polls == round(LIMIT / POLL):
-            raise OSError(f"none came for {LIMIT:.0f} s{why_late()}")
+            raise OSError(f"nothing came for {LIMIT:.0f} s{why_late()}")
         if polls == round(NOTICE / POLL):
             tqdm.write(f"waiting for images since {NOTICE:.0f} s{why_late()}", file=sys.stderr)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 import zlib
 from collections import namedtuple
@@ -21,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from tiny_runs import assert_same, checkpoint, resume, train
 from training.data import image_cache
@@ -32,26 +27,8 @@ from training.data.loading import read_batches
 from training.data.sources import InfiniteBatchSampler, open_data
 from training.runs.memory import readable
 
-EXAMPLES = Path(__file__).parents[4] / "examples"
-COUNT = 12
-BROKEN = ("07.jpg", "08.jpg", "11.jpg")  # two neighbours, and the last, whose next one is the first
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Twelve JPEGs of CelebA's size, three of them damaged, in two folders, beside what is not an image."""
-    root = tmp_path / "photographs"
-    (root / "more").mkdir(parents=True)
-    photographs = load_sample_images().images
-    for i in range(COUNT):
-        crop = Image.fromarray(photographs[i % 2][15 * i : 15 * i + 218, 30 * i : 30 * i + 178])
-        crop.save(root / ("more" if i >= 9 else ".") / f"{i:02d}.jpg", quality=90)
-    for path in root.rglob("*.jpg"):
-        if path.name in BROKEN:
-            path.write_bytes(path.read_bytes()[:3000])
-    (root / "notes.txt").write_text("not an image")
-    (root / "._00.jpg").write_text("what macOS leaves")
-    return root
+COUNT = 12  # images in `folder`
+BROKEN = ("07.jpg", "08.jpg", "11.jpg")  # those that are damaged
 
 
 @pytest.fixture
@@ -333,86 +310,6 @@ def test_the_random_state_does_not_know_of_it(folder: Path, tmp_path: Path) -> N
 
 
 # ------------------------------------------------------------------------------------------- what can come between
-
-SLOW = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-from training.data import sources as data
-decode = data.ImageFolder._decode
-def slow(self, target, path):
-    time.sleep(float(sys.argv[4]))
-    return decode(self, target, path)
-data.ImageFolder._decode = slow
-print("ready", flush=True)
-sys.stdin.readline()
-source = data.open_data(sys.argv[2], size=16, crop=160, cache=data.Path(sys.argv[3]))
-print(source.pixels(range(len(source)))[0].sum(dtype=int))
-"""
-
-
-class Builder(subprocess.Popen):
-    """A process that opens the cache once it is told to, and decodes an image in `pause` seconds."""
-
-    def __init__(self, folder: Path, cache: Path, pause: float) -> None:
-        command = [sys.executable, "-c", SLOW, str(EXAMPLES), str(folder), str(cache), str(pause)]
-        super().__init__(command, stdin=-1, stdout=-1, stderr=-1, text=True)
-
-    def go(self) -> None:
-        assert self.stdout.readline() == "ready\n"
-        self.stdin.write("go\n")
-        self.stdin.flush()
-
-
-@pytest.mark.exhaustive  # starts two processes, which import torch; the next test has two as well
-def test_two_processes_that_start_together_build_it_once(folder: Path, tmp_path: Path) -> None:
-    with Builder(folder, tmp_path / "cache", 0.1) as one, Builder(folder, tmp_path / "cache", 0.1) as other:
-        one.go()
-        other.go()
-        (said, errors) = zip(*(process.communicate(timeout=120) for process in (one, other)), strict=True)
-    assert one.returncode == other.returncode == 0, errors
-    assert sorted("waiting for another process" in text for text in errors) == [False, True]
-    assert sorted("notes.txt" in text for text in errors) == [False, True]
-    assert said[0] == said[1] == f"{pixels(cached(folder, tmp_path / 'cache')).sum(dtype=int)}\n"
-    assert len(caches(tmp_path / "cache")) == 1
-
-
-@pytest.mark.slow  # starts two processes, which import torch
-def test_a_builder_that_is_killed_leaves_neither_a_lock_nor_half_a_cache(folder: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    with Builder(folder, cache, 2.0) as killed, Builder(folder, cache, 0.0) as waiting:
-        killed.go()
-        deadline = time.monotonic() + 120
-        while not list(cache.glob("*.part")):
-            assert killed.poll() is None, killed.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        waiting.go()
-        assert "waiting for another process" in waiting.stderr.readline()
-        assert not caches(cache)
-        killed.kill()
-        (said, errors) = waiting.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL
-    assert waiting.returncode == 0, errors
-    assert not list(cache.glob("*.part"))
-    source = cached(folder, cache)
-    assert said == f"{pixels(source).sum(dtype=int)}\n"
-    assert_equal(batches(source, 4), batches(ImageFolder(folder, 16, 160), 4))
-
-
-@pytest.mark.exhaustive  # starts two processes, as the test above
-def test_a_damaged_header_is_replaced_once_while_another_process_waits(folder: Path, tmp_path: Path) -> None:
-    expected = pixels(cached(folder, tmp_path / "cache")).sum(dtype=int)
-    (path,) = caches(tmp_path / "cache")
-    with open(path, "r+b") as file:
-        file.write(b"\x93NUMPY\1\0\xff\xff")  # a header that claims to be 64 KiB long
-    with Builder(folder, tmp_path / "cache", 0.1) as one, Builder(folder, tmp_path / "cache", 0.1) as other:
-        one.go()
-        other.go()
-        (said, errors) = zip(*(process.communicate(timeout=120) for process in (one, other)), strict=True)
-    assert one.returncode == other.returncode == 0, errors
-    assert said == (f"{expected}\n", f"{expected}\n")
-    assert sorted("damaged, decoded again" in text for text in errors) == [False, True]
-    assert sorted("waiting for another process" in text for text in errors) == [False, True]
 
 
 def test_the_file_is_on_the_disk_before_it_takes_the_name(

@@ -123,7 +123,7 @@ def test_a_result_that_is_late_is_reported_and_then_given_up(
     results = made_ahead(
         lambda item: release.wait(PATIENCE), count(), why_late=lambda: "; worker 7 is stopped", abandon=release.set
     )
-    with pytest.raises(OSError, match=r"^none came for 0 s; worker 7 is stopped$"):
+    with pytest.raises(OSError, match=r"^nothing came for 0 s; worker 7 is stopped$"):
         next(results)
     assert capsys.readouterr().err.count("waiting for images since 0 s; worker 7 is stopped") == 1
 

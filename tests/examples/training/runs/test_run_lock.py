@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+from processes import started
 from tiny_runs import checkpoint, lines, train
 from training.runs import checkpointing, run_lock
 from training.runs.run_lock import RunLock
@@ -25,12 +26,12 @@ HOLDER = """
 import os, sys
 sys.path.insert(0, {examples!r})
 from pathlib import Path
-from training.runs import run_lock
+from training.runs import kernel_lock, run_lock
 run_lock.TIMEOUT, run_lock.BEAT, run_lock.SILENCE, run_lock.SETTLE = 0.5, 0.1, 1, 0.2
 if code := int(sys.argv[2]):
     def flock(*_):
         raise OSError(code, os.strerror(code))
-    run_lock.fcntl.flock = flock
+    kernel_lock.fcntl.flock = flock
 lock = run_lock.RunLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
@@ -38,10 +39,9 @@ sys.stdin.read()
 """
 
 
-def holder(out: Path, code: int = 0) -> subprocess.Popen[str]:
+def holder(out: Path, code: int = 0) -> AbstractContextManager[subprocess.Popen[str]]:
     examples = str(Path(run_lock.__file__).parents[2])
-    command = [sys.executable, "-c", HOLDER.format(examples=examples), str(out), str(code)]
-    return subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True)
+    return started([sys.executable, "-c", HOLDER.format(examples=examples), str(out), str(code)], stdin=-1)
 
 
 @contextmanager
@@ -50,7 +50,6 @@ def another_process_in(out: Path, code: int = 0) -> Iterator[subprocess.Popen[st
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         yield process
-        process.kill()
 
 
 @pytest.fixture
@@ -205,25 +204,26 @@ def test_a_lock_that_holds_on_one_machine_alone_is_noticed(
     with another_process_in(tmp_path, errno.ENOSYS if here else 0) as process, closing(RunLock(tmp_path)) as lock:
         if not here:
             monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-            monkeypatch.setattr(run_lock, "_machine", lambda: "another")
+            monkeypatch.setattr(run_lock, "machine", lambda: "another")
         with pytest.raises(SystemExit, match=rf"process {process.pid} on .* trains there$"):
             lock.acquire()
 
 
 def test_of_two_that_begin_at_once_one_goes_on(tmp_path: Path) -> None:
-    several = [holder(tmp_path, errno.ENOSYS) for _ in range(4)]
-    deadline = time.monotonic() + 60
-    while sum(process.poll() is None for process in several) > 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    ended = [process for process in several if process.poll() is not None]
-    assert [process.returncode for process in ended] == [1] * 3
-    for process in ended:
-        _, err = process.communicate()
-        assert "trains there" in err or "has taken the folder over" in err
-    (left,) = (process for process in several if process not in ended)
-    out, _ = left.communicate("")
-    assert out == "held\n"
+    with ExitStack() as stack:
+        several = [stack.enter_context(holder(tmp_path, errno.ENOSYS)) for _ in range(4)]
+        deadline = time.monotonic() + 60
+        while sum(process.poll() is None for process in several) > 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        ended = [process for process in several if process.poll() is not None]
+        assert [process.returncode for process in ended] == [1] * 3
+        for process in ended:
+            _, err = process.communicate()
+            assert "trains there" in err or "has taken the folder over" in err
+        (left,) = (process for process in several if process not in ended)
+        out, _ = left.communicate("")
+        assert out == "held\n"
 
 
 def test_a_run_that_was_taken_for_dead_ends(tmp_path: Path, soon: None) -> None:
