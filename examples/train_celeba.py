@@ -32,14 +32,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from evaluation.class_agreement import class_agreement
-from evaluation.evaluator import Evaluator, Sampler, real_images
+from evaluation.evaluator import Sampler, listed
+from evaluation.evaluator import open_evaluator as open_scores
 from evaluation.sliced_wasserstein import COARSEST
 from torch_sagan import spectral_norms
 from training.data.dataset import Batch, changes
 from training.data.image_folder import ImageFolder, left_out
 from training.data.loading import read_batches
-from training.data.sources import DataSource, InfiniteBatchSampler, crop_setting, folder_of, open_data
+from training.data.sources import DataSource, InfiniteBatchSampler, crop_setting, folder_of, open_data, open_held_out
 from training.data.workers import usable_cores
 from training.flags import Config, check, default_out
 from training.latents import draw_labels
@@ -59,7 +59,7 @@ from training.state import TrainingState
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]  # a generator and a seed -> scores; the first one selects
 LOST = 1000  # among the numbers of signals: a process has no more images
-OpenEvaluator = Callable[[Config, DataSource, torch.device], Evaluate | None]
+OpenEvaluator = Callable[[Config, DataSource, torch.device, Path | None], Evaluate | None]
 
 
 def read_images(
@@ -79,23 +79,31 @@ def read_images(
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def open_evaluator(config: Config, data: DataSource, device: torch.device) -> Evaluate | None:
-    """FID and more if Inception is available, or else the sliced Wasserstein distance. Smaller is better."""
+def open_evaluator(config: Config, data: DataSource, device: torch.device, cache: Path | None) -> Evaluate | None:
+    """FID if Inception is available, else the distance in features of a classifier for images with classes, else the
+    sliced Wasserstein distance come first. Smaller is better."""
     if config.image_size < COARSEST:
         print(f"evaluate  no: it needs images of {COARSEST} pixels or more")
         return None
-    agreement = class_agreement(config.data, data)
-    if agreement:
-        print(f"classes   a classifier is right on {100 * agreement.accuracy:.1f} % of real images new to it")
-    evaluator = Evaluator(
-        real_images(data, config.eval_samples, flip=data.flip),
+    if len(data) < 4:
+        print(f"evaluate  no: it needs four images or more, there are {len(data)}")
+        return None
+    held_out = open_held_out(
+        config.data, size=config.image_size, classes=config.classes, channels=config.channels, mirror=config.mirror
+    )
+    evaluator = open_scores(
+        data,
+        held_out,
         samples=config.eval_samples,
+        cache=cache,
         device=device,
         inception=Path(config.inception) if config.inception else None,
-        agreement=agreement,
     )
-    about = f"{evaluator.samples} images of each kind, every {config.eval_every} steps"
+    when = f"every {config.eval_every} steps" if config.eval_every <= config.steps else "at the end"
+    about = f"{evaluator.samples} images of each kind, {when}, against {evaluator.against}"
     print(f"evaluate  {about}; {evaluator.note}".rstrip("; "))
+    if evaluator.classifier:
+        print(f"classifier {evaluator.classifier.about}")
     classes = data.labels.counts() if data.labels else {}
 
     def draw_inputs(count: int, rng: torch.Generator) -> Sequence[torch.Tensor]:
@@ -160,7 +168,8 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
                 pace.advance(state.step)
             step, end = state.step, state.step == config.steps
             logs, draws, saves = (step % n == 0 for n in (config.log_every, config.sample_every, config.save_every))
-            evaluates = config.eval_every > 0 and step % config.eval_every == 0
+            # A run that is too short for an evaluation is evaluated at its end.
+            evaluates = config.eval_every > 0 and step % min(config.eval_every, config.steps) == 0
             if not (end or logs or draws or saves or evaluates):
                 continue
             with ranks.agreeing():
@@ -189,7 +198,9 @@ def train(state: TrainingState, data: DataSource, out: Path, evaluate: Evaluate 
                 if log:
                     save_and_rotate(checkpoint, out, keep_last=config.keep_last, keep_every=config.keep_every)
         if signal == LOST:
-            raise lost or OSError("another process has no more images")
+            with ranks.agreeing():  # of which the first says why
+                if lost:
+                    fail(f"step {state.step + 1}: {lost}")
         return signal
 
 
@@ -274,8 +285,8 @@ def start(args: dict[str, Any], ranks: Ranks, open_evaluator: OpenEvaluator) -> 
                 announce(state, data, out / "reals.png", checkpoint)
         evaluate = None
         with ranks.agreeing(ValueError):
-            if ranks.first and 0 < config.eval_every <= config.steps:
-                evaluate = open_evaluator(config, data, device)
+            if ranks.first and config.eval_every > 0:
+                evaluate = open_evaluator(config, data, device, cache)
         stopped = train_or_say_why_not(state, data, out, evaluate)
         with ranks.agreeing():
             if ranks.first:
@@ -419,6 +430,8 @@ def finish(state: TrainingState, out: Path, *, stopped: int, dry_run: bool) -> N
         print(f"dry run    all that it wrote is in {out}")
     for what, file in made.items():
         print(f"{what:11}{file}")
+    if state.scores:
+        print(f"{'scores':11}{listed(state.scores)}")
     if dry_run:
         return
     if stopped:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import train_celeba
+from processes import started
 from tiny_runs import SCRIPT, TINY, checkpoint, lines, resume, train
 from training.data.image_cache import CHECKSUM
 from training.data.sources import InfiniteBatchSampler, digits, open_data
@@ -72,6 +73,16 @@ def watched(*arguments, **more):
 image_cache.zlib, train_celeba.open_data = SimpleNamespace(crc32=crc32), watched
 sys.exit(train_celeba.main(sys.argv[1:]))
 """
+
+
+def children(pid: int) -> list[int]:
+    """Processes that any thread of this one has started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def environment(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
 def test_shares_are_disjoint_and_together_the_batch() -> None:
@@ -178,7 +189,7 @@ def test_one_process_of_a_machine_verifies_the_cache_for_the_others(damaged: boo
 def test_two_processes_go_on_from_one_and_stop_at_the_same_step(tmp_path: Path) -> None:
     train(tmp_path, "--steps", "2", "--batch-size", "8")
     command = [*TORCHRUN, SCRIPT[0], "--resume", str(tmp_path), "--steps", "100000", "--log-every", "1"]
-    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
+    with started(command) as process:
         deadline = time.monotonic() + 120
         while len((tmp_path / "log.jsonl").read_text().splitlines()) < 5:
             assert process.poll() is None, process.communicate()
@@ -207,9 +218,7 @@ def test_one_of_the_processes_tells_what_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.slow  # torchrun, and two processes that import torch
 def test_where_torchrun_is_killed_its_processes_end_and_the_next_run_goes_on(tmp_path: Path) -> None:
     command = [*TORCHRUN, *SCRIPT, "--data", "digits", "--out", str(tmp_path), "--log-every", "1"]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
+    with started(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "log.jsonl").exists() or len((tmp_path / "log.jsonl").read_text().splitlines()) < 3:
             assert process.poll() is None
@@ -228,19 +237,53 @@ def test_where_torchrun_is_killed_its_processes_end_and_the_next_run_goes_on(tmp
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_a_process_that_lost_another_ends(tmp_path: Path) -> None:
     command = [*TORCHRUN, *SCRIPT, "--data", "digits", "--out", str(tmp_path), "--log-every", "1"]
-    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
+    with started(command) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "log.jsonl").exists() or len((tmp_path / "log.jsonl").read_text().splitlines()) < 3:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        (second,) = (pid for pid in children if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0"))
-        os.kill(int(second), signal.SIGKILL)
+        (second,) = (pid for pid in children(process.pid) if "RANK=1" in environment(pid))
+        os.kill(second, signal.SIGKILL)
         _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert err.count("train_celeba.py: rank 0 lost another process\n") == 1, err
     assert "rank0" not in err  # where torch begins the lines of a traceback
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow  # torchrun, and two processes that import torch
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_where_one_process_gets_no_images_the_last_step_is_saved_and_the_cause_told(
+    number: int, tmp_path: Path
+) -> None:
+    """Its worker is suspended, and torchrun then told to stop; or the worker is killed."""
+    (tmp_path / "images").mkdir()
+    for i in range(9):
+        Image.new("RGB", (20, 20), (28 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    run = tmp_path / "run"
+    command = [*TORCHRUN, *SCRIPT, "--data", str(tmp_path / "images"), "--out", str(run), "--no-cache"]
+    with started([*command, "--num-workers", "1", "--log-every", "1", "--eval-every", "0"]) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "log.jsonl").exists() or len((run / "log.jsonl").read_text().splitlines()) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (second,) = (pid for pid in children(process.pid) if "RANK=1" in environment(pid))
+        (worker,) = children(second)
+        os.kill(worker, number)
+        if number == signal.SIGSTOP:
+            time.sleep(1)  # what was made ahead is used up in milliseconds
+            process.terminate()
+        out, err = process.communicate(timeout=60)
+    step = checkpoint(run)["step"]
+    assert step >= 3
+    if number == signal.SIGSTOP:
+        assert out.count(f"stopped at step {step}\n") == 1
+    else:
+        told = f"train_celeba.py: step {step + 1}: no more images: a worker was killed by SIGKILL"
+        assert err.count("train_celeba.py: step") == err.count(told) == 1, err
 
 
 def test_a_lost_process_is_reported_before_a_signal_can_end_this_one(
