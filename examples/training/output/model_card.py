@@ -34,6 +34,7 @@ from training.average import recalibrated
 from training.output.mmgeneration import published_generator
 from training.runs import checkpointing
 from training.runs.atomic_files import write, write_json
+from training.runs.folder import FILES
 from training.runs.tensor_files import read
 
 Card = dict[str, Any]
@@ -205,7 +206,7 @@ def output_folder(model: Path) -> Path:
     """The folder `generated` in that of the run, or in `runs` for a generator that is not in the folder of a run."""
     if model.is_dir():
         return model / "generated"
-    return (model.parent if checkpointing.FILES.fullmatch(model.name) else Path("runs")) / "generated"
+    return (model.parent if FILES.fullmatch(model.name) else Path("runs")) / "generated"
 
 
 def open_generator(path: Path, *, average: bool = True) -> tuple[SAGANGenerator, Card]:
@@ -243,6 +244,8 @@ def _arguments(config: Mapping[str, Any], weights: Weights, classes: Mapping[str
         "base_channels": config["base_channels"],
         "image_channels": image_channels(weights),
         "num_classes": len(classes) or None,
+        "conditioning": config.get("conditioning", "batch_norm") if classes else "batch_norm",
+        "upsampling": None if (upsampling := config.get("upsampling", "auto")) == "auto" else upsampling,
         # The setting may be auto, so read them from the weights.
         "attention_resolutions": sorted({int(name.split(".")[1]) for name in weights if name.startswith("attention.")}),
     }

@@ -17,8 +17,7 @@ import torch
 
 import torch_sagan
 from training.runs.atomic_files import write
-from training.runs.folder import CHECKPOINT, EXPLORER, IMAGE, NUMBERED
-from training.runs.folder import FILES as FILES
+from training.runs.folder import CHECKPOINT, EXPLORER, FILES, IMAGE, NUMBERED
 from training.runs.tensor_files import read
 
 # What a checkpoint contains: state dicts and plain values, under the names that they have in `TrainingState`.
