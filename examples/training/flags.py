@@ -17,7 +17,12 @@ from training.script import fail, option, path_option
 class Config:
     """All settings of the trainer. The text of each is both its comment here and its help on the command line."""
 
-    data: str = path_option("faces", "data", "faces, faces:200, digits, image folder or zip, MNIST's, CIFAR-10's files")
+    data: str = path_option(
+        "faces",
+        "data",
+        "faces, faces:200, digits, textures; mnist, fashion-mnist, kmnist, cifar10, celeba, found or downloaded; an image "
+        "folder or zip; a folder with MNIST's files, CIFAR-10's archive",
+    )
     classes: str = option("none", "data", "none, own (folders, digits, hair …) or attributes:Smiling,Male", fixed=True)
     attributes: str = path_option("", "data", "CelebA's list_attr_celeba.txt (default: the one in or beside --data)")
     image_size: int = option(64, "data", "width and height, pixels: 4 to 7 doubled several times", fixed=True)
@@ -25,7 +30,7 @@ class Config:
     channels: str = option(
         "auto", "data", "1: gray, 3: colors; auto: 3 of a folder, others' own", choices=("auto", "1", "3"), fixed=True
     )
-    mirror: bool = option(True, "data", "mirror images at random (digits and MNIST never are)")
+    mirror: bool = option(True, "data", "mirror images at random (digits, and MNIST and its like, never are)")
     cache: bool = option(True, "data", "decode a folder's images once, into a file, instead of at every epoch")
     cache_dir: str = path_option("", "data", "folder for decoded images (default: cache/ beside the folder --out)")
     num_workers: int = option(4, "data", "processes that decode with --no-cache, at most one per core", least=0)
@@ -33,6 +38,20 @@ class Config:
     architecture: str = option("dcgan", "networks", "resnet is the paper's, mnist a tutorial's", choices=ARCHITECTURES)
     z_dim: int = option(128, "networks", "length of the latent vector", least=1)
     base_channels: int = option(64, "networks", "channels of the largest feature map, doubled at each smaller one")
+    conditioning: str = option(
+        "batch_norm",
+        "networks",
+        "where a class enters G: batch_norm as the paper, or latent: short runs learn it sooner",
+        choices=("batch_norm", "latent"),
+        fixed=True,
+    )
+    upsampling: str = option(
+        "auto",
+        "networks",
+        "of dcgan's G: transposed, or nearest: no checkerboard; auto: the architecture's own",
+        choices=("auto", "transposed", "nearest"),
+        fixed=True,
+    )
     g_attention: str = option("auto", "networks", "sizes of G's feature maps with attention: 16, or 16,32, auto, none")
     d_attention: str = option("auto", "networks", "sizes of D's feature maps with attention: 8, or 4,8, auto, none")
     sigma_eps: float = option(1e-12, "networks", "eps of the spectral norm's power iteration", least=0)
@@ -91,7 +110,7 @@ class Config:
 def check(config: Config, processes: int) -> None:
     """Refuse settings that contradict each other or cannot be used. Limits of one setting are beside its default."""
     if not config.data:
-        fail("--data is empty: expected faces, digits, a folder or an archive")
+        fail("--data is empty: expected a name such as faces or mnist, a folder or an archive")
     if Path(config.out).exists() and not Path(config.out).is_dir():
         fail(f"--out {config.out}: expected a folder, but there is a file of this name")
     if config.seed >= 2**62:
@@ -101,6 +120,10 @@ def check(config: Config, processes: int) -> None:
         if getattr(config, name) > 1 or (name != "ema_decay" and getattr(config, name) == 1):
             fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(config, name)}")
     _check_penalty(config)
+    if config.conditioning == "latent" and config.classes == "none":
+        fail("--conditioning latent: with --classes none there is no class that could be joined to the latent vector")
+    if config.upsampling == "transposed" and config.architecture == "resnet":
+        fail("--upsampling transposed: --architecture resnet has nearest alone")
     if config.lr_decay == "none" and config.decay_from:
         fail(f"--decay-from {config.decay_from}: nothing decays without --lr-decay linear")
     if config.lr_decay == "linear" and config.decay_from >= config.steps:

@@ -205,6 +205,8 @@ def build_networks(
         config.architecture,
         config.image_size,
         z_dim=config.z_dim,
+        conditioning=config.conditioning if num_classes else "batch_norm",
+        upsampling=None if config.upsampling == "auto" else config.upsampling,
         attention_resolutions=resolutions("g_attention", config.g_attention),
         **shared,
     )

@@ -21,6 +21,9 @@ CONDITIONAL: dict[str, Callable[[Tensor | None], object]] = {
     "discriminator": lambda labels: SAGANDiscriminator(8, base_channels=2, num_classes=5)(
         torch.randn(2, 3, 8, 8), labels
     ),
+    "generator with the class at z": lambda labels: SAGANGenerator(
+        8, base_channels=2, num_classes=5, conditioning="latent"
+    )(torch.randn(2, 128), labels),
     "residual generator": lambda labels: SAGANGenerator(
         8, base_channels=2, num_classes=5, architecture="resnet", attention_resolutions=()
     )(torch.randn(2, 128), labels),
@@ -191,6 +194,20 @@ def test_a_trace_of_torch_script_has_the_error_of_the_look_up(kind: type[nn.Modu
 def test_the_range_when_compiled(kind: type[nn.Module], training: bool) -> None:
     module, x = network(kind)
     assert_range_is_asserted(by_compiler(module.train(training), x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("way", ["torch.export", "vmap of grad", "torch.jit.trace"])
+def test_the_range_where_the_class_is_at_the_latent_vector(way: str) -> None:
+    options = {"z_dim": 8, "base_channels": 2, "num_classes": 5, "attention_resolutions": (), "conditioning": "latent"}
+    module, x = SAGANGenerator(8, **options).eval(), torch.randn(2, 8)
+    if way != "torch.jit.trace":
+        return assert_range_is_asserted(WAYS[way](module, x))
+    traced = torch.jit.trace(module, (x, RIGHT))
+    assert torch.equal(traced(x, RIGHT.flip(0)), module(x, RIGHT.flip(0)))
+    for wrong in ([0, 5], [-1, 2]):
+        with pytest.raises(RuntimeError, match="index out of range"):
+            traced(x, torch.tensor(wrong))
 
 
 @pytest.mark.parametrize("architecture", ["dcgan", "resnet"])

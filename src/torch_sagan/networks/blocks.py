@@ -7,6 +7,7 @@ as ``block(x)``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch_sagan.attention.layer import SelfAttention2d
 from torch_sagan.networks.conditional import ConditionalBatchNorm2d, ProjectionHead
 
 __all__ = [
+    "UPSAMPLING",
     "DCGANHead",
     "DCGANProjectionHead",
     "DownBlock",
@@ -47,27 +49,15 @@ WIDEST = 16
 
 
 class UpBlock(nn.Module):
-    """Twice the size: transposed 4×4 convolution, batch norm, ReLU.
-
-    With ``kernel_size=k, stride=1, padding=0`` the 1×1 latent becomes a k×k feature map.
-    """
+    """A convolution that makes the map larger, batch norm, ReLU."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_classes: int | None,
-        spectral_norm: Normalizer,
-        *,
-        kernel_size: int = 4,
-        stride: int = 2,
-        padding: int = 1,
+        self, conv: nn.Conv2d | nn.ConvTranspose2d, num_classes: int | None, spectral_norm: Normalizer
     ) -> None:
         super().__init__()
-        self.conv: nn.Module = spectral_norm(
-            nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride, padding)
-        )
-        self.norm: nn.Module = _batch_norm(out_channels, num_classes)
+        channels = conv.out_channels
+        self.conv: nn.Module = spectral_norm(conv)
+        self.norm: nn.Module = _batch_norm(channels, num_classes)
         self.activation: nn.Module = nn.ReLU()
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
@@ -143,6 +133,13 @@ class UpsampledConv2d(nn.Conv2d):
         weight = weight.flip(2, 3).transpose(0, 1)  # (in, out, k + 1, k + 1)
         padding = self.kernel_size[0] // 2
         return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=padding)  # (B, out, 2H, 2W)
+
+
+# How a DCGAN's stage doubles its map, (in, out) -> convolution: both are one transposed 4×4 convolution of stride 2.
+UPSAMPLING: dict[str, Callable[[int, int], nn.Conv2d | nn.ConvTranspose2d]] = {
+    "transposed": partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1),
+    "nearest": partial(UpsampledConv2d, kernel_size=3, padding=1),
+}
 
 
 class PooledConv2d(nn.Conv2d):
