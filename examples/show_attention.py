@@ -21,7 +21,7 @@ from torch_sagan import record_attention
 from training.data.labels import parse_labels
 from training.output.image_io import save_attention, save_explorer
 from training.output.model_card import open_generator, output_folder
-from training.output.sampling import QUERIES
+from training.output.query_points import COUNT, telling_queries
 from training.script import Parser, fail, given_path, script
 
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--query", metavar="ROW,COLUMN", action="append",
         help="a query position: pixels (33,24) or fractions of the image (0.52,0.37), from its upper left corner; "
-        f"repeat for more (default: {' '.join(f'{row},{column}' for row, column in QUERIES)})",
+        f"repeat for more (default: {COUNT} positions that attend to different things)",
     )  # fmt: skip
     parser.add_argument("--layer", help="the attention layer of the figure (default: the last one)")
     parser.add_argument("--samples", type=int, default=4, help="images, one row each (default: %(default)s)")
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layer = given.layer or list(records)[-1]
     if layer not in records:
         parser.error(f"--layer {layer}: this generator has {', '.join(records)}")
-    size, positions = images.shape[2], [] if given.query else list(QUERIES)
+    size, positions = images.shape[2], [] if given.query else telling_queries(records[layer][0])
     for query in given.query or ():
         try:
             row, column = (fraction(text, size) for text in query.split(","))

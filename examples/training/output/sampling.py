@@ -12,14 +12,12 @@ from training.average import recalibrated
 from training.data.dataset import ImageSet
 from training.data.sources import InfiniteBatchSampler
 from training.output.image_io import save_attention, save_explorer, save_grid
+from training.output.query_points import telling_queries
 from training.script import fail
 from training.state import TrainingState
 
 COLUMNS = 8
 CLASSES_SHOWN = 16  # at most so many rows in a grid with classes
-
-# The overlay's query positions, (row, column) as fractions: an eye, the mouth, the hair, the background.
-QUERIES = ((0.52, 0.37), (0.73, 0.5), (0.15, 0.5), (0.06, 0.06))
 
 
 def sample_inputs(state: TrainingState) -> tuple[Tensor, Tensor | None]:
@@ -64,7 +62,7 @@ def draw(state: TrainingState, out: Path) -> dict[str, Path]:
         with record_attention(generator) as records:
             images = generator(z[shown], None if labels is None else labels[shown])  # (6, C, S, S)
         *_, (last,) = records.values()
-        save_attention(paths["attention"], images, last, QUERIES, rows[:6])
+        save_attention(paths["attention"], images, last, telling_queries(last), rows[:6])
         if "explorer" in paths:
             save_explorer(paths["explorer"], images, records)
     return paths
