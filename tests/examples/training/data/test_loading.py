@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import train_celeba
+from processes import started
 from tiny_runs import SCRIPT, assert_same, checkpoint, resume, train
 from training import step
 from training.data.dataset import Batch, Pixels, Problems
@@ -163,11 +164,8 @@ def run(images: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A run of its own process that decodes in one worker and has no checkpoint yet."""
     command = [sys.executable, *SCRIPT, "--data", str(images), "--out", str(tmp_path / "run"), "--no-cache"]
     command += ["--num-workers", "1", "--log-every", "1", "--eval-every", "0", "--steps", "1000000"]
-    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+    with started(command) as process:
+        yield process
 
 
 def worker_of(process: subprocess.Popen[str]) -> int:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import train_celeba
+from processes import started
 from tiny_runs import SCRIPT, assert_same, checkpoint, lines, resume, train
 from training.runs import checkpointing
 
@@ -341,19 +343,9 @@ def test_a_complete_run_draws_what_is_missing(tmp_path: Path, capsys: pytest.Cap
 # A run in a process of its own imports torch, which takes seconds.
 
 
-def start(out: Path, image_folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        *SCRIPT,
-        "--data",
-        str(image_folder),
-        "--out",
-        str(out),
-        "--num-workers",
-        "1",
-        *arguments,
-    ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def start(out: Path, image_folder: Path, *arguments: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    command = [sys.executable, *SCRIPT, "--data", str(image_folder), "--out", str(out), "--num-workers", "1"]
+    return started([*command, *arguments])
 
 
 def wait_for_a_line(out: Path, process: subprocess.Popen[str], more_than: int = 0) -> None:

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 import train_celeba
+from processes import started
 from tiny_runs import SCRIPT, assert_same, checkpoint, lines, resume, train
 from training import step
 from training.runs.signals import ASKING, StopRequested, deferred_signals, stop_requested
@@ -173,10 +173,8 @@ def test_a_closed_terminal_ends_a_run_in_order_unless_it_runs_under_nohup(nohup:
         "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
         f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if nohup else 'SIG_DFL'}); os.execv(sys.argv[1], sys.argv[1:])"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", become, *command, *wanted],
-        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-    ) as process:  # fmt: skip
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    with started([sys.executable, "-c", become, *command, *wanted], **streams) as process:
         os.close(terminal)
         deadline = time.monotonic() + 120
         while not (tmp_path / "log.jsonl").exists() or len(lines(tmp_path)) < 3:
@@ -205,9 +203,7 @@ def test_the_job_script_of_the_docs_saves_before_the_end_and_requeues(tmp_path: 
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    with subprocess.Popen(
-        ["bash", "-c", script.replace(flags, tiny)], env=environment, stdout=-1, stderr=-1, text=True
-    ) as process:
+    with started(["bash", "-c", script.replace(flags, tiny)], env=environment) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "run" / "log.jsonl").exists() or len(lines(tmp_path / "run")) < 3:
             assert process.poll() is None, process.communicate()

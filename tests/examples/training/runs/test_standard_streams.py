@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from processes import started
 from tiny_runs import SCRIPT, checkpoint, train
 from training.runs.standard_streams import UnfailingStream, escaped, unfailing_streams
 from training.script import script
@@ -65,11 +66,11 @@ def test_in_a_shell(tmp_path: Path) -> None:
         for i, how in enumerate(ways):
             run = " ".join([*RUN, "--out", str(tmp_path / str(i))])
             command = ["bash", "-c", "set -o pipefail; " + how.format(run=run)]
-            running.append(stack.enter_context(subprocess.Popen(command, stdout=-1, stderr=-1)))
+            running.append(stack.enter_context(started(command)))
         for i, process in enumerate(running):
             out, err = process.communicate(timeout=300)
             assert process.returncode == 0, (ways[i], out, err)
-            assert b"Traceback" not in out + err
+            assert "Traceback" not in out + err
             assert checkpoint(tmp_path / str(i))["step"] == 3
             assert len((tmp_path / str(i) / "log.jsonl").read_text().splitlines()) == 3
 
