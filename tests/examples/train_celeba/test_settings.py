@@ -51,7 +51,7 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--batch-size", "many"], r"--batch-size: invalid int value: 'many'"),
         (["--learning-rate", "1"], r"unrecognized arguments: --learning-rate 1"),
         (["--lr-g", "nan"], r"--lr-g must be at least 0, got nan"),
-        (["--data", ""], r"--data is empty: expected faces, digits, a folder or an archive"),
+        (["--data", ""], r"--data is empty: expected a name such as faces or mnist, a folder or an archive"),
         (["--out", __file__], r"--out .*: expected a folder, but there is a file of this name"),
         (["--seed", str(2**63)], r"--seed must be below 2\^62, got 9223372036854775808"),
         (["--device", "meta"], r"--device meta: .*META"),
@@ -64,6 +64,11 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for weight in ("much", "-1", "nan", "inf")
         ),
         (["@nowhere.txt"], r"^train_celeba\.py: @nowhere\.txt: No such file or directory"),
+        (["--conditioning", "latent"], r"--conditioning latent: with --classes none there is no class"),
+        (
+            ["--upsampling", "transposed", "--architecture", "resnet"],
+            r"--upsampling transposed: --architecture resnet has nearest alone$",
+        ),
         (["--decay-from", "2"], r"--decay-from 2: nothing decays without --lr-decay linear"),
         (
             ["--lr-decay", "linear", "--decay-from", "9", "--steps", "9"],

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import generate
 from generators import ANIMALS, checkpoint, shaken
-from tiny_runs import train
+from tiny_runs import resume, train
 from torch_sagan import SAGANGenerator, spectral_norms
 from training.average import recalibrated
 from training.output import model_card
@@ -55,11 +55,14 @@ def test_export_and_back(arguments: dict[str, Any], tmp_path: Path) -> None:
     assert grid(alone, tmp_path / "after") == before
 
 
-def test_the_trainers_own_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--conditioning", "latent", "--upsampling", "nearest"]])
+def test_the_trainers_own_checkpoint(options: list[str], tmp_path: Path) -> None:
     trained, alone = tmp_path / "run", tmp_path / "digits.safetensors"
-    assert train(trained, "--classes", "own", "--steps", "2", "--lr-g", "0.01", "--eval-every", "0") == 0
+    assert train(trained, "--classes", "own", "--steps", "1", "--lr-g", "0.01", "--eval-every", "0", *options) == 0
+    assert resume(trained, "--steps", "2") == 0
     before = grid(trained, tmp_path / "before", "--labels", "7,3", "--export", str(alone))
     generator, card = model_card.load(alone)
+    assert generator.conditioning == ("latent" if options else "batch_norm")
     state = torch.load(trained / "checkpoint.pt", weights_only=True)
     for name, tensor in generator.named_parameters():
         assert torch.equal(tensor, state["average"][name])
