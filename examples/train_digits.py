@@ -2,7 +2,7 @@
 requested digits.
 
     python examples/train_digits.py                              # scikit-learn's digits, nothing to download
-    python examples/train_digits.py --data ~/mnist --steps 20000 # a folder with MNIST's own files, packed or not
+    python examples/train_digits.py --data mnist --steps 20000   # downloaded, or a folder with MNIST's own files
     python examples/train_digits.py --classes none               # without classes
 
 It is train_celeba.py with the settings of recipes/digits.txt, and takes all of its flags: images of 28 pixels and one
@@ -26,6 +26,7 @@ import torch
 import train_celeba
 from evaluation.class_agreement import ClassAgreement, kernel_classifier
 from training.data.mnist import is_mnist
+from training.data.public_sets import LIKE_MNIST
 from training.data.sources import ArrayDataset, open_data
 from training.flags import Config, default_out
 from training.output.model_card import open_generator
@@ -63,8 +64,8 @@ def ask(run: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [f"@{RECIPE}", *(sys.argv[1:] if arguments is None else arguments)]
     args = read_arguments(Config, arguments, "Train a SAGAN on handwritten digits; the settings are train_celeba.py's.")
-    if args["data"] != "digits" and not is_mnist(Path(args["data"])):
-        fail(f"--data {args['data']} is neither 'digits' nor a folder with MNIST's files")
+    if args["data"] not in ("digits", *LIKE_MNIST) and not is_mnist(Path(args["data"])):
+        fail(f"--data {args['data']} is neither {', '.join(LIKE_MNIST)}, 'digits' nor a folder with MNIST's files")
     status = train_celeba.main(arguments)
     if status == 0 and not args["dry_run"] and int(os.environ.get("RANK", "0")) == 0:
         resumed = train_celeba.folder_to_resume(args["resume"], args)

@@ -20,8 +20,8 @@ class Config:
     data: str = path_option(
         "faces",
         "data",
-        "faces, faces:200, digits, textures; mnist, fashion-mnist, kmnist, cifar10, celeba, found or downloaded; an image "
-        "folder or zip; a folder with MNIST's files, CIFAR-10's archive",
+        "faces, faces:200, digits, textures; mnist, fashion-mnist, kmnist, cifar10, celeba: found or downloaded; an "
+        "image folder or zip; a folder with MNIST's files, CIFAR-10's archive",
     )
     classes: str = option("none", "data", "none, own (folders, digits, hair …) or attributes:Smiling,Male", fixed=True)
     attributes: str = path_option("", "data", "CelebA's list_attr_celeba.txt (default: the one in or beside --data)")

@@ -191,7 +191,7 @@ def test_attention_is_the_tutorials(network: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "nowhere"], "--data nowhere is neither 'digits' nor"),
+        (["--data", "nowhere"], "--data nowhere is neither mnist, fashion-mnist, kmnist, 'digits' nor"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--noise", "-1"], "--noise must be at least 0, got -1"),
         (["--noise", "inf"], "--noise must be finite, got inf"),

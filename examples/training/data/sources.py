@@ -38,7 +38,11 @@ from training.data.labels import (
     read_attributes,
 )
 from training.data.mnist import TEST, TRAINING, is_mnist, read_labels, read_mnist
+from training.data.public_sets import NAMES, SETS, class_names, public_files
+from training.data.textures import CLASSES as TEXTURES
+from training.data.textures import read_textures
 
+BUILT_IN = ("faces", "digits", "textures")
 FACES = 4096
 ATTRIBUTES = "attributes:"
 
@@ -123,15 +127,15 @@ def open_data(
     if attributes and not classes.startswith(ATTRIBUTES):
         raise ValueError(f"--attributes {attributes}: only --classes {ATTRIBUTES}Smiling,Male has attributes")
     named = _named_attributes(classes)
-    if (source := _in_memory(data, size)) is not None:
+    root = _locate(data)
+    if (source := _in_memory(data, root, size)) is not None:
         _adapt(source, data, classes, channels, mirror)
         if source.labels:
             check_classes(source.labels, f"--classes {classes}")
         return source
-    root = Path(data)
     labeling = _attribute_labeling(root, named, attributes) if named else from_folders if classes == "own" else None
     colors = 1 if channels == "1" else 3
-    folder = _open_folder(data, size, crop, cache, verify, labeling, colors)
+    folder = _open_folder(data, root, size, crop, cache, verify, labeling, colors)
     folder.flip = mirror
     return folder
 
@@ -142,29 +146,37 @@ def open_held_out(
     """Images of the same kind that `open_data` never returns, with the same classes in the same order; None if the data
     set keeps none, as digits, folders of images, and MNIST's files without `t10k-…`.
 
-    Of CIFAR-10 and in MNIST's files it is the test part. After `faces:200` come the faces from number 200 on.
+    Of CIFAR-10 and of MNIST's files it is the test part, of textures a band of each photograph. After `faces:200` come
+    the faces from number 200 on.
 
     Every error is a ValueError or an OSError with one line.
     """
     _named_attributes(classes)
-    if (held_out := _in_memory(data, size, held_out=True)) is not None:
+    if (held_out := _in_memory(data, _locate(data), size, held_out=True)) is not None:
         _adapt(held_out, data, classes, channels, mirror)
     return held_out
 
 
-def _in_memory(data: str, size: int, *, held_out: bool = False) -> ArrayDataset | None:
+def _locate(data: str) -> Path:
+    """Where the files are that `--data` names."""
+    return public_files(data) if data in NAMES else Path(data)
+
+
+def _in_memory(data: str, root: Path, size: int, *, held_out: bool = False) -> ArrayDataset | None:
     """The data set that is no folder of images, or its held-out part; None if there is none."""
-    root = Path(data)
     if numbers := face_numbers(data):
         if held_out:
             numbers = range(numbers.stop, numbers.stop + FACES)
         return procedural_faces(size, len(numbers), first=numbers.start)
     if data == "digits":
         return None if held_out else digits(size)
+    if data == "textures":
+        return textures(size, held_out=held_out)
     if is_cifar10(root):
         return cifar10(root, size, held_out=held_out)
     if root.is_dir() and is_mnist(root):
-        return mnist(root, size, held_out=held_out)
+        names = SETS[data].classes if data in SETS else class_names(root)
+        return mnist(root, size, names, held_out=held_out)
     return None
 
 
@@ -217,16 +229,25 @@ def digits(size: int) -> ArrayDataset:
     return ArrayDataset(pixels, Labels(tuple(map(str, range(10))), content.target.astype(np.int64)), flip=False)
 
 
-def mnist(folder: Path, size: int, *, held_out: bool = False) -> ArrayDataset | None:
+def textures(size: int, *, held_out: bool = False) -> ArrayDataset:
+    """Patches of two photographs, or those held out; their classes are the photographs."""
+    images, labels = read_textures(held_out=held_out)
+    return ArrayDataset(_resized(images, size), Labels(TEXTURES, labels))
+
+
+def mnist(folder: Path, size: int, names: tuple[str, ...], *, held_out: bool = False) -> ArrayDataset | None:
     """MNIST's training or test images, or those of a data set in the same files; None without test images. Their
-    classes are the numbers of the labels."""
+    classes have these names, or those of digits if there are none."""
     if held_out and not is_mnist(folder, TEST):
         return None
     images, labels = read_mnist(folder, TEST if held_out else TRAINING)
     count = int(read_labels(folder, TRAINING).max()) + 1
     if labels.max() >= count:
         raise ValueError(f"{folder}: a label of the test images is {labels.max()}, above all of the training images")
-    return ArrayDataset(_resized(images, size), Labels(tuple(map(str, range(count))), labels), flip=False)
+    if names and count > len(names):
+        raise ValueError(f"{folder}: expected {len(names)} classes ({', '.join(names)}), the labels have {count}")
+    classes = names or tuple(map(str, range(count)))
+    return ArrayDataset(_resized(images, size), Labels(classes, labels), flip=False)
 
 
 def cifar10(archive: Path, size: int, *, held_out: bool = False) -> ArrayDataset | None:
@@ -268,6 +289,7 @@ def _attribute_table(root: Path, names: list[str], attributes: str) -> dict[str,
 
 def _open_folder(
     data: str,
+    root: Path,
     size: int,
     crop: int | None,
     cache: Path | None,
@@ -275,9 +297,9 @@ def _open_folder(
     labeling: Labeling | None,
     channels: int,
 ) -> ImageFolder | CachedFolder:
-    root = Path(data)
     if not root.exists():
-        raise ValueError(f"--data {data}: no such folder or zip archive (and neither 'faces' nor 'digits')")
+        names = ", ".join((*BUILT_IN, *NAMES))
+        raise ValueError(f"--data {data}: no such folder or zip archive (and none of {names})")
     if not root.is_dir() and not (root.is_file() and zipfile.is_zipfile(root)):
         raise ValueError(
             f"--data {data}: expected a folder of images or a zip archive; this is neither, or it is incomplete"

@@ -1,35 +1,15 @@
-"""CIFAR-10's archive, written here from its format."""
+"""CIFAR-10's archive: images, labels and names of both parts, and one line for another or a damaged file."""
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cifar10_files import CLASSES, META, archive, records
 from training.data.cifar10 import is_cifar10, read_cifar10
 from training.data.sources import open_data, open_held_out
-
-CLASSES = ["airplane", "cat", "truck"]
-
-
-def archive(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def records(labels: list[int], seed: int) -> tuple[bytes, np.ndarray]:
-    images = np.random.default_rng(seed).integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)
-    return b"".join(bytes([label]) + image.tobytes() for label, image in zip(labels, images, strict=True)), images
-
-
-META = "\n".join(CLASSES).encode() + b"\n\n"
 
 
 def test_images_labels_and_names(tmp_path: Path) -> None:

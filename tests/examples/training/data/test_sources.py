@@ -76,6 +76,7 @@ def test_mirroring_can_be_disabled(mirror: bool, gray: Path, tmp_path: Path) -> 
 def test_a_run_on_gray_unmirrored_images_is_scored_against_such(
     gray: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    Image.new("L", (20, 20), 120).save(gray / "3.png")  # four images have two halves to compare
     train(tmp_path / "run", "--data", str(gray), "--steps", "1", "--channels", "1", "--no-mirror")
     assert "--channels 1" not in capsys.readouterr().out  # advice for those that have not given it
     assert checkpoint(tmp_path / "run")["generator"]["to_image.weight"].shape[1] == 1
