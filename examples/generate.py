@@ -26,12 +26,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaluation.class_agreement import class_agreement
-from evaluation.evaluator import Evaluator, real_images
+from evaluation.evaluator import listed, open_evaluator
 from torch_sagan import SAGANGenerator
 from training.data.image_folder import ImageFolder
 from training.data.labels import parse_labels
-from training.data.sources import crop_setting, open_data
+from training.data.sources import DataSource, crop_setting, folder_of, open_data, open_held_out
 from training.latents import draw_labels, draw_latents, walk
 from training.output.image_io import save_animation, save_grid, save_images
 from training.output.model_card import Card, open_generator, output_folder, save
@@ -95,7 +94,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     score.add_argument(
         "--classes",
         default="auto",
-        help="the classes of DATA, as the trainer's (default: own for faces and digits, else none)",
+        help="the classes of DATA, as the trainer's (default: own for a generator with classes, where DATA have some)",
     )
     score.add_argument("--attributes", type=expanded, default="", help="list_attr_celeba.txt, as the trainer's")
     score.add_argument("--samples", type=int, default=2048, help="images of each kind (default: 2048)")
@@ -194,34 +193,66 @@ def write_images(
     return written
 
 
+def open_real_images(args: argparse.Namespace, card: Card, conditional: bool) -> tuple[DataSource, DataSource | None]:
+    """The images of `--score DATA`, and those that DATA hold out. They have the classes of the generator, or none."""
+    size, channels = card["generator"]["image_size"], str(card["generator"].get("image_channels", 3))
+    mirror = bool(card.get("mirror", True))
+
+    def opened(classes: str) -> tuple[DataSource, DataSource | None]:
+        data = open_data(
+            args.score,
+            size=size,
+            crop=crop_setting(args.crop or str(card.get("crop", "auto"))),
+            classes=classes,
+            attributes=args.attributes,
+            channels=channels,
+            mirror=mirror,
+        )
+        held_out = open_held_out(args.score, size=size, classes=classes, channels=channels, mirror=mirror)
+        if data.labels and list(data.labels.classes) != list(card.get("classes", ())):
+            theirs, ours = (", ".join(names) for names in (data.labels.classes, card.get("classes", ())))
+            raise ValueError(
+                f"--data {args.score}: its classes ({theirs}) are not the generator's ({ours}); see --classes"
+            )
+        return data, held_out
+
+    if args.classes != "auto" or not conditional:
+        return opened("none" if args.classes == "auto" else args.classes)
+    try:
+        return opened("own")
+    except ValueError:
+        data, held_out = opened("none")
+        if folder_of(data) is None:  # a data set with classes, which are others
+            raise
+        return data, held_out
+
+
+def cache_folder(model: Path) -> Path:
+    """Where the trainer keeps what runs share: beside the folder of the run."""
+    run = output_folder(model).parent.resolve()
+    return (run if run == Path("runs").resolve() else run.parent) / "cache"
+
+
 def score(
     args: argparse.Namespace, generator: SAGANGenerator, card: Card, classes: list[int], device: torch.device
 ) -> Card:
-    """Scores of the generator against `--score DATA`."""
-    own = "own" if classes and args.score.partition(":")[0] in ("faces", "digits") else "none"
+    """Scores of the generator against `--score DATA`, each beside that of real images."""
     try:
-        data = open_data(
-            args.score,
-            size=card["generator"]["image_size"],
-            crop=crop_setting(args.crop or str(card.get("crop", "auto"))),
-            classes=own if args.classes == "auto" else args.classes,
-            attributes=args.attributes,
-            channels=str(card["generator"].get("image_channels", 3)),
-            mirror=bool(card.get("mirror", True)),
-        )
+        data, held_out = open_real_images(args, card, bool(classes))
     except ValueError as error:
         fail(str(error).replace("--data", "--score", 1))
-    if data.labels and list(data.labels.classes) != list(card.get("classes", ())):
-        theirs, ours = (", ".join(names) for names in (data.labels.classes, card.get("classes", ())))
-        fail(f"--score {args.score}: its classes ({theirs}) are not the generator's ({ours}); see --classes")
-    evaluator = Evaluator(
-        real_images(data, args.samples, flip=data.flip),
+    evaluator = open_evaluator(
+        data,
+        held_out,
         samples=args.samples,
+        cache=cache_folder(args.model),
         device=device,
         inception=args.inception,
-        agreement=class_agreement(args.score, data) if classes else None,
         per_class=True,
     )
+    print(f"scored    {evaluator.samples} images of each kind, against {evaluator.against}")
+    if evaluator.classifier:
+        print(f"classifier {evaluator.classifier.about}")
     if evaluator.note:
         print(evaluator.note, file=sys.stderr)
 
@@ -257,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         written = write_images(args, generator, card, classes, device)
         if args.score:
             card["scores"] = score(args, generator, card, classes, device)
-            print("scores    " + ", ".join(f"{name} {value}" for name, value in card["scores"].items()))
+            print(f"scores    {listed({n: value for n, value in card['scores'].items() if isinstance(value, float)})}")
         if args.export:
             save(generator.cpu().state_dict(), card, args.export)
             written += [args.export, args.export.with_suffix(".json")]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from evaluation.evaluator import REAL
 from training.flags import Config
 from training.output.image_io import row_names
 from training.runs.atomic_files import write_text
@@ -32,6 +33,7 @@ Points = list[tuple[float, float]]  # (step, value)
 
 TITLES = {"loss": "losses", "gamma": "gammas of the attention layers", "images_per_second": "speed"}
 UNITS = {"losses": "loss", "gammas of the attention layers": "gamma", "speed": "images per second"}
+OF_REAL_IMAGES = " of real images"  # ends the name of a line that is as good as a score gets
 COLORS = ("#3b78c8", "#d0603f", "#3f9a62", "#9468bd", "#b98a1f", "#4aa3a8", "#c4588f", "#808080")
 WIDTH, HEIGHT = 400, 230  # of a chart; nearly the width of a phone, so that its numbers stay legible
 LEFT, RIGHT, ABOVE, BELOW = 58, 20, 26, 40  # margins around its curves
@@ -93,7 +95,8 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
 
 
 def charts(found: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
-    """Curves that share a chart, under its title. Each score has a scale, and so a chart, of its own."""
+    """Curves that share a chart, under its title. Each score has a scale, and so a chart, of its own, with that of real
+    images."""
     grouped: dict[str, dict[str, Points]] = {}
     for name, points in found.items():
         table, _, entry = name.rpartition("/")
@@ -101,6 +104,8 @@ def charts(found: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
             kind, short = "loss", name.removeprefix("loss_").upper()
         elif table and table != "scores":
             kind, short = table, entry
+        elif table and (score := name.removesuffix(REAL)) != name and score in found:
+            kind, short = score, entry.removesuffix(REAL) + OF_REAL_IMAGES
         else:
             kind, short = name, entry
         grouped.setdefault(TITLES.get(kind, kind.replace("_", " ").replace("/", ", ")), {})[short] = points
@@ -153,8 +158,12 @@ def chart(lines: Mapping[str, Points], unit: str) -> str:
         parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
     for step in ticks(first, last, 4):
         parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 23}" text-anchor="middle">{step:.6g}</text>')
-    for i, points in enumerate(lines.values()):
+    for i, (name, points) in enumerate(lines.items()):
         color = COLORS[i % len(COLORS)]
+        if name.endswith(OF_REAL_IMAGES):  # the same at every step, so a line from edge to edge
+            across = f"M{LEFT} {y(points[-1][1]):.1f}H{WIDTH - RIGHT}"
+            parts.append(f'<path d="{across}" stroke="{color}" stroke-width="1.6" stroke-dasharray="6 4"/>')
+            continue
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
         if len(points) <= 20:  # makes few points, or a single one, visible

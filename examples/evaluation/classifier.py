@@ -50,6 +50,7 @@ class Network(nn.Module):
 
     def __init__(self, size: int, channels: int, classes: int) -> None:
         super().__init__()
+        self.shape = (channels, size, size)
         stride = 2 ** max(0, round(math.log2(size / TRUNK)))  # 1 up to 39 pixels, 2 up to 79, 4 up to 158 …
         pool = nn.MaxPool2d(2)
         self.trunk = nn.Sequential(
@@ -75,11 +76,18 @@ class Classifier:
         scale: a number that features are multiplied by: their total variance over real images is then 100, so that
             distances are comparable with that.
         accuracy: the share of images that it has not learned from whose class it sees.
+        tested: how many these were.
         recalls: that share in each class, NaN where there was no image of the class.
     """
 
-    def __init__(self, network: nn.Module, scale: float, accuracy: float, recalls: list[float]) -> None:
-        self.network, self.scale, self.accuracy, self.recalls = network.eval(), scale, accuracy, recalls
+    def __init__(self, network: Network, scale: float, accuracy: float, tested: int, recalls: list[float]) -> None:
+        self.network, self.scale = network.eval(), scale
+        self.accuracy, self.tested, self.recalls = accuracy, tested, recalls
+
+    @property
+    def about(self) -> str:
+        """How good it is, in one line."""
+        return f"{100 * self.accuracy:.1f} % right on {self.tested} real images that it did not learn from"
 
     def to(self, device: torch.device | str) -> Classifier:
         """The same one, on a device."""
@@ -89,6 +97,9 @@ class Classifier:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Classified:
         """Features and classes, on the CPU, of uint8 images (N, C, S, S)."""
+        if images.dtype != torch.uint8 or images.shape[1:] != self.network.shape:
+            expected = ", ".join(map(str, self.network.shape))
+            raise ValueError(f"expected uint8 images (N, {expected}), got {images.dtype} {tuple(images.shape)}")
         device = next(self.network.parameters()).device
         seen = [self.network(_normalized(part.to(device))) for part in images.split(BATCH)]
         features, logits = (torch.cat(column).float().cpu() for column in zip(*seen, strict=True))
@@ -115,12 +126,13 @@ def train(data: ImageSet, held_out: ImageSet | None = None, *, seed: int = 0) ->
         _, channels, size, _ = data[[(0, False)]].images.shape
         network = Network(size, channels, len(labels.classes))
         _fit(network, data, learned, seed)
-        classifier = Classifier(network, 1.0, math.nan, [])
+        classifier = Classifier(network, 1.0, math.nan, 0, [])
         tested = data if held_out is None else held_out
         numbers = order[:fifth] if held_out is None else np.random.default_rng(seed).permutation(len(tested))
         right, of_class = _count_right(classifier, tested, numbers[:TESTED], len(labels.classes))
         classifier.scale = _scale(classifier, data, learned[:TESTED])
-    classifier.accuracy = right.sum().item() / max(1, of_class.sum().item())
+    classifier.tested = int(of_class.sum())
+    classifier.accuracy = right.sum().item() / max(1, classifier.tested)
     classifier.recalls = (right / of_class).tolist()
     return classifier
 

@@ -27,6 +27,7 @@ from evaluation.classifier import Classifier, Network, train
 from training.data.dataset import ImageSet
 from training.runs.tensor_files import read
 
+KNOWN = ("scale", "accuracy", "tested", "recalls")  # what a file holds beside the weights
 LOOKED_AT = 64  # images whose pixels are in the fingerprint: they depend on size, crop and decoder, too
 
 
@@ -86,7 +87,7 @@ def _read(path: Path, about: dict[str, Any]) -> Classifier | None:
         channels, size, _ = about["data"]["shape"]
         network = Network(size, channels, len(about["classes"]))
         network.load_state_dict(content["network"])
-        return Classifier(network, content["scale"], content["accuracy"], content["recalls"])
+        return Classifier(network, *(content[name] for name in KNOWN))
     except Exception:  # whatever a damaged or foreign file makes the reader raise
         return None
 
@@ -95,10 +96,7 @@ def _write(path: Path, classifier: Classifier, about: dict[str, Any]) -> None:
     content = {
         "about": about,
         "network": classifier.network.state_dict(),
-        "scale": classifier.scale,
-        "accuracy": classifier.accuracy,
-        "recalls": classifier.recalls,
-    }
+    } | {name: getattr(classifier, name) for name in KNOWN}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}-{secrets.token_hex(4)}.part")  # of this process alone
     try:

@@ -1,18 +1,22 @@
-"""Scores of a generator against real images, all from one set of generated ones.
+"""Scores of a generator against real images, all from one set of generated ones, each beside that of real images.
 
-    evaluator = Evaluator(real_images(source, 2000), samples=2000, device=device)   # reads the real images once
-    evaluator(generator, z_dim)                                                     # {"fid": 48.1, …, "swd": 31.2}
+    evaluate = open_evaluator(data, held_out, samples=2000, cache=Path("runs/cache"))   # reads the real images once
+    evaluate(generator, inputs)           # {"classifier_distance": 48.1, "classifier_distance_real": 1.2, …}
 
-With Inception (inception.py): FID, KID, Inception score, precision, recall, and FID of each class. Without it
-only the sliced Wasserstein distance, and `Evaluator.note` gives the reason. All but KID depend on the number of images:
-compare only scores of equal numbers.
+With Inception (inception.py): FID, KID, Inception score, precision, recall, and FID of each class. For images with
+classes, by a classifier of these images (classifier.py): the Fréchet distance of its features, their precision and
+recall, and the share of samples of the requested class. Always the sliced Wasserstein distance. `Evaluator.note` says
+why there is no FID. All but KID and agreement depend on the number of images: compare only scores of equal numbers.
+
+A score `x_real` is that of as many other real images in the generator's place: as good as it gets.
 
 Evaluation does not affect training: the generator keeps its mode and buffers, and the random state is restored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -21,15 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation.class_agreement import ClassAgreement
+from evaluation.classifier import Classified, Classifier
+from evaluation.classifier_cache import open_classifier
 from evaluation.fid import fid, fid_per_class
+from evaluation.frechet import frechet_distance
 from evaluation.inception import Extractor, Features, InceptionUnavailable, load_inception
 from evaluation.inception_score import inception_score
 from evaluation.kid import kid
 from evaluation.precision_recall import NEIGHBOR, precision_recall
-from evaluation.sliced_wasserstein import distances, slices
+from evaluation.sliced_wasserstein import COARSEST, distances, slices
 from training.data.dataset import Batch, ImageSet
 
+REAL = "_real"  # ends the names of the scores of real images
 SLICED = 2048  # at most so many images for the sliced Wasserstein distance, since their patches are kept
 
 Sampler = Callable[[int, torch.Generator], Sequence[Tensor]]  # how many, random numbers -> z, or z and labels
@@ -39,7 +46,8 @@ class Seen(NamedTuple):
     """The data that are kept of a set of images."""
 
     images: Tensor  # uint8 (at most SLICED, C, H, W)
-    features: Features | None
+    features: Features | None  # Inception's
+    classified: Classified | None
     labels: Tensor | None  # (N,)
     size: int
 
@@ -49,16 +57,20 @@ class Evaluator:
 
     Args:
         real: batches of real images; the first `samples` images are taken.
+        others: batches of as many other real images, which are scored in the generator's place.
         samples: images of each kind; fewer if `real` has fewer.
         batch_size: images that the generator and Inception see at a time.
         device: where both run.
         inception: path of torch-fidelity's Inception weights, None to look in torch.hub's folder, or an extractor of
             your own.
-        agreement: a classifier of real images; adds `agreement`, the share of samples of the requested class.
-        per_class: also give the FID of each class that has images, as `fid_class_3`.
+        classifier: of real images; adds `classifier_distance`, the Fréchet distance of its features, their precision
+            and recall, and `agreement`, the share of samples of the requested class.
+        per_class: also give FID and agreement of each class that has images, as `fid_class_3`.
 
     Attributes:
         note: why there is no FID, in one line; empty if there is one.
+        real_scores: those of the other real images.
+        against: what the first set of real images is, in a few words.
 
     Raises:
         ValueError: for images of another shape or type, for fewer than two, and for a path of weights that cannot be
@@ -68,17 +80,19 @@ class Evaluator:
     def __init__(
         self,
         real: Iterable[Batch],
+        others: Iterable[Batch] | None = None,
         *,
         samples: int,
         batch_size: int = 64,
         device: torch.device | str = "cpu",
         inception: Path | Extractor | None = None,
-        agreement: ClassAgreement | None = None,
+        classifier: Classifier | None = None,
         per_class: bool = False,
     ) -> None:
         self.batch_size, self.device = batch_size, torch.device(device)
-        self.agreement, self.per_class = agreement, per_class
-        self.note = ""
+        self.classifier = classifier.to(self.device) if classifier else None
+        self.per_class = per_class
+        self.note, self.against = "", "real images"
         self.extract: Extractor | None = None
         try:
             self.extract = inception if callable(inception) else load_inception(inception, self.device)
@@ -91,6 +105,13 @@ class Evaluator:
         if self.samples < 2:
             raise ValueError(f"expected two real images or more, got {self.samples}")
         self.slices = slices(self.real.images, device=self.device)
+        self.real_scores: dict[str, float] = {}
+        if others is not None:
+            with seeded(self.device, 0):
+                scores = self._scores(self._look(_first(others, self.samples)))
+            self.real_scores = {name: value for name, value in scores.items() if not name.startswith("agreement")}
+            if classifier:  # with images that it has not learned from
+                self.real_scores |= _agreements(classifier.accuracy, classifier.recalls if per_class else [])
 
     def __call__(self, generator: nn.Module, inputs: int | Sampler, *, seed: int = 0) -> dict[str, float]:
         """The scores of the generator's images. Select by the first one; smaller is better.
@@ -103,7 +124,7 @@ class Evaluator:
         """
         draw = inputs if callable(inputs) else lambda count, rng: (torch.randn(count, inputs, generator=rng),)
         rng = torch.Generator().manual_seed(seed)
-        wanted = self.samples if self.extract else min(self.samples, SLICED)
+        wanted = self.samples if self.extract or self.classifier else min(self.samples, SLICED)
 
         def generated() -> Iterator[Batch]:
             for start in range(0, wanted, self.batch_size):
@@ -112,13 +133,17 @@ class Evaluator:
                 yield Batch((images.float() * 127.5 + 127.5).round().clamp(0, 255).byte(), *labels)
 
         with torch.no_grad(), evaluation_mode(generator), seeded(self.device, seed):
-            fake = self._look(generated())
-            scores = self._inception_scores(fake)
-            scores["swd"] = distances(self.slices, slices(fake.images, like=self.slices, device=self.device))["mean"]
-            if self.agreement and fake.labels is not None:
-                labels = fake.labels[: len(fake.images)].numpy()
-                scores["agreement"] = self.agreement(fake.images.numpy(), labels)
-        return scores
+            scores = self._scores(self._look(generated()))
+        return {name: value for own in scores for name, value in self._with_real(own, scores[own])}
+
+    def _with_real(self, name: str, score: float) -> list[tuple[str, float]]:
+        real = self.real_scores.get(name, math.nan)
+        return [(name, score)] if math.isnan(real) else [(name, score), (name + REAL, real)]
+
+    def _scores(self, fake: Seen) -> dict[str, float]:
+        """The score that selects comes first."""
+        swd = distances(self.slices, slices(fake.images, like=self.slices, device=self.device))["mean"]
+        return self._inception_scores(fake) | self._classifier_scores(fake) | {"swd": swd}
 
     def _inception_scores(self, fake: Seen) -> dict[str, float]:
         real = self.real
@@ -134,9 +159,24 @@ class Evaluator:
             scores |= {f"fid_class_{label}": value for label, value in by_class.items()}
         return scores
 
+    def _classifier_scores(self, fake: Seen) -> dict[str, float]:
+        if self.real.classified is None or fake.classified is None:
+            return {}
+        ours, theirs = self.real.classified.features, fake.classified.features
+        scores = {"classifier_distance": frechet_distance(ours, theirs)}
+        if min(len(ours), len(theirs)) > NEIGHBOR:
+            precision, recall = precision_recall(ours, theirs)
+            scores |= {"classifier_precision": precision, "classifier_recall": recall}
+        if fake.labels is not None:
+            right = (fake.classified.classes == fake.labels).double()  # (N,)
+            per_class = range(int(fake.labels.max()) + 1) if self.per_class else ()
+            # NaN for classes that were not requested
+            scores |= _agreements(right.mean().item(), [right[fake.labels == k].mean().item() for k in per_class])
+        return scores
+
     @torch.no_grad()
     def _look(self, batches: Iterable[Batch]) -> Seen:
-        images, features, labels, count = [], [], [], 0
+        images, features, classified, labels, count = [], [], [], [], 0
         for batch, classes in batches:
             if batch.ndim != 4 or batch.shape[1] not in (1, 3) or batch.dtype != torch.uint8:
                 raise ValueError(f"expected uint8 images (B, 1 or 3, H, W), got {batch.dtype} {tuple(batch.shape)}")
@@ -149,17 +189,79 @@ class Evaluator:
                 for part in batch.split(self.batch_size):
                     # FID sums and multiplies them in float64, which not every device has: on the CPU.
                     features.append([f.float().cpu() for f in self.extract(part.expand(-1, 3, -1, -1).to(self.device))])
+            if self.classifier:
+                classified.append(self.classifier(batch))
         return Seen(
             torch.cat(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
             Features(*(torch.cat(column) for column in zip(*features, strict=True))) if features else None,
+            Classified(*(torch.cat(column) for column in zip(*classified, strict=True))) if classified else None,
             torch.cat(labels) if labels else None,
             count,
         )
 
 
-def real_images(source: ImageSet, count: int, *, batch_size: int = 64, flip: bool = False) -> Iterator[Batch]:
-    """`count` images of a source, always the same, or all if it has fewer; `flip` mirrors every other one."""
-    chosen = np.random.default_rng(0).permutation(len(source))[:count].tolist()
+def _agreements(all_classes: float, each: Sequence[float]) -> dict[str, float]:
+    """Agreement of all samples and of each class that has some."""
+    named = {f"agreement_class_{number}": value for number, value in enumerate(each) if not math.isnan(value)}
+    return {"agreement": all_classes} | named
+
+
+def open_evaluator(
+    data: ImageSet,
+    held_out: ImageSet | None = None,
+    *,
+    samples: int,
+    cache: Path | None = None,
+    device: torch.device | str = "cpu",
+    inception: Path | Extractor | None = None,
+    per_class: bool = False,
+) -> Evaluator:
+    """Scores against held-out images, or without any against training images, by which it is good to repeat these.
+
+    The other real images are training images, too. There are so many of each kind as the smaller set has, or half of
+    the training images, and at most `samples`. Images with classes are classified, by the classifier in the folder
+    `cache`, where it is trained if necessary.
+
+    Raises:
+        ValueError: as by `Evaluator`, and for fewer than four images.
+    """
+    count = min(samples, len(data) // 2 if held_out is None else min(len(data), len(held_out)))
+    if count < 2:
+        raise ValueError(f"expected four real images or more, got {len(data)}")
+    size = data[[(0, False)]].images.shape[-1]
+    if size < COARSEST:
+        raise ValueError(f"expected images of {COARSEST} pixels or more, got {size}")
+    reference, skipped = (data, count) if held_out is None else (held_out, 0)
+    evaluator = Evaluator(
+        real_images(reference, count, flip=data.flip),
+        real_images(data, count, flip=data.flip, skip=skipped),
+        samples=count,
+        device=device,
+        inception=inception,
+        classifier=open_classifier(data, held_out, cache) if data.labels else None,
+        per_class=per_class,
+    )
+    evaluator.against = (
+        "held-out images" if held_out else "training images (none are held out): it is good to repeat them"
+    )
+    return evaluator
+
+
+def listed(scores: Mapping[str, float]) -> str:
+    """Scores as a line of text, each with that of real images: swd 31.2 (real 9.6), agreement 0.89 (real 0.92)."""
+    real = {name: f" (real {round(scores[name + REAL], 4)})" for name in scores if name + REAL in scores}
+    own = [name for name in scores if name.removesuffix(REAL) not in real or name in real]
+    return ", ".join(f"{name} {round(scores[name], 4)}{real.get(name, '')}" for name in own)
+
+
+def real_images(
+    source: ImageSet, count: int, *, batch_size: int = 64, flip: bool = False, skip: int = 0
+) -> Iterator[Batch]:
+    """`count` images of a source, always the same, or all if it has fewer; `flip` mirrors every other one.
+
+    With `skip` they are others than the first so many, of the same order.
+    """
+    chosen = np.random.default_rng(0).permutation(len(source))[skip : skip + count].tolist()
     pairs = [(index, flip and i % 2 == 1) for i, index in enumerate(chosen)]
     for start in range(0, len(pairs), batch_size):
         yield source[pairs[start : start + batch_size]]

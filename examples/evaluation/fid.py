@@ -1,4 +1,4 @@
-"""Fréchet Inception distance: ‖μ_r − μ_f‖² + tr(Σ_r + Σ_f − 2 (Σ_r Σ_f)^½), of the features of two sets of images.
+"""Fréchet Inception distance: that of frechet.py between Inception's features of two sets of images.
 
 Smaller is better. It falls with the number of images, so compare only equal numbers; published values use
 50 000 generated images. Source: Heusel et al., arXiv:1706.08500.
@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from evaluation.inception import Precomputed, import_torchmetrics
+from evaluation.frechet import frechet_distance
 
 
 def fid(real: Tensor, fake: Tensor) -> float:
     """The distance between features (N, F) and (M, F), two images or more of each kind."""
-    # Only one of several processes evaluates; the others would not answer.
-    metric = import_torchmetrics().fid.FrechetInceptionDistance(Precomputed(real.shape[1]), sync_on_compute=False)
-    metric.update(real, real=True)
-    metric.update(fake, real=False)
-    return float(metric.compute())
+    return frechet_distance(real, fake)
 
 
 def fid_per_class(real: Tensor, real_labels: Tensor, fake: Tensor, fake_labels: Tensor) -> dict[int, float]:

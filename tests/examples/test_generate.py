@@ -15,6 +15,7 @@ from PIL import Image
 
 import generate
 import train_celeba
+from evaluation import classifier, evaluator
 from generators import ANIMALS, checkpoint, shaken
 from tiny_runs import train
 from training.average import recalibrated
@@ -296,7 +297,10 @@ def test_real_images_are_cropped_as_those_of_the_run_unless_told_otherwise(
     assert asked == [crop]
 
 
-def test_scores_go_into_the_card(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_go_into_the_card(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifier, "STEPS", 4)
     flags = ["--score", "digits", "--samples", "20", "--export", str(tmp_path / "digits.safetensors")]
     generate.main([str(trained), "--out", str(tmp_path), *flags])
     scores = json.loads((tmp_path / "digits.json").read_text())["scores"]
@@ -305,8 +309,30 @@ def test_scores_go_into_the_card(trained: Path, tmp_path: Path, capsys: pytest.C
     assert scores["swd"] > 0
     assert 0 <= scores["agreement"] <= 1
     printed = capsys.readouterr().out
-    assert f"swd {scores['swd']}" in printed
-    assert f"agreement {scores['agreement']}" in printed
+    for name in ("classifier_distance", "classifier_precision", "classifier_recall", "agreement", "swd"):
+        assert f"{name} {scores[name]} (real {scores[name + '_real']})" in printed
+    assert "agreement_class_3" in scores
+    assert "scored    20 images of each kind, against training images" in printed
+    assert "% right on 359 real images that it did not learn from" in printed
+    # Beside the folder of the run, where the trainer keeps such files too.
+    assert [path.name.partition("-")[0] for path in (trained.parent / "cache").iterdir()] == ["classifier"]
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [("runs/faces", "runs/cache"), ("runs/faces/checkpoint.pt", "runs/cache"), ("x/faces.safetensors", "runs/cache"),
+     ("/far/faces", "/far/cache"), (".", "../cache")],
+)  # fmt: skip
+def test_classifiers_are_kept_beside_the_run(
+    model: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "faces").mkdir(parents=True)
+    model_folder = Path(model)
+    if model == "/far/faces":
+        model_folder, folder = tmp_path / "far" / "faces", str(tmp_path / "far" / "cache")
+        model_folder.mkdir(parents=True)
+    assert generate.cache_folder(model_folder) == Path(folder).resolve()
 
 
 def test_agreement_is_with_the_classes_that_are_requested(
@@ -323,12 +349,16 @@ def test_agreement_is_with_the_classes_that_are_requested(
             requested.extend(labels.tolist())
             return (labels / 10 - 0.5).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
 
-    def agreement(images: np.ndarray, labels: np.ndarray) -> float:
-        grays = images[:, 0, 0, 0].astype(int)
-        return float((np.rint((grays / 127.5 - 0.5) * 10) == labels).mean())
+    class Knows(classifier.Classifier):
+        def __init__(self) -> None:
+            super().__init__(classifier.Network(16, 1, 10), 1.0, 1.0, 9, [1.0] * 10)
+
+        def __call__(self, images: torch.Tensor) -> classifier.Classified:
+            grays = images[:, 0, 0, 0].float()
+            return classifier.Classified(grays[:, None].expand(-1, 2), ((grays / 127.5 - 0.5) * 10).round().long())
 
     monkeypatch.setattr(generate, "open_generator", lambda *_, **__: (Grays(), card))
-    monkeypatch.setattr(generate, "class_agreement", lambda name, data: agreement if data.labels else None)
+    monkeypatch.setattr(evaluator, "open_classifier", lambda *_: Knows())
     flags = ["--out", str(tmp_path), "--score", "digits", "--samples", "30", "--labels", "7,3"]
     score = generate.score
     scores: list[model_card.Card] = []

@@ -224,6 +224,27 @@ def test_a_chart_puts_points_where_they_belong() -> None:
     assert all(0 <= value <= report.HEIGHT for value in marks.values())
 
 
+def test_a_score_is_drawn_beside_that_of_real_images(folder: Path) -> None:
+    """A dashed line from edge to edge, at its value on the score's own scale."""
+    scores = [{"classifier_distance": value, "classifier_distance_real": 2.0, "swd": 5.0 + value} for value in (10, 6)]
+    (folder / "log.jsonl").write_text(line(10, scores=scores[0]) + line(20, scores=scores[1]))
+    shown = charts(curves(read_log(folder / "log.jsonl")))
+    assert list(shown["scores, classifier distance"]) == ["classifier_distance", "classifier_distance of real images"]
+    assert list(shown["scores, swd"]) == ["swd"]
+    html = page(folder)
+    assert "classifier_distance of real images 2" in read(html).text
+    (svg,) = (ElementTree.fromstring(svg) for svg in re.findall(r'<svg[^>]*"classifier distance".*?</svg>', html))
+    (curve,) = svg.iter("polyline")
+    (x0, y0), (x1, y1) = (tuple(map(float, point.split(","))) for point in curve.get("points").split())
+    (dashed,) = (path.get("d") for path in svg.iter("path") if path.get("stroke-dasharray"))
+    left, height, right = map(float, re.fullmatch(r"M([\d.]+) ([\d.]+)H([\d.]+)", dashed).groups())
+    assert (left, right) == (x0, x1)
+    assert height - y0 == pytest.approx(2 * (y1 - y0), abs=0.2)  # from 10 by 4 to 6, by 8 to 2
+    # A single evaluation is no curve, and its values are told apart.
+    (folder / "log.jsonl").write_text(line(10, scores={"swd": 3, "swd_real": 1}) + line(20))
+    assert "swd 3, swd of real images 1." in read(page(folder)).text
+
+
 def test_two_values_of_one_step_are_drawn() -> None:
     ElementTree.fromstring(chart({"a": [(5, 1.0), (5, 2.0)]}, "a"))
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from evaluation import classifier as classifier_module
 from evaluation import inception as inception_module
+from evaluation.classifier import Classified, Classifier, Network
 from evaluation.evaluator import Evaluator, real_images
 from evaluation.inception import Features
 from evaluation.sliced_wasserstein import sliced_wasserstein
@@ -228,28 +229,39 @@ def test_the_inception_score_is_that_of_the_logits() -> None:
     assert evaluate(Share(), quarter)["inception_score"] == pytest.approx(math.exp(entropy), rel=0.01)
 
 
+class Grays(Classifier):
+    """A classifier whose features are two means, and which takes the gray 159 for class 1."""
+
+    def __init__(self) -> None:
+        super().__init__(Network(16, 3, 2), scale=1.0, accuracy=0.75, tested=4, recalls=[0.5, 1.0])
+        self.asked: list[Tensor] = []
+
+    def __call__(self, images: Tensor) -> Classified:
+        self.asked.append(images)
+        return Classified(two_means(images).pooled, (images[:, 0, 0, 0] == 159).long())
+
+
 @pytest.mark.parametrize("inception", [None, pytest.param(two_means, marks=needs_torchmetrics)])
 def test_agreement_compares_images_with_the_classes_requested(inception: Any) -> None:
-    asked: list[tuple[np.ndarray, np.ndarray]] = []
-
-    class Agreement:
-        def __call__(self, images: np.ndarray, labels: np.ndarray) -> float:
-            asked.append((images, labels))
-            return 0.625
-
-    evaluate = Evaluator(
-        labeled(20, torch.tensor([0, 1])), samples=20, batch_size=8, agreement=Agreement(), inception=inception
-    )
-    model = ClassPainter(deviation=0.0)
-    scores = evaluate(model, requested)
-    assert scores["agreement"] == 0.625
-    assert next(iter(scores)) == ("fid" if inception else "swd")  # the first one selects, and small ones are good
-    ((images, labels),) = asked
-    assert images.dtype == np.uint8
-    assert images.shape == (20, 3, 16, 16)
+    grays = Grays()
+    real = labeled(20, torch.tensor([0, 1]))
+    evaluate = Evaluator(real, real, samples=20, batch_size=8, classifier=grays, inception=inception)
+    grays.asked.clear()
+    scores = evaluate(ClassPainter(deviation=0.0), requested)
     # Without deviation an image shows its class alone: 0 is 127.5 and 1/4 is 159.4, rounded.
-    assert set(labels.tolist()) == {0, 1}
-    assert (images[:, 0, 0, 0] == np.where(labels == 1, 159, 128)).all()
+    assert scores["agreement"] == 1
+    assert scores["agreement_real"] == 0.75  # with the images that were not learned from
+    assert sum(map(len, grays.asked)) == 20
+    assert all(images.dtype == torch.uint8 for images in grays.asked)
+    # The first one selects, and small ones are good; FID does not replace the other distance.
+    assert next(iter(scores)) == ("fid" if inception else "classifier_distance")
+    assert scores["classifier_distance"] > 0
+    assert scores["classifier_distance_real"] == pytest.approx(0, abs=1e-9)  # of the same images
+    assert scores["swd_real"] == 0
+    wrong = evaluate(ClassPainter(deviation=0.0), lambda count, rng: (torch.zeros(count, 2), torch.ones(count).long()))
+    assert wrong["agreement"] == 1
+    other = evaluate(ClassPainter(0.25, deviation=0.0), requested)
+    assert 0 < other["agreement"] < 1  # what is requested as class 0 looks like 1, and 1 like neither
     assert "agreement" not in evaluate(Painter(), 2)  # a generator without classes
 
 
@@ -416,7 +428,10 @@ def test_a_generator_of_another_size_is_named() -> None:
 # -------------------------------------------------------------------------------------------------- with the trainer
 
 
-def test_a_training_with_evaluation_ends_where_one_without_does(tmp_path: Path) -> None:
+def test_a_training_with_evaluation_ends_where_one_without_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifier_module, "STEPS", 4)
     settings = [
         "--classes",
         "own",
@@ -434,14 +449,18 @@ def test_a_training_with_evaluation_ends_where_one_without_does(tmp_path: Path) 
     assert_same(*ends)
     scores = {line["step"]: line["scores"] for line in lines(tmp_path / "evaluated") if "scores" in line}
     assert scores.keys() == {2, 4}
-    assert all(score["swd"] > 0 and 0 <= score["agreement"] <= 1 for score in scores.values())
+    for score in scores.values():
+        assert next(iter(score)) == "classifier_distance"  # selects
+        assert score["classifier_distance"] > score["classifier_distance_real"]
+        assert score["swd"] > 0
+        assert 0 <= score["agreement"] <= 1
     assert checkpoint(tmp_path / "evaluated")["scores"] == scores[4]
 
 
 def test_the_recalibrated_average_is_evaluated(tmp_path: Path) -> None:
     given = []
 
-    def open_evaluator(config, data, device):
+    def open_evaluator(config, data, device, cache):
         return lambda generator, seed: given.append(generator.state_dict()) or {"swd": 1.0}
 
     train(tmp_path, "--steps", "2", "--lr-g", "0.01", "--eval-every", "2", open_evaluator=open_evaluator)
