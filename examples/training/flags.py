@@ -91,7 +91,9 @@ class Config:
     keep_every: int = option(20_000, "output", "steps between two checkpoints kept for good, 0 to disable", least=0)
     tensorboard: bool = option(True, "output", "also write event files for TensorBoard")
 
-    eval_every: int = option(5000, "evaluation", "steps between evaluations of the averaged G, 0 to disable", least=0)
+    eval_every: int = option(
+        5000, "evaluation", "steps between scores of the averaged G, or once at the end; 0 to disable", least=0
+    )
     eval_samples: int = option(2000, "evaluation", "images of each kind (published FIDs take 50000)", least=2)
     inception: str = path_option("", "evaluation", "Inception's weights, for FID (default: where torch.hub has them)")
 
