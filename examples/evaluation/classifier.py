@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from training.data.dataset import Batch, ImageSet, Indices
 
-VERSION = 1  # increase it when `train` returns another classifier for the same data
+VERSION = 2  # increase it when `train` returns another classifier for the same data
 FEATURES = 64
+VARIANCE = 1000.0  # in all, of the features of real images
 READ = 60_000  # at most so many images are learned from
 TESTED = 10_000  # at most so many that were not learned from
 BATCH = 128
@@ -73,8 +74,8 @@ class Classifier:
     """A trained network with what is known of it.
 
     Attributes:
-        scale: a number that features are multiplied by: their total variance over real images is then 100, so that
-            distances are comparable with that.
+        scale: a number that features are multiplied by: over real images they then have the total variance `VARIANCE`,
+            which is also the distance of a generator that always draws the mean.
         accuracy: the share of images that it has not learned from whose class it sees.
         tested: how many these were.
         recalls: that share in each class, NaN where there was no image of the class.
@@ -187,7 +188,7 @@ def _count_right(
 def _scale(classifier: Classifier, data: ImageSet, numbers: NDArray[np.int64]) -> float:
     features = torch.cat([classifier(images).features for images, _ in _batches(data, numbers)]).double()
     variance = features.var(0, correction=0).sum().item()
-    return 10 / math.sqrt(variance) if variance > 0 else 1.0
+    return math.sqrt(VARIANCE / variance) if variance > 0 else 1.0
 
 
 def _normalized(images: Tensor) -> Tensor:

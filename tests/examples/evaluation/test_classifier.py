@@ -64,8 +64,8 @@ def test_it_learns_the_classes(learned: Classifier) -> None:
     assert learned.about == f"{100 * learned.accuracy:.1f} % right on 120 real images that it did not learn from"
     assert features.shape == (150, 64)
     assert classes.shape == (150,)
-    # The total variance over real images is 100. Of 150 others it is that to 20 %: its deviation is about √(2 / 150).
-    assert features.double().var(0).sum().item() == pytest.approx(100, rel=0.2)
+    # The total variance over real images is 1000. Of 150 others it is that to 20 %: its deviation is about √(2 / 150).
+    assert features.double().var(0).sum().item() == pytest.approx(1000, rel=0.2)
 
 
 def test_data_and_seed_alone_decide_about_every_bit(learned: Classifier) -> None:
