@@ -135,7 +135,8 @@ def open_data(
         return source
     labeling = _attribute_labeling(root, named, attributes) if named else from_folders if classes == "own" else None
     colors = 1 if channels == "1" else 3
-    folder = _open_folder(data, root, size, crop, cache, verify, labeling, colors)
+    named_and_found = f"{data}, {root}" if data in NAMES else data
+    folder = _open_folder(named_and_found, root, size, crop, cache, verify, labeling, colors)
     folder.flip = mirror
     return folder
 

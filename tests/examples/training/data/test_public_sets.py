@@ -225,6 +225,12 @@ def test_celeba_is_used_where_it_lies(place: str, tmp_path: Path) -> None:
     assert open_held_out("celeba", size=16) is None
 
 
+def test_an_archive_of_celeba_that_is_still_being_copied() -> None:
+    put(Path("data/celeba"), {"img_align_celeba.zip": b"PK\3\4 and no directory at the end"})
+    with pytest.raises(ValueError, match=r"--data celeba, data/celeba/img_align_celeba\.zip: expected .* incomplete"):
+        open_data("celeba", size=16)
+
+
 def test_celeba_says_what_to_get_and_where_to_put_it() -> None:
     with pytest.raises(ValueError, match="--data celeba: its place is a shared drive") as error:
         open_data("celeba", size=16)
@@ -394,6 +400,23 @@ def test_processes_that_start_together_download_once(server: FileServer) -> None
     ]
     assert len(waited) == 1
     assert not list(Path("data/mnist").glob("*.part"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow  # torchrun, and two processes that import torch
+def test_the_processes_of_a_run_download_once(server: FileServer, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    command += [json.dumps(SETS["mnist"].files), *TINY, "--no-tensorboard", "--data", "mnist", "--steps", "1"]
+    env = os.environ | {"PYTHONPATH": str(Path(train_digits.__file__).parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], env=env, capture_output=True, text=True, timeout=3 * PATIENCE
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(server.requests) == 4
+    assert checkpoint(tmp_path / "run")["step"] == 1
+    assert "waiting for" not in run.stderr  # the second one begins when the files are there
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
