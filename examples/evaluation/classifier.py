@@ -76,7 +76,7 @@ class Classifier:
     Attributes:
         scale: a number that features are multiplied by: over real images they then have the total variance `VARIANCE`,
             which is also the distance of a generator that always draws the mean.
-        accuracy: the share of images that it has not learned from whose class it sees.
+        accuracy: the share of images that it has not learned from whose class it sees; NaN where there are none.
         tested: how many these were.
         recalls: that share in each class, NaN where there was no image of the class.
     """
@@ -88,6 +88,8 @@ class Classifier:
     @property
     def about(self) -> str:
         """How good it is, in one line."""
+        if not self.tested:
+            return "not tested: there are too few real images"
         return f"{100 * self.accuracy:.1f} % right on {self.tested} real images that it did not learn from"
 
     def to(self, device: torch.device | str) -> Classifier:
@@ -133,7 +135,8 @@ def train(data: ImageSet, held_out: ImageSet | None = None, *, seed: int = 0) ->
         right, of_class = _count_right(classifier, tested, numbers[:TESTED], len(labels.classes))
         classifier.scale = _scale(classifier, data, learned[:TESTED])
     classifier.tested = int(of_class.sum())
-    classifier.accuracy = right.sum().item() / max(1, classifier.tested)
+    if classifier.tested:
+        classifier.accuracy = right.sum().item() / classifier.tested
     classifier.recalls = (right / of_class).tolist()
     return classifier
 

@@ -159,7 +159,9 @@ def test_what_cannot_be_learned_is_named() -> None:
 
 
 def test_few_images_are_enough() -> None:
-    """Two of each class: one of the four is not learned from, if there is a fifth at all."""
+    """Of four no fifth can be spared."""
     classifier = train(barred((2, 2)))
     assert classifier.tested == 0
+    assert math.isnan(classifier.accuracy)
+    assert classifier.about == "not tested: there are too few real images"
     assert all(math.isnan(recall) for recall in classifier.recalls)
