@@ -1,10 +1,14 @@
-"""Which script runs, for its errors: tests call the scripts as functions."""
+"""What tests of scripts share: which script runs, for its errors, and small figures for runs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from training import average
+from training.output import image_io
 
 SCRIPTS = [path.stem for path in (Path(__file__).parents[2] / "examples").glob("*.py")]
 
@@ -15,3 +19,16 @@ def _script_that_runs(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     tested = request.path.stem.removeprefix("test_")
     script = max((name for name in SCRIPTS if tested.startswith(name)), key=len, default="train_celeba")
     monkeypatch.setattr("sys.argv", [f"{script}.py"])
+
+
+@pytest.fixture(scope="module")
+def small_figures() -> Iterator[None]:
+    """Runs of this process draw all their figures, but not enlarged, and with batch statistics of few latent vectors.
+
+    These two take most of the time of a run of few steps. Not for tests of the figures themselves, nor for those that
+    compare with the figures of another process.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_io, "_enlarged", lambda images, least: images.expand(-1, 3, -1, -1))
+        patch.setattr(average, "CALIBRATION", (1, 16))
+        yield

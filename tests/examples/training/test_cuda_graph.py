@@ -64,7 +64,9 @@ def advance(state: TrainingState, steps: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("loss", SETTINGS)
-def test_steps_of_the_graph_are_the_steps(loss, captured, monkeypatch):
+def test_steps_of_the_graph_are_the_steps(
+    loss: str, captured: list[CUDAGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = state_of(loss, graph=False)
     expected, after = advance(state, STEPS), copy.deepcopy(state.state_dict())
     called, step = [], cuda_graph.training_step
@@ -82,7 +84,7 @@ def test_steps_of_the_graph_are_the_steps(loss, captured, monkeypatch):
     "loss", [loss if loss == "hinge" else pytest.param(loss, marks=pytest.mark.exhaustive) for loss in SETTINGS]
 )
 @pytest.mark.parametrize("first", [True, False], ids=["graph first", "graph second"])
-def test_a_run_goes_on_with_or_without_a_graph(loss, first, captured):
+def test_a_run_goes_on_with_or_without_a_graph(loss: str, first: bool, captured: list[CUDAGraph]) -> None:
     whole = state_of(loss, graph=False)
     advance(whole, 2 * STEPS)
     whole = copy.deepcopy(whole.state_dict())
@@ -96,7 +98,7 @@ def test_a_run_goes_on_with_or_without_a_graph(loss, first, captured):
     assert_same(whole, state.state_dict(), apart_from=("/config/cuda_graph",))
 
 
-def test_a_loaded_checkpoint_is_captured_anew(captured):
+def test_a_loaded_checkpoint_is_captured_anew(captured: list[CUDAGraph]) -> None:
     state = state_of("hinge", graph=True)
     start = copy.deepcopy(state.state_dict())
     first = advance(state, STEPS)
@@ -105,7 +107,7 @@ def test_a_loaded_checkpoint_is_captured_anew(captured):
     assert len(captured) == 2
 
 
-def test_what_a_capture_forbids_is_an_error(captured):
+def test_what_a_capture_forbids_is_an_error(captured: list[CUDAGraph]) -> None:
     """Of the stand-in: otherwise it would prove nothing."""
     x = torch.ones(2)
     for forbidden in (
@@ -120,7 +122,7 @@ def test_what_a_capture_forbids_is_an_error(captured):
             forbidden()
 
 
-def test_a_graph_keeps_numbers_and_memory(captured):
+def test_a_graph_keeps_numbers_and_memory(captured: list[CUDAGraph]) -> None:
     """As a real one does: a capture runs nothing, and what Python changes later does not reach the graph."""
     weight, scale, graph = torch.ones(3, requires_grad=True), 2.0, torch.cuda.CUDAGraph()
     x = torch.ones(3)
@@ -146,6 +148,6 @@ def test_a_graph_keeps_numbers_and_memory(captured):
         ({"compile": True}, 1, r"--cuda-graph with --compile .*: give one of the two$"),
     ],
 )
-def test_what_has_no_graph_is_one_line(settings, processes, message):
+def test_what_has_no_graph_is_one_line(settings: dict[str, bool], processes: int, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         check(Config(cuda_graph=True, **settings), processes)

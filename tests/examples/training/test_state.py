@@ -13,6 +13,8 @@ from tiny_runs import checkpoint, leaves, noise, tiny_state, train
 from training import objectives
 from training.step import discriminator_step, generate, generator_step
 
+pytestmark = pytest.mark.usefixtures("small_figures")
+
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from training.runs import distributed
 from training.runs.distributed import Ranks, pick_device
 
 NAMES = ("auto", "cuda", "cuda:0")
+
+pytestmark = pytest.mark.usefixtures("small_figures")
 
 
 @pytest.fixture
@@ -31,14 +34,14 @@ def one_process_of_torchrun() -> Ranks:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("ranks", [Ranks(), one_process_of_torchrun()], ids=["alone", "torchrun"])
-def test_a_device_has_its_number(name, ranks, gpu):
+def test_a_device_has_its_number(name: str, ranks: Ranks, gpu: OnTheCPU) -> None:
     assert pick_device(name, ranks) == torch.device("cuda:0")
     assert gpu.current == [0]
     assert torch.backends.cudnn.benchmark
     assert torch.get_float32_matmul_precision() == "high"
 
 
-def test_each_process_takes_its_own_gpu(monkeypatch):
+def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with emulate_cuda(monkeypatch, gpus=2) as machine:
         for name in ("auto", "cuda"):
             assert pick_device(name, Ranks(rank=3, world=4, local_rank=1)) == torch.device("cuda:1")
@@ -53,14 +56,16 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
         ("cuda:x", Ranks(), 1, r"--device cuda:x: Invalid device string"),
     ],
 )
-def test_a_gpu_that_is_not_there_is_one_line(name, ranks, gpus, message, monkeypatch):
+def test_a_gpu_that_is_not_there_is_one_line(
+    name: str, ranks: Ranks, gpus: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with emulate_cuda(monkeypatch, gpus), pytest.raises(SystemExit, match=message) as error:
         pick_device(name, ranks)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["auto", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES[1:])])
-def test_a_run_on_a_gpu(name, gpu, tmp_path, capsys):
+def test_a_run_on_a_gpu(name: str, gpu: OnTheCPU, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It trains, draws, scores, saves and goes on; what the device's own functions are asked for is there."""
     settings = ["--device", name, "--noise", "0.1", "--eval-every", "2", "--eval-samples", "8", "--log-every", "1"]
     assert train(tmp_path, *settings, "--steps", "2") == 0
@@ -70,7 +75,9 @@ def test_a_run_on_a_gpu(name, gpu, tmp_path, capsys):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_a_run_as_a_cuda_graph(gpu, tmp_path, monkeypatch, capsys):
+def test_a_run_as_a_cuda_graph(
+    gpu: OnTheCPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     captured, steps = emulate_graphs(monkeypatch), WARM_UP + 2
     settings = ["--steps", str(steps), "--log-every", "1", "--device", "cuda"]
     assert train(tmp_path, *settings, "--cuda-graph") == 0
@@ -79,13 +86,13 @@ def test_a_run_as_a_cuda_graph(gpu, tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, steps + 1))
 
 
-def test_a_graph_needs_a_gpu(tmp_path):
+def test_a_graph_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"--cuda-graph: expected a CUDA device, got cpu$"):
         train(tmp_path, "--cuda-graph")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_moves_between_devices(tmp_path, monkeypatch):
+def test_a_run_moves_between_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path, "--steps", "1")
     with emulate_cuda(monkeypatch):
         assert train(tmp_path, "--resume", "auto", "--steps", "2", "--device", "cuda") == 0
@@ -94,7 +101,7 @@ def test_a_run_moves_between_devices(tmp_path, monkeypatch):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_networks_of_several_processes_are_wrapped_for_their_gpu(monkeypatch):
+def test_networks_of_several_processes_are_wrapped_for_their_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On fake tensors, which have CUDA's device and no memory."""
     wrapped = []
     monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, device_ids: wrapped.append(device_ids))

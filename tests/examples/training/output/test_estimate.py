@@ -46,6 +46,7 @@ def test_nothing_else_is(
     assert said(clock, capsys, device, seconds, steps) == []
 
 
+@pytest.mark.usefixtures("small_figures")
 def test_the_trainer_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(estimate, "SETTLE", 0)
     monkeypatch.setattr(estimate, "LONG", 1e-6)

@@ -16,6 +16,8 @@ from tiny_runs import lines, resume, train
 from training.output.logging import Means, RunLog, one_report
 from training.runs.distributed import SINGLE_PROCESS
 
+pytestmark = pytest.mark.usefixtures("small_figures")
+
 
 def events(out: Path) -> EventAccumulator:
     accumulator = EventAccumulator(str(out / "tensorboard"))

@@ -14,6 +14,8 @@ import minimal
 from tiny_runs import resume, train
 from training.runs.folder import holds_a_run
 
+pytestmark = pytest.mark.usefixtures("small_figures")
+
 
 def test_a_run_is_recognized_and_so_is_what_was_set_aside(tmp_path: Path) -> None:
     assert not holds_a_run([])

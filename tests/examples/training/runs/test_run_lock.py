@@ -18,6 +18,8 @@ from tiny_runs import checkpoint, lines, train
 from training.runs import checkpointing, run_lock
 from training.runs.run_lock import RunLock
 
+pytestmark = pytest.mark.usefixtures("small_figures")
+
 fcntl = pytest.importorskip("fcntl", reason="fakes the kernel's lock of POSIX")
 
 # Holds a folder until its input ends, on a file system whose flock fails with a given error, if it is not 0. It imports

@@ -23,6 +23,19 @@ from training.runs.signals import ASKING, StopRequested, deferred_signals, stop_
 
 LATER = [number for number in ASKING if number not in (signal.SIGINT, signal.SIGTERM)]
 
+pytestmark = pytest.mark.usefixtures("small_figures")
+
+
+@pytest.fixture(autouse=True)
+def _none_is_ignored() -> Iterator[None]:
+    """As in a terminal; under nohup and in a shell's background, tests and the processes that they start inherit it."""
+    ignored = [number for number in ASKING if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
 
 def test_one_after_the_other_is_noted_and_the_handlers_come_back() -> None:
     before = [signal.getsignal(number) for number in ASKING]

@@ -18,6 +18,8 @@ from training.script import script
 
 RUN = [sys.executable, *SCRIPT, "--data", "digits", "--steps", "3", "--log-every", "1"]
 
+pytestmark = pytest.mark.usefixtures("small_figures")
+
 
 class Refusing(io.StringIO):
     """A stream whose reader has gone, or whose disk is full."""
