@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import subprocess
 import sys
@@ -275,18 +276,13 @@ def test_a_network_for_volumes() -> None:
     assert len(five.refused) == 5
 
 
-def test_a_terminal_that_knows_ascii_alone() -> None:
-    code = """
-import torch
-from torch import nn
-from torch_sagan import insertion_points
-print(insertion_points(nn.Sequential(nn.Conv2d(3, 32, 4)), torch.zeros(1, 3, 8, 8)))
-print(insertion_points(nn.Sequential(nn.Conv3d(3, 2, 1)), torch.zeros(1, 3, 8, 8, 8)))
-"""
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "5x5" in done.stdout
+def test_a_terminal_that_knows_ascii_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    print(insertion_points(nn.Sequential(nn.Conv2d(3, 32, 4)), torch.zeros(1, 3, 8, 8)))
+    print(insertion_points(nn.Sequential(nn.Conv3d(3, 2, 1)), torch.zeros(1, 3, 8, 8, 8)))
+    terminal.seek(0)
+    assert "5x5" in terminal.read()
 
 
 # --- the model stays as it was -------------------------------------------------------------------------------------

@@ -20,13 +20,12 @@ def test_precision_and_recall_are_shares_of_balls(count_real: int, count_fake: i
     real, fake = torch.randn(count_real, 2), torch.randn(count_fake, 2) + 0.7
 
     def share_inside(points: Tensor, others: Tensor) -> float:
+        radii = []
+        for other in others:
+            radii.append(sorted((other - another).norm().item() for another in others)[3])  # [0] is the point itself
         inside = 0
         for point in points:
-            reached = False
-            for other in others:
-                radius = sorted((other - another).norm().item() for another in others)[3]  # [0] is the point itself
-                reached |= (point - other).norm().item() <= radius
-            inside += reached
+            inside += any((point - other).norm().item() <= radius for other, radius in zip(others, radii, strict=True))
         return inside / len(points)
 
     precision, recall = precision_recall(real, fake)
