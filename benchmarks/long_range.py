@@ -43,12 +43,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor, nn
 
 from evaluation.color_agreement import PAIRS, ColorClassifiers
 from evaluation.evaluator import evaluation_mode
 from evaluation.sliced_wasserstein import sliced_wasserstein
+from measurement.intervals import paired_difference
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d
 from training.average import recalibrated, update_average
 from training.data import procedural_faces as faces
@@ -234,15 +234,6 @@ def numbers(result: dict[str, Any]) -> list[float]:
     """The columns of the table: how often each pair differs, in per cent, the mean relative to chance, the distance."""
     differ = [100 * result["pairs"][pair.name]["disagreement"] for pair in PAIRS]
     return [*differ, result["relative"], result["swd"]]
-
-
-def paired_difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """Mean of one − other, pair by pair, and half the width of its 95 % confidence interval (Student's t)."""
-    apart = [a - b for a, b in zip(one, other, strict=True)]
-    if len(apart) < 2:
-        return statistics.mean(apart), math.nan
-    half = float(student.ppf(0.975, len(apart) - 1)) * statistics.stdev(apart) / math.sqrt(len(apart))
-    return statistics.mean(apart), half
 
 
 def table(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any]) -> str:

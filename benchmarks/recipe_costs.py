@@ -55,6 +55,7 @@ DATA = {
     "cifar10": Data(50_000, 10, 3, False),
     "digits": Data(1_797, 10, 1, False),
     "faces-cpu": Data(4_096, 6, 3, False),
+    "fashion-mnist": Data(60_000, 10, 1, False),
     "images-cpu": Data(1_000, 0, 3, True),
     "paper128": Data(1_281_167, 1000, 3, True),
     "small-dataset": Data(1_000, 0, 3, True),

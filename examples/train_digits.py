@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [f"@{RECIPE}", *(sys.argv[1:] if arguments is None else arguments)]
     args = read_arguments(Config, arguments, "Train a SAGAN on handwritten digits; the settings are train_celeba.py's.")
     if args["data"] not in ("digits", *LIKE_MNIST) and not is_mnist(Path(args["data"])):
-        fail(f"--data {args['data']} is neither {', '.join(LIKE_MNIST)}, 'digits' nor a folder with MNIST's files")
+        known = ", ".join(("digits", *LIKE_MNIST))
+        fail(f"--data {args['data']}: expected {known} or a folder with MNIST's files")
     status = train_celeba.main(arguments)
     if status == 0 and not args["dry_run"] and int(os.environ.get("RANK", "0")) == 0:
         resumed = train_celeba.folder_to_resume(args["resume"], args)

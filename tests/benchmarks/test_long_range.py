@@ -22,7 +22,8 @@ from torch import nn
 import long_range
 from evaluation import color_agreement
 from evaluation.color_agreement import PAIRS, ColorClassifiers, Reading
-from long_range import LocalAttention, Settings, networks, paired_difference
+from long_range import LocalAttention, Settings, networks
+from measurement.intervals import paired_difference
 from torch_sagan import SelfAttention2d
 from training.data import procedural_faces as faces
 

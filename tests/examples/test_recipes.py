@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mnist_files
 import train_celeba
 from evaluation import classifier
 from recipe_costs import DATA, RECIPES, read_recipe
@@ -47,6 +48,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+    labels = np.arange(20, dtype=np.uint8) % 10
+    clothes = mnist_files.idx(rng.integers(0, 256, (20, 28, 28), dtype=np.uint8))
+    (tmp_path / "clothes").mkdir()
+    for part in ("train", "t10k"):
+        mnist_files.write(tmp_path / "clothes", clothes, mnist_files.idx(labels), part=part)
     imagenet, celeba = str(tmp_path / "imagenet"), str(tmp_path / "celeba")
     small, cifar = str(tmp_path / "small"), str(tmp_path / "cifar-10-binary.tar.gz")
     return {
@@ -55,6 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "celeba64": celeba,
         "small-dataset": small,
         "cifar10": cifar,
+        "fashion-mnist": str(tmp_path / "clothes"),
     }
 
 
