@@ -68,7 +68,8 @@ SAVERS: dict[str, Callable[[nn.Module, Example, Path], object]] = {
 }
 
 
-PROGRAMS = ("torch.export", "torch.jit.trace", "ONNX", "make_fx")
+EXPORTED = ("torch.export", "ONNX")
+PROGRAMS = (*EXPORTED, "torch.jit.trace", "make_fx")
 MODULES = ("torch.fx", "torch.save", "pickle")  # torch refuses those with a parametrization
 # Its exporter is the slowest: of each column one with classes or without, and each way to compute attention.
 IN_ONNX = [
@@ -88,9 +89,9 @@ PAIRS = [
 
 
 def is_representative(kind: str, subject: str) -> bool:
-    """Exporting takes seconds."""
+    """The exporters, which compile, take most of the time: none of theirs, and one of each other program."""
     if kind in PROGRAMS:
-        return subject == "discriminator" or (subject == "official attention" and kind != "ONNX")
+        return subject == "discriminator" and kind not in EXPORTED
     return subject in REPRESENTATIVE
 
 
@@ -144,11 +145,18 @@ def assert_loaded(outcomes: Outcomes, kind: str) -> None:
     assert not wrong, "\n".join(f"{subject}: {error}" for subject, error in wrong.items())
 
 
+exported = pytest.mark.parametrize(
+    "outcomes", [pytest.param("others", marks=pytest.mark.exhaustive)], indirect=True, scope="module"
+)
+
+
+@exported
 def test_export(outcomes: Outcomes) -> None:
     """For batches of any size."""
     assert_loaded(outcomes, "torch.export")
 
 
+@exported
 def test_onnx(outcomes: Outcomes) -> None:
     """For batches of any size, in onnxruntime."""
     if not ONNX_EXPORTS:

@@ -19,6 +19,8 @@ from torch_sagan import hinge_discriminator_loss, hinge_generator_loss, spectral
 pytestmark = pytest.mark.slow  # starting two processes takes seconds
 
 PARALLEL = [name for name in SUBJECTS if name not in ("attention", "attention in tiles", "discriminator with classes")]
+# What takes the processes seconds to import; optimizers and parallel networks import the compiler.
+SHARED = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "subjects"]
 FULLY_SHARD = hasattr(torch.distributed.fsdp, "fully_shard")
 
 
@@ -26,12 +28,13 @@ FULLY_SHARD = hasattr(torch.distributed.fsdp, "fully_shard")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left a file for each kind of training that went well, and the error of one that did not.
 
-    Starting them takes seconds, so that they do all there is to do.
+    Starting them takes seconds, so that they do all there is to do, after a process has imported for both.
     """
     folder = tmp_path_factory.mktemp("two_processes")
     names = [name for name in PARALLEL if (name in REPRESENTATIVE) == (request.param == "representative")]
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", *SHARED])
     try:
-        torch.multiprocessing.spawn(_in_a_group, args=(names, folder), nprocs=2)
+        torch.multiprocessing.start_processes(_in_a_group, (names, folder), nprocs=2, start_method="forkserver")
     except torch.multiprocessing.ProcessRaisedException as error:
         (folder / "error").write_text(str(error))
     return folder

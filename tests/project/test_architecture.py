@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -212,42 +213,42 @@ def test_version() -> None:
 # --- importing -----------------------------------------------------------------------------------------------------
 
 
-def test_importing_loads_torch_and_nothing_else() -> None:
-    """In a fresh interpreter: after torch and its dependencies, only our own modules are loaded."""
-    code = (
-        # From torch 2.15 on, its FLOP counter, with which our operators register, loads triton where that is installed.
-        "import sys, torch, torch.utils.flop_counter; before = set(sys.modules)\n"
-        "import torch_sagan\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "print(sorted(new - set(sys.stdlib_module_names)), 'torchvision' in sys.modules)"
-    )
+# From torch 2.15 on, its FLOP counter, with which our operators register, loads triton where that is installed.
+IMPORT = """
+import json, sys, torch, torch.utils.flop_counter
+from torch.nn.modules import module
+def outside():
+    hooks = {name: len(value) for name, value in vars(module).items() if name.endswith("_hooks")}
+    return hooks | {"random": torch.get_rng_state().tolist()}
+modules, before = set(sys.modules), outside()
+import torch_sagan
+print(json.dumps([sorted(set(sys.modules) - modules), before, outside()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_import() -> tuple[list[str], dict[str, object], dict[str, object]]:
+    """In a fresh interpreter that has loaded torch: the modules that are new, and what is outside, before and after."""
+    command = [sys.executable, "-W", "error::UserWarning:torch_sagan", "-c", IMPORT]
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
-    result = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:torch_sagan", "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    names, torchvision = result.stdout.strip().rsplit(" ", 1)
-    assert set(ast.literal_eval(names)) <= {"torch", "torch_sagan"}
-    assert torchvision == "False"
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    modules, before, after = json.loads(result.stdout)
+    return modules, before, after
 
 
-def test_importing_changes_nothing_outside() -> None:
+def test_importing_loads_torch_and_nothing_else(fresh_import: tuple[list[str], object, object]) -> None:
+    """After torch and its dependencies, only our own modules are loaded."""
+    modules, _, _ = fresh_import
+    assert "torch_sagan" in modules
+    assert "torchvision" not in modules
+    assert {name.split(".")[0] for name in modules} - set(sys.stdlib_module_names) <= {"torch", "torch_sagan"}
+
+
+def test_importing_changes_nothing_outside(fresh_import: tuple[object, dict[str, object], dict[str, object]]) -> None:
     """No random number is drawn, and no hook is registered for the modules of the process."""
-    code = (
-        "import torch\n"
-        "from torch.nn.modules import module\n"
-        "def hooks():\n"
-        "    return {name: len(value) for name, value in vars(module).items() if name.endswith('_hooks')}\n"
-        "before, random = hooks(), torch.get_rng_state()\n"
-        "import torch_sagan\n"
-        "assert '_global_module_registration_hooks' in before, before\n"
-        "assert hooks() == before, hooks()\n"
-        "assert torch.equal(random, torch.get_rng_state())\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)})
+    _, before, after = fresh_import
+    assert "_global_module_registration_hooks" in before
+    assert after == before
 
 
 def test_this_interpreter_has_the_torch_that_is_asked_for() -> None:
