@@ -26,14 +26,15 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("example", "layers", "figures"),
+    ("example", "steps", "layers", "figures"),  # so few steps that one comes before the insertion
     [
-        (attention_in_dcgan, 2, {"samples.png": sheet(8, 4), "attention.png": sheet(5, 4, TILE)}),
-        (attention_in_cyclegan, 6, {"samples.png": sheet(8, 3), "attention.png": sheet(4, 4, TILE)}),
+        (attention_in_dcgan, 8, 2, {"samples.png": sheet(8, 4), "attention.png": sheet(5, 4, TILE)}),
+        (attention_in_cyclegan, 5, 6, {"samples.png": sheet(8, 3), "attention.png": sheet(4, 4, TILE)}),
     ],
 )
 def test_attention_in_an_existing_model(
     example: ModuleType,
+    steps: int,
     layers: int,
     figures: dict[str, tuple[int, int]],
     tmp_path: Path,
@@ -45,7 +46,7 @@ def test_attention_in_an_existing_model(
     for threads in (1, 2):
         out = tmp_path / str(threads)
         torch.set_num_threads(threads)
-        example.main(["--steps", "8", "--out", str(out), "--seed", "5"])
+        example.main(["--steps", str(steps), "--out", str(out), "--seed", "5"])
         said = capsys.readouterr()
         printed.append(said.out.replace(str(out), "OUT"))
         assert "before: 100%" in said.err

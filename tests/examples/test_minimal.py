@@ -174,7 +174,8 @@ def test_the_checkpoint_is_there_before_its_grid(images: Path, tmp_path: Path, m
     assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
-@pytest.mark.slow  # starts a process
+@pytest.mark.exhaustive  # that it names torch, Pillow and the package alone is tested with the architecture
+@pytest.mark.slow  # starts processes that import torch
 def test_it_needs_no_numpy(images: Path, tmp_path: Path) -> None:
     """In a process in which NumPy cannot be imported, with workers as users have them."""
     command = "import runpy, sys; sys.modules['numpy'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], "

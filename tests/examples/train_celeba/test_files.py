@@ -14,6 +14,8 @@ from tiny_runs import checkpoint, lines, resume, train
 from training.flags import default_out
 from training.script import interpreter
 
+pytestmark = pytest.mark.usefixtures("small_figures")
+
 
 def test_dry_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path, "--dry-run") == 0

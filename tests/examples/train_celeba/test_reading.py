@@ -17,6 +17,8 @@ from training.data.sources import InfiniteBatchSampler, digits
 
 GOOD = 10  # images in the folder that can be read
 
+pytestmark = pytest.mark.usefixtures("small_figures")
+
 
 def test_a_folder_with_broken_files_names_them_and_goes_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -204,6 +204,7 @@ def test_two_processes_go_on_from_one_and_stop_at_the_same_step(tmp_path: Path) 
     assert "rank1" not in err  # where torch begins the lines of a traceback
 
 
+@pytest.mark.exhaustive  # what they agree on is tested below, without processes
 @pytest.mark.slow  # torchrun, and two processes that import torch
 def test_one_of_the_processes_tells_what_is_wrong(tmp_path: Path) -> None:
     command = [*TORCHRUN, *SCRIPT, "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
