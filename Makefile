@@ -82,10 +82,11 @@ types: $(VENV)/.stamp-dev ## mypy, strict
 	@echo "==> types"
 	@$(BIN)/mypy
 
-docs: $(VENV)/.stamp-dev ## build the documentation into docs/_build/html, warnings are errors
+docs: $(VENV)/.stamp-dev ## build the documentation into docs/_build/html, warnings are errors, and test its pages
 	@echo "==> docs"
 	@rm -rf docs/api/*.rst docs/_build/html # the pages of names that may be gone
 	@$(BIN)/sphinx-build -q -E -n -W --keep-going -b html docs docs/_build/html
+	@SAGAN_SITE=docs/_build/html $(BIN)/python -m pytest -q tests/docs/test_site.py
 	@echo "docs/_build/html/index.html"
 
 package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/, check them and the wheel's public types
