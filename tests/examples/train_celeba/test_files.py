@@ -18,8 +18,10 @@ pytestmark = pytest.mark.usefixtures("small_figures")
 
 
 def test_dry_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(tmp_path, "--dry-run") == 0
-    out, *made = [Path(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[-7:]]
+    assert train(tmp_path, "--dry-run", "--eval-every", "2") == 0
+    *printed, scores = capsys.readouterr().out.splitlines()[-8:]
+    assert scores.startswith("scores ")
+    out, *made = [Path(line.split()[-1]) for line in printed]
     assert out == tmp_path / "dry-run"
     names = ["samples-000003.png", "attention-000003.png", "attention-000003.html", "checkpoint-000003.pt"]
     assert made == [out / name for name in [*names, "log.jsonl", "best.pt"]]
@@ -84,7 +86,8 @@ def test_the_last_lines_name_the_best_checkpoint_and_the_next_commands(
 ) -> None:
     settings = ["--steps", "1", "--eval-every", "1"]
     train(tmp_path, *settings, open_evaluator=lambda *_: lambda *_: {"swd": 7.0})
-    *_, best, generate, show, report = capsys.readouterr().out.splitlines()
+    *_, best, scores, generate, show, report = capsys.readouterr().out.splitlines()
+    assert scores.split() == ["scores", "swd", "7.0"]
     assert best.split() == ["best", str(tmp_path / "best.pt")]
     for line, name in ((generate, "generate"), (show, "show_attention"), (report, "report")):
         script = re.search(rf"python examples/({name}\.py) {re.escape(str(tmp_path))}", line)
