@@ -14,11 +14,11 @@ from torch_sagan._checks import at_least_one, check_labels, one_of
 from torch_sagan._torch import on_device
 from torch_sagan.attention.layer import SelfAttention2d
 from torch_sagan.networks.blocks import (
+    UPSAMPLING,
     AttentionFactory,
     LatentBlock,
     Normalizer,
     ResidualUpBlock,
-    UPSAMPLING,
     Stages,
     UpBlock,
     feature_map_sizes,
