@@ -66,7 +66,7 @@ gpu: $(if $(RUN_WITH),,$(VENV)/.stamp-dev) ## test on this machine's GPU, and pr
 	$(RUN) benchmarks/gpu_table.py --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--tiny) --tests build/gpu-tests.xml \
 		--budget $$(($(BUDGET) - 60 - $$(date +%s) + start)) && exit $$status
 
-check: lint types docs package coverage ## lint, types, docs, package, tests with coverage
+check: lint types docs package test ## lint, types, docs, package, tests
 	@echo "==> all checks passed"
 
 lint: $(VENV)/.stamp-dev ## ruff: rules and formatting
@@ -86,7 +86,7 @@ docs: $(VENV)/.stamp-dev ## build the documentation into docs/_build/html, warni
 	@echo "==> docs"
 	@rm -rf docs/api/*.rst docs/_build/html # the pages of names that may be gone
 	@$(BIN)/sphinx-build -q -E -n -W --keep-going -b html docs docs/_build/html
-	@SAGAN_SITE=docs/_build/html $(BIN)/python -m pytest -q tests/docs/test_site.py
+	@SAGAN_SITE=docs/_build/html OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/docs/test_site.py
 	@echo "docs/_build/html/index.html"
 
 package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/, check them and the wheel's public types
@@ -99,7 +99,7 @@ package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/, check t
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target build/wheel dist/*.whl
 	@$(BIN)/python .ci/verify_types.py build/wheel
 
-coverage: $(VENV)/.stamp-dev
+coverage: $(VENV)/.stamp-dev ## the tests, with the lines that they leave out
 	@echo "==> tests and docstring examples, with line coverage"
 	@$(PYTEST) -m "not exhaustive" --cov --cov-report=term $(PYTEST_ARGS)
 

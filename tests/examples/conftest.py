@@ -1,7 +1,8 @@
-"""What tests of scripts share: which script runs, for its errors, and small figures for runs."""
+"""What tests of scripts share: which script runs, for its errors, signals as in a terminal, and small figures."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from training import average
 from training.output import image_io
+from training.runs.signals import ASKING
 
 SCRIPTS = [path.stem for path in (Path(__file__).parents[2] / "examples").glob("*.py")]
 
@@ -19,6 +21,17 @@ def _script_that_runs(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     tested = request.path.stem.removeprefix("test_")
     script = max((name for name in SCRIPTS if tested.startswith(name)), key=len, default="train_celeba")
     monkeypatch.setattr("sys.argv", [f"{script}.py"])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_signal_is_ignored() -> Iterator[None]:
+    """As in a terminal: under nohup and in a shell's background, tests and the processes that they start inherit it."""
+    ignored = [number for number in ASKING if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="module")

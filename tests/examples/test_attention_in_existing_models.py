@@ -29,7 +29,10 @@ def _threads() -> Iterator[None]:
     ("example", "steps", "layers", "figures"),  # so few steps that one comes before the insertion
     [
         (attention_in_dcgan, 8, 2, {"samples.png": sheet(8, 4), "attention.png": sheet(5, 4, TILE)}),
-        (attention_in_cyclegan, 5, 6, {"samples.png": sheet(8, 3), "attention.png": sheet(4, 4, TILE)}),
+        pytest.param(  # the test below runs it too, for a step
+            *(attention_in_cyclegan, 5, 6, {"samples.png": sheet(8, 3), "attention.png": sheet(4, 4, TILE)}),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_attention_in_an_existing_model(

@@ -52,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("classes", ["own", "none"])
+@pytest.mark.parametrize("classes", ["own", pytest.param("none", marks=pytest.mark.exhaustive)])
 def test_a_run_writes_what_it_names_and_asks(classes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a" / "b"
     assert train_digits.main([*TINY, "--classes", classes, "--out", str(out)]) == 0
@@ -206,7 +206,10 @@ def test_attention_is_the_tutorials(network: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "nowhere"], "--data nowhere is neither mnist, fashion-mnist, kmnist, 'digits' nor"),
+        (
+            ["--data", "nowhere"],
+            "--data nowhere: expected digits, mnist, fashion-mnist, kmnist or a folder with MNIST's files",
+        ),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--noise", "-1"], "--noise must be at least 0, got -1"),
         (["--noise", "inf"], "--noise must be finite, got inf"),

@@ -133,7 +133,7 @@ open_classifier(barred((20, 20)), cache=Path({cache!r}))
 """
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("call", [pytest.param("fsync", marks=pytest.mark.exhaustive), "replace"])
 def test_a_kill_leaves_no_half_of_a_file(call: str, fresh: Classifier, trained: list[int], tmp_path: Path) -> None:
     """Before the bytes are on the disk, and before they have their name."""
     here = Path(__file__)

@@ -145,7 +145,7 @@ def test_the_digits_example_takes_names(monkeypatch: pytest.MonkeyPatch, tmp_pat
     quick = ["--steps", "1", "--base-channels", "4", "--batch-size", "4", "--device", "cpu", "--no-tensorboard"]
     assert train_digits.main([*quick, "--data", "kmnist", "--out", str(tmp_path / "run")]) == 0
     assert asked == [tmp_path / "run"]
-    with pytest.raises(SystemExit, match="--data cifar10 is neither"):
+    with pytest.raises(SystemExit, match="--data cifar10: expected digits, mnist"):
         train_digits.main([*quick, "--data", "cifar10"])
 
 
@@ -382,6 +382,7 @@ def test_a_run_that_is_ended_while_it_downloads(number: signal.Signals, server: 
     assert server.requests[0] == (name, "bytes=100-")
 
 
+@pytest.mark.exhaustive  # as long as two starts of Python with torch beside each other
 @pytest.mark.slow  # starts processes, which import torch
 def test_processes_that_start_together_download_once(server: FileServer) -> None:
     server.answers = [slow(20, 0.5)]  # until both are there

@@ -185,6 +185,7 @@ def test_one_process_of_a_machine_verifies_the_cache_for_the_others(damaged: boo
     assert int(mapped) == int(seen) == expected
 
 
+@pytest.mark.exhaustive  # half a minute of two cores
 @pytest.mark.slow  # torchrun, and two processes that import torch
 def test_two_processes_go_on_from_one_and_stop_at_the_same_step(tmp_path: Path) -> None:
     train(tmp_path, "--steps", "2", "--batch-size", "8")

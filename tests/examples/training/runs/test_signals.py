@@ -26,17 +26,6 @@ LATER = [number for number in ASKING if number not in (signal.SIGINT, signal.SIG
 pytestmark = pytest.mark.usefixtures("small_figures")
 
 
-@pytest.fixture(autouse=True)
-def _none_is_ignored() -> Iterator[None]:
-    """As in a terminal; under nohup and in a shell's background, tests and the processes that they start inherit it."""
-    ignored = [number for number in ASKING if signal.getsignal(number) is signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def test_one_after_the_other_is_noted_and_the_handlers_come_back() -> None:
     before = [signal.getsignal(number) for number in ASKING]
     for number in ASKING:
@@ -175,7 +164,7 @@ def test_signals_of_the_last_step_and_after_it_change_nothing(
 
 
 @pytest.mark.slow  # starts a process
-@pytest.mark.parametrize("nohup", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+@pytest.mark.parametrize("nohup", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_closed_terminal_ends_a_run_in_order_unless_it_runs_under_nohup(nohup: bool, tmp_path: Path) -> None:
     """The kernel signals all processes of the session and refuses every write to the terminal."""
     pty = pytest.importorskip("pty", reason="needs a terminal")
