@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command": " ".join(["python benchmarks/real_images.py", *(sys.argv[1:] if arguments is None else arguments)]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.processes} runs at a time, one thread each",
         "torch": torch.__version__,
-        "recipe": RECIPE.read_text(encoding="utf-8").splitlines()[-5:],
+        "recipe": [line for line in RECIPE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")],
     }
     write_json(
         out / "summary.json", about | {"runs": [result for by_seed in found.values() for result in by_seed.values()]}

@@ -157,4 +157,5 @@ def test_a_report_needs_results_of_every_arm_and_writes_none_of_its_own(
     assert "**plain**, 1 seeds" in capsys.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [run["arm"] for run in summary["runs"]] == ["recipe", "plain"]
+    assert summary["recipe"][0].startswith("--data fashion-mnist")
     assert "--steps" in " ".join(summary["recipe"])

@@ -36,7 +36,7 @@ from training.data.files import SharedFile
 from training.data.image_folder import ImageFolder, Replacements, left_out
 from training.data.prefetch import LIMIT, made_ahead
 from training.data.workers import Workers, usable_cores
-from training.runs.kernel_lock import KernelLock, holder, machine, this_process
+from training.runs.kernel_lock import KernelLock, machine
 from training.runs.memory import readable
 from training.runs.signals import StopRequested, deferred_signals, stop_requested
 
@@ -123,7 +123,14 @@ def open_cache(folder: ImageFolder, directory: Path, *, verify: bool = True) -> 
         return CachedFolder(folder, images)
     directory.mkdir(parents=True, exist_ok=True)
     with closing(KernelLock(directory / f"{stem}.lock")) as lock:
-        locked = _wait(lock, folder.root)
+        locked = bool(lock.wait(f"decodes {folder.root}"))
+        if not locked:
+            print(
+                f"{lock.path}: this file system has no locks ({lock.missing}); runs that start together all decode "
+                f"{folder.root}",
+                file=sys.stderr,
+                flush=True,
+            )
         images = _open(path, shape)  # by now, another process may have built it
         if images is None:
             if path.exists():
@@ -140,27 +147,6 @@ def open_cache(folder: ImageFolder, directory: Path, *, verify: bool = True) -> 
         if locked:
             lock.clear()
     return CachedFolder(folder, images)
-
-
-def _wait(lock: KernelLock, root: Path) -> bool:
-    """Wait while another process decodes the same images. Returns whether the kernel keeps others out from now on."""
-    told = False
-    while (locked := lock.attempt()) is False:
-        if not told:
-            print(f"waiting for {holder(lock.read())}, which decodes {root}", file=sys.stderr, flush=True)
-            told = True
-        time.sleep(0.1)
-    if locked is None:
-        print(
-            f"{lock.path}: this file system has no locks ({lock.missing}); runs that start together all decode {root}",
-            file=sys.stderr,
-            flush=True,
-        )
-        return False
-    with suppress(OSError):
-        lock.clear()
-        lock.write(this_process())
-    return True
 
 
 def _tidy(stem: str, path: Path, *, locked: bool) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from training.data.download import RemoteFile, Unavailable, download, sha256
-from training.runs.kernel_lock import KernelLock, holder, this_process
+from training.runs.kernel_lock import KernelLock
 
 HERE, SYSTEM = Path("data"), Path("/usr/share/datasets")
 LABELS = "train-labels-idx1-ubyte"
@@ -182,7 +181,7 @@ def _download(name: str, known: PublicSet, folder: Path) -> None:
     except OSError as error:
         raise OSError(f"--data {name}: cannot write into {folder.resolve()}: {error.strerror}") from None
     with closing(lock):
-        locked = _wait(lock, known)
+        locked = lock.wait(f"downloads {known.title}")
         missing = _missing(known, folder)  # by now, another process may have downloaded them
         if missing:
             size = sum(file.size for file in missing)
@@ -197,21 +196,6 @@ def _download(name: str, known: PublicSet, folder: Path) -> None:
                 raise ValueError(f"--data {name}: {error}. {_advice(known, folder)}") from None
         if locked:
             lock.clear()
-
-
-def _wait(lock: KernelLock, known: PublicSet) -> bool:
-    """Wait while another process downloads the same files. Returns whether others wait for this one from now on."""
-    told = False
-    while (locked := lock.attempt()) is False:
-        if not told:
-            print(f"waiting for {holder(lock.read())}, which downloads {known.title}", file=sys.stderr, flush=True)
-            told = True
-        time.sleep(0.1)
-    if locked:
-        with suppress(OSError):
-            lock.clear()
-            lock.write(this_process())
-    return bool(locked)
 
 
 def _advice(known: PublicSet, folder: Path) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,6 +51,20 @@ class KernelLock:
             self.missing = error.strerror or str(error)
             return None
         return True
+
+    def wait(self, doing: str) -> bool | None:
+        """`attempt` until nobody else has the lock, with a line that names who `doing`, and then sign the file."""
+        told = False
+        while (locked := self.attempt()) is False:
+            if not told:
+                print(f"waiting for {holder(self.read())}, which {doing}", file=sys.stderr, flush=True)
+                told = True
+            time.sleep(0.1)
+        if locked:
+            with suppress(OSError):
+                self.clear()
+                self.write(this_process())
+        return locked
 
     def write(self, text: str) -> None:
         """Write the beginning of the file."""
