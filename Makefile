@@ -5,6 +5,7 @@
 #   DEMO         the arguments of the demo
 #   PYTEST_ARGS  further arguments for pytest, e.g. make test PYTEST_ARGS="-k attention"
 #   WORKERS      processes that run tests, 0 for none but make's own (for a debugger)
+#   TIMEOUT      seconds after which a test has failed
 #
 # make gpu:
 #
@@ -18,6 +19,7 @@ DEMO ?= --data faces --image-size 64 --base-channels 16 --batch-size 16 --g-atte
 	--ema-decay 0.998 --steps 1200 --out runs/demo
 PYTEST_ARGS ?=
 WORKERS ?= 3
+TIMEOUT ?= 600
 DEVICE ?= cuda
 RUN_WITH ?=
 BUDGET ?= 480
@@ -25,8 +27,9 @@ BUDGET ?= 480
 VENV := .venv
 BIN := $(VENV)/bin
 # A file's tests stay in one process, so that what they share, such as the built site, is made once. Processes share the
-# cores: with a thread for each core in each of them, the small networks of tests would wait for one another.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# cores: with a thread for each core in each of them, the small networks of tests would wait for one another. A test that
+# waits for something that does not come fails by its name, and the others go on.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --timeout $(TIMEOUT)
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help

@@ -285,7 +285,7 @@ def test_who_is_waited_for_is_named(
     with closing(KernelLock(path)) as lock:
         assert lock.attempt()
         lock.write("process 7 on node")
-        monkeypatch.setattr(image_cache, "time", SimpleNamespace(sleep=lambda _: lock.clear() or unlock(lock)))
+        monkeypatch.setattr(kernel_lock, "time", SimpleNamespace(sleep=lambda _: lock.clear() or unlock(lock)))
         built(folder, tmp_path / "cache")
     assert f"waiting for process 7 on node, which decodes {folder}\n" in capsys.readouterr().err
 
