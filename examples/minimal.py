@@ -9,6 +9,7 @@ evaluation, a cache of decoded images) is in train_celeba.py.
 
 import argparse
 import copy
+import errno
 import os
 import sys
 from itertools import chain, repeat
@@ -61,8 +62,7 @@ class ImageFolder(Dataset[Tensor]):
         else:
             raise OSError("none of the images can be read")
         image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
-        if torch.rand(()) < 0.5:
-            image = ImageOps.mirror(image)
+        image = ImageOps.mirror(image) if torch.rand(()) < 0.5 else image
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return pixels.view(self.size, self.size, 3).permute(2, 0, 1).float() / 127.5 - 1
 
@@ -83,14 +83,12 @@ def main() -> None:
     data = ImageFolder(args.images, args.image_size, args.out)
     whole = len(data) >= args.batch_size  # leave the last, smaller batch out
     loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=whole, num_workers=min(8, os.cpu_count() or 1))
-
     generator = SAGANGenerator(args.image_size, z_dim=Z_DIM, base_channels=args.base_channels).to(device)
     discriminator = SAGANDiscriminator(args.image_size, base_channels=args.base_channels).to(device)
     average = copy.deepcopy(generator).eval().requires_grad_(False)  # draws the samples
     g_optimizer = torch.optim.Adam(generator.parameters(), lr=args.lr_g, betas=(0.0, 0.9))
     d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=args.lr_d, betas=(0.0, 0.9))
     z_fixed = torch.randn(64, Z_DIM, device=device)
-
     networks = {"generator": generator, "discriminator": discriminator, "average": average}
     parts: dict[str, Any] = {**networks, "g_optimizer": g_optimizer, "d_optimizer": d_optimizer}
     checkpoint, first = args.out / "checkpoint.pt", 0
@@ -106,7 +104,6 @@ def main() -> None:
     for step, images in zip(range(first + 1, args.steps + 1), chain.from_iterable(repeat(loader)), strict=False):
         real = images.to(device)  # (B, 3, S, S)
         fake = generator(torch.randn(len(real), Z_DIM, device=device))  # (B, 3, S, S)
-
         # One pass for both kinds, so that the spectral norm iterates once.
         real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()])).chunk(2)  # (B,) each
         d_loss = hinge_discriminator_loss(real_logits, fake_logits)
@@ -139,10 +136,13 @@ def main() -> None:
             with open(checkpoint.with_suffix(".new"), "wb") as file:  # if the run is killed here, the old one stays
                 torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, file)
                 file.flush()
-                os.fsync(file.fileno())
+                try:
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # else the file system has none
+                        raise
             os.replace(file.name, checkpoint)
-            with torch.no_grad():
-                save_grid(args.out / f"samples-{step:06d}.png", average(z_fixed))
+            save_grid(args.out / f"samples-{step:06d}.png", average(z_fixed))
     print(f"samples and checkpoint: {args.out}")
 
 

@@ -25,6 +25,7 @@ import torch
 from evaluation import classifier as training
 from evaluation.classifier import Classifier, Network, train
 from training.data.dataset import ImageSet
+from training.runs.atomic_files import force_to_disk
 from training.runs.tensor_files import read
 
 KNOWN = ("scale", "accuracy", "tested", "recalls")  # what a file holds beside the weights
@@ -103,7 +104,7 @@ def _write(path: Path, classifier: Classifier, about: dict[str, Any]) -> None:
         with open(part, "xb") as file:
             torch.save(content, file)
             file.flush()
-            os.fsync(file.fileno())
+            force_to_disk(file.fileno(), part.parent)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

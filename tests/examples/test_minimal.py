@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 import minimal
 from emulated_cuda import emulate_cuda
+from refused_calls import refuse_fsync
 
 TINY = ["--image-size", "16", "--base-channels", "2", "--batch-size", "4", "--save-every", "2"]
 
@@ -172,6 +174,19 @@ def test_the_checkpoint_is_there_before_its_grid(images: Path, tmp_path: Path, m
     with pytest.raises(SystemExit, match="killed"):
         run(monkeypatch, images, tmp_path / "out", "--steps", "2")
     assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_a_file_system_without_fsync_and_a_disk_that_loses_what_was_written(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "out" / "checkpoint.pt"
+    refuse_fsync(monkeypatch, errno.EINVAL)
+    run(monkeypatch, images, tmp_path / "out", "--steps", "1")
+    before = checkpoint.read_bytes()
+    refuse_fsync(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        run(monkeypatch, images, tmp_path / "out", "--steps", "2")
+    assert checkpoint.read_bytes() == before
 
 
 @pytest.mark.exhaustive  # that it names torch, Pillow and the package alone is tested with the architecture

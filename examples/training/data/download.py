@@ -23,6 +23,7 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
+from training.runs.atomic_files import force_to_disk
 from training.runs.memory import readable
 
 TIMEOUT = 30.0  # seconds without a byte, after which a server has stopped
@@ -64,7 +65,7 @@ def download(file: RemoteFile, path: Path, part: Path) -> None:
             part.unlink()
             raise Unavailable(f"{file.address} is another file: its SHA-256 is {found}, expected {file.sha256}")
         with open(part, "rb") as whole:
-            _sync(whole.fileno())
+            force_to_disk(whole.fileno(), part.parent)
         os.replace(part, path)
     except Unavailable:
         if not _size(part):
@@ -170,12 +171,3 @@ def _why(error: Exception) -> str:
     if isinstance(cause, TimeoutError):
         return f"no answer for {TIMEOUT:g} s"
     return str(getattr(cause, "strerror", None) or cause or type(cause).__name__)
-
-
-def _sync(descriptor: int) -> None:
-    """Force a file onto the disk, where the file system can."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise

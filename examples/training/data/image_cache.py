@@ -36,6 +36,7 @@ from training.data.files import SharedFile
 from training.data.image_folder import ImageFolder, Replacements, left_out
 from training.data.prefetch import LIMIT, made_ahead
 from training.data.workers import Workers, usable_cores
+from training.runs.atomic_files import force_to_disk
 from training.runs.kernel_lock import KernelLock, machine
 from training.runs.memory import readable
 from training.runs.signals import StopRequested, deferred_signals, stop_requested
@@ -237,7 +238,7 @@ def _build(folder: ImageFolder, path: Path, shape: tuple[int, ...]) -> None:
             checksum = zlib.crc32(sources, checksum)
             file.write(checksum.to_bytes(CHECKSUM, "little"))
             file.flush()
-            os.fsync(file.fileno())
+            force_to_disk(file.fileno(), part.parent)
         os.replace(part, path)
     except SourceLost:
         raise

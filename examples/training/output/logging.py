@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.runs.atomic_files import write
+from training.runs.atomic_files import force_to_disk, write
 from training.runs.distributed import Ranks
 from training.script import fail
 
@@ -50,7 +49,7 @@ class RunLog:
         with open(self.path, "ab") as file:
             file.write(json.dumps({"step": step, **values}).encode() + b"\n")
             file.flush()
-            os.fsync(file.fileno())
+            force_to_disk(file.fileno(), self.path.parent)
         self.bar.set_postfix_str("D {loss_d:.3f} G {loss_g:.3f}".format(**values), refresh=False)
         self.scalars(step, values)
 

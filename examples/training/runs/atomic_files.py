@@ -46,7 +46,7 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
         with open(new, "xb") as file:
             fill(file)
             file.flush()
-            _sync(file.fileno(), target.parent, "files")
+            force_to_disk(file.fileno(), target.parent)
         _replace(new, target)
         if os.name == "posix":  # on other systems folders cannot be opened
             _sync_folder(target.parent)
@@ -70,6 +70,22 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write plain values as JSON, which has no infinite numbers."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def force_to_disk(descriptor: int, folder: Path, what: str = "files") -> None:
+    """Force what is open onto the disk. Where the file system of `folder` cannot, as older CIFS and FUSE, a line says
+    so once.
+
+    Raises:
+        OSError: if the disk refuses, so that something is lost.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
+        _say_once(f"the file system of {folder} cannot force {what} onto the disk ({error.strerror}): after a power "
+                  "failure the newest may be missing")  # fmt: skip
 
 
 def _file_to_replace(path: Path) -> Path:
@@ -104,20 +120,9 @@ def _sync_folder(folder: Path) -> None:
     except PermissionError:  # it may be written but not listed
         return
     try:
-        _sync(descriptor, folder, "folders")
+        force_to_disk(descriptor, folder, "folders")
     finally:
         os.close(descriptor)
-
-
-def _sync(descriptor: int, folder: Path, what: str) -> None:
-    """Force a file or folder onto the disk, where the file system can: older CIFS and FUSE cannot."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # of the disk: something was lost
-            raise
-        _say_once(f"the file system of {folder} cannot force {what} onto the disk ({error.strerror}): after a power "
-                  "failure the newest may be missing")  # fmt: skip
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from barred_images import barred
 from evaluation import classifier, classifier_cache
 from evaluation.classifier import Classifier, train
 from evaluation.classifier_cache import open_classifier
+from refused_calls import refuse_fsync
 from training.data.sources import ArrayDataset
 
 
@@ -179,3 +181,17 @@ def test_a_file_that_cannot_be_written_ends_nothing(
     said = capsys.readouterr().err
     assert "the classifier is not kept, cannot write" in said
     assert broken == "folder" or not list(cache.iterdir())
+
+
+def test_a_file_system_without_fsync(
+    fresh: Classifier,
+    trained: list[int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refuse_fsync(monkeypatch, errno.EINVAL)
+    for _ in range(2):
+        assert same(open_classifier(data(), cache=tmp_path), fresh)
+    assert trained == [0]
+    assert f"the file system of {tmp_path} cannot force files onto the disk" in capsys.readouterr().err

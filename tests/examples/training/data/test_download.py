@@ -3,6 +3,7 @@ or one line says why not, and nothing else has its name."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import resource
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 import file_server
 from file_server import Answer, FileServer, broken, redirected, refused, slow
+from refused_calls import refuse_fsync
 from training.data import download as module
 from training.data.download import RemoteFile, Unavailable, download
 
@@ -225,3 +227,21 @@ def test_a_folder_in_place_of_the_file(server: FileServer, tmp_path: Path) -> No
     with pytest.raises(OSError, match=r"^cannot write .*file\.gz \(293 KiB\): Is a directory$"):
         fetch(server, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file.gz"]
+
+
+def test_a_file_system_without_fsync(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse_fsync(monkeypatch, errno.EINVAL)
+    fetch(server, tmp_path)
+    assert left(tmp_path) == {"file.gz": CONTENT}
+    assert f"the file system of {tmp_path} cannot force files onto the disk" in capsys.readouterr().err
+
+
+def test_a_disk_that_loses_what_was_written(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_fsync(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match=r"^cannot write .*file\.gz \(293 KiB\): Input/output error$"):
+        fetch(server, tmp_path)
+    assert left(tmp_path) == {}

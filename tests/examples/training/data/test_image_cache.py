@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import zipfile
@@ -18,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from refused_calls import refuse_fsync
 from tiny_runs import assert_same, checkpoint, resume, train
 from training.data import image_cache
 from training.data.dataset import ImageSet, SourceLost
@@ -321,6 +323,16 @@ def test_the_file_is_on_the_disk_before_it_takes_the_name(
     monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
     cached(folder, tmp_path / "cache")
     assert calls == ["fsync", "replace"]
+
+
+def test_a_file_system_without_fsync(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = pixels(open_data(str(folder), size=16, crop=160))
+    refuse_fsync(monkeypatch, errno.EINVAL)
+    np.testing.assert_array_equal(pixels(cached(folder, tmp_path / "cache")), expected)
+    assert len(caches(tmp_path / "cache")) == 1
+    assert f"the file system of {tmp_path}/cache cannot force files onto the disk" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import shutil
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from refused_calls import refuse_fsync
 from tiny_runs import lines, resume, train
 from training.output.logging import Means, RunLog, one_report
 from training.runs.distributed import SINGLE_PROCESS
@@ -67,6 +69,26 @@ def test_the_log_is_never_half_written(out: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit):
         resume(out, "--steps", "4")
     assert [line["step"] for line in lines(out)] == [1, 2]
+
+
+def test_a_file_system_without_fsync(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse_fsync(monkeypatch, errno.EINVAL)
+    log = RunLog(out, 2, 4, 4, tensorboard=False)
+    for step in (3, 4):
+        log.write(step, {"loss_d": 1.0, "loss_g": 2.0})
+    log.close()
+    assert [line["step"] for line in lines(out)] == [1, 2, 3, 4]
+    assert capsys.readouterr().err.count(f"the file system of {out} cannot force files onto the disk") == 1
+
+
+def test_a_disk_that_loses_a_line_is_an_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(out, 2, 4, 4, tensorboard=False)
+    refuse_fsync(monkeypatch, errno.ENOSPC)
+    with pytest.raises(OSError, match="No space left on device"):
+        log.write(3, {"loss_d": 1.0, "loss_g": 2.0})
+    log.close()
 
 
 def test_tensorboard_shows_what_the_log_and_the_images_do(tmp_path: Path) -> None:

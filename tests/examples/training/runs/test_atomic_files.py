@@ -15,6 +15,7 @@ from typing import IO
 import pytest
 import torch
 
+from refused_calls import refuse_fsync, refusing
 from training.runs import atomic_files
 from training.runs.atomic_files import write, write_json, write_text
 
@@ -30,17 +31,6 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def refusing(call: Callable[..., object], code: int, when: Callable[..., bool]) -> Callable[..., object]:
-    """A system call of a file system that refuses some of the calls."""
-
-    def refuses(*arguments: object) -> object:
-        if when(*arguments):
-            raise OSError(code, os.strerror(code))
-        return call(*arguments)
-
-    return refuses
 
 
 def is_folder(descriptor: int) -> bool:
@@ -167,7 +157,7 @@ def test_an_error_of_the_disk_is_none_of_the_file_system(
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", refusing(os.fsync, errno.EINVAL, lambda _: True))
+    refuse_fsync(monkeypatch, errno.EINVAL)
     before = os.dup(0)
     os.close(before)
     write_text(tmp_path / "a", "text")
