@@ -1,8 +1,9 @@
 """Fashion-MNIST on a CPU: the trainer's recipe, a plain DCGAN in the same CPU time, and attention in either network.
 
     python benchmarks/real_images.py                                # the recipe and the plain DCGAN, three seeds each
-    python benchmarks/real_images.py --arms recipe G D both --seeds 5 --out runs/attention -- --steps 1200
+    python benchmarks/real_images.py --arms recipe G D both --seeds 5 --out runs/attention -- --steps 600
     python benchmarks/real_images.py --report                       # the table again, from the existing results
+    python benchmarks/real_images.py --draw docs/images/real-images-recipe.json  # a chart, as in the docs
 
 An arm is the trainer with `recipes/fashion-mnist.txt` and what it adds; settings behind `--` go to every arm:
 
@@ -11,6 +12,9 @@ An arm is the trainer with `recipes/fashion-mnist.txt` and what it adds; setting
     plain       no trainer: a DCGAN of forty lines with spectral norm in D (measurement/plain_dcgan.py), Adam at 2e-3,
                 which was better than 1e-3; it trains as many CPU-seconds as the recipe's runs took in all, with their
                 start and evaluation
+
+With `--equal-time` the arms with attention get the recipe's time instead of its steps: the times of their steps are
+measured first, and they train fewer.
 
 All are scored alike, by features of a classifier of the real images, against the test images. Each run has one thread.
 """
@@ -29,8 +33,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +44,18 @@ from torch import Tensor
 
 from evaluation.classifier_cache import open_classifier
 from evaluation.evaluator import open_evaluator
+from measurement.dot_chart import Panel, dot_chart
 from measurement.intervals import paired_difference
 from measurement.plain_dcgan import Z_DIM, train
+from measurement.stopwatch import Stopwatch
+from recipe_costs import gan_and_batch, read_recipe
 from torch_sagan import record_attention
 from training.data.sources import InfiniteBatchSampler, open_data, open_held_out
+from training.flags import Config
 from training.output.model_card import open_generator
 from training.runs.atomic_files import write_json, write_text
 from training.script import Parser, fail, given_path, script
+from training.step import training_step
 
 RECIPE = examples_path.EXAMPLES / "recipes" / "fashion-mnist.txt"
 DATA = "fashion-mnist"
@@ -56,6 +66,7 @@ ARMS = {
     "D": ["--d-attention", "7"],
     "both": ["--g-attention", "14", "--d-attention", "7"],
 }
+LABELS = {"recipe": "recipe", "G": "in G", "D": "in D", "both": "in both", "plain": "plain"}  # in the chart
 RATE, BATCH = 2e-3, 64  # of the plain DCGAN
 # Score, heading, and how many digits it is shown with.
 SHOWN = {
@@ -72,13 +83,40 @@ Result = dict[str, Any]
 # -------------------------------------------------------------------------------------------------------------- runs
 
 
-def run(arm: str, seed: int, out: Path, more: Sequence[str], cpu_seconds: float) -> Result:
+def fewer_steps(more: Sequence[str]) -> dict[str, list[str]]:
+    """For each arm with attention, settings with which it takes the recipe's time, by the measured time of a step."""
+    torch.set_num_threads(1)
+    configs = {arm: read_recipe(RECIPE, *added, *more) for arm, added in ARMS.items()}
+    times = Stopwatch(torch.device("cpu"), seconds=60)(**{arm: one_step(config) for arm, config in configs.items()})
+    settings = {}
+    for arm, config in configs.items():
+        share = times["recipe"] / times[arm]
+        steps, decay_from = (round(share * number) for number in (config.steps, config.decay_from))
+        settings[arm] = ["--steps", str(steps), "--decay-from", str(decay_from)]
+    return settings | {"recipe": []}
+
+
+def one_step(config: Config) -> Callable[[], object]:
+    """What trains the networks of a recipe by a step."""
+    gan, batch = gan_and_batch(config, 1, 10, lambda network: torch.optim.Adam(network.parameters(), config.lr_d))
+    return lambda: training_step(gan, iter([batch]))
+
+
+def run(
+    arm: str, seed: int, out: Path, more: Sequence[str], cpu_seconds: float, fewer: Mapping[str, list[str]] | None
+) -> Result:
     """Train and score one arm in a process of its own, which writes its result into the folder."""
     folder, path = out / f"{arm}-{seed}", out / f"{arm}-{seed}.json"
     if arm == "plain":
         command = [__file__, "--plain", str(cpu_seconds), "--seed", str(seed), "--out", str(folder)]
     else:
-        command = [str(examples_path.EXAMPLES / "train_celeba.py"), f"@{RECIPE}", *ARMS[arm], *more]
+        command = [
+            str(examples_path.EXAMPLES / "train_celeba.py"),
+            f"@{RECIPE}",
+            *ARMS[arm],
+            *more,
+            *(fewer or {}).get(arm, []),
+        ]
         command += ["--seed", str(seed), "--eval-samples", str(SAMPLES), "--no-tensorboard", "--out", str(folder)]
     begun = time.monotonic()
     with open(out / f"{arm}-{seed}.txt", "w") as log:
@@ -95,6 +133,7 @@ def run(arm: str, seed: int, out: Path, more: Sequence[str], cpu_seconds: float)
         "seed": seed,
         "steps": last["step"],
         "settings": list(more),
+        "equal_time": fewer is not None,
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "minutes": round((time.monotonic() - begun) / 60, 2),
         "scores": last["scores"],
@@ -149,18 +188,22 @@ def even_keys(folder: Path, samples: int = 200) -> dict[str, float]:
     return shares
 
 
-def collect(out: Path, arms: Sequence[str], more: Sequence[str]) -> dict[str, dict[int, Result]]:
+def collect(
+    out: Path, arms: Sequence[str], more: Sequence[str], *, equal_time: bool = False
+) -> dict[str, dict[int, Result]]:
     """The results in the folder, by arm and seed. Results of other settings are an error: they are not comparable."""
     found: dict[str, dict[int, Result]] = {arm: {} for arm in arms}
     for arm, results in found.items():
         for path in sorted(out.glob(f"{arm}-*.json")):
             try:
                 result = json.loads(path.read_text(encoding="utf-8"))
-                settings, seed = result["settings"], result["seed"]
+                settings, seed, timed = result["settings"], result["seed"], result.get("equal_time", False)
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 fail(f"{path}: it cannot be read as a result ({error!r})")
             if arm != "plain" and settings != list(more):
                 fail(f"{path} was made with {' '.join(settings) or 'the recipe alone'}: give another --out")
+            if arm in ARMS.keys() - {"recipe"} and timed != equal_time:
+                fail(f"{path} was made {'with' if timed else 'without'} --equal-time: give another --out")
             results[seed] = result
     return found
 
@@ -202,6 +245,38 @@ def table(found: dict[str, dict[int, Result]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def chart(summary: Result) -> str:
+    """Distance, agreement and recall of every run, and of real images, as SVG."""
+    runs = summary["runs"]
+    panels = []
+    for name, better in (("classifier_distance", "smaller"), ("agreement", "larger"), ("classifier_recall", "larger")):
+        heading, form = SHOWN[name]
+        scale = 100 if name == "agreement" else 1
+        values = {
+            label: [scale * run["scores"][name] for run in runs if run["arm"] == arm]
+            for arm, label in LABELS.items()
+            if any(run["arm"] == arm for run in runs)
+        }
+        real = scale * runs[0]["scores"][f"{name}_real"]
+        panels.append(Panel(f"{heading} ({better} is better)", values, real, form))
+    return dot_chart(panels)
+
+
+def draw(summary: Path) -> int:
+    """Write the chart of a summary beside it."""
+    path = summary.with_suffix(".svg")
+    try:
+        text = chart(json.loads(summary.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        fail(f"{summary}: it cannot be read as a summary ({error!r})")
+    write_text(path, text)
+    print(path)
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description="Train on Fashion-MNIST in several ways, and compare their scores.")
     names = [*ARMS, "plain"]
@@ -211,7 +286,11 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=given_path, default=Path("runs/real-images"), help="folder (default: %(default)s)"
     )
+    parser.add_argument("--equal-time", action="store_true", help="fewer steps for arms with attention, in equal time")
     parser.add_argument("--report", action="store_true", help="only the table, from the existing results")
+    parser.add_argument(
+        "--draw", type=given_path, metavar="SUMMARY", help="only a chart, from a summary.json that a run wrote"
+    )
     parser.add_argument("--plain", type=float, help=argparse.SUPPRESS)  # what a run of that arm is started with
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", metavar="-- SETTINGS", help="of the trainer, added to every arm's")
@@ -227,11 +306,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = args.out
     if args.plain:
         return plain(args.plain, args.seed, out)
-    found = collect(out, args.arms, args.settings)
+    if args.draw:
+        return draw(args.draw)
+    collected = partial(collect, out, args.arms, args.settings, equal_time=args.equal_time)
+    found = collected()
     if not args.report:
         out.mkdir(parents=True, exist_ok=True)
         data, held_out = open_data(DATA, size=28, classes="own"), open_held_out(DATA, size=28, classes="own")
         print(open_classifier(data, held_out, out / "cache").about, flush=True)  # so that no run has to train it
+        fewer = fewer_steps(args.settings) if args.equal_time else None
         # The plain DCGAN last, because it gets the time that the recipe took.
         for arms in ([arm for arm in args.arms if arm != "plain"], [arm for arm in args.arms if arm == "plain"]):
             wanted = [(a, s) for s, a in itertools.product(range(args.seeds), arms) if s not in found[a]]
@@ -239,10 +322,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "plain" in arms and not taken:
                 fail("--arms plain: expected runs of the recipe in the same folder, whose time it gets")
             with ThreadPoolExecutor(args.processes) as pool:
-                runs = [pool.submit(run, a, s, out, args.settings, statistics.median(taken or [0])) for a, s in wanted]
+                runs = [
+                    pool.submit(run, a, s, out, args.settings, statistics.median(taken or [0]), fewer)
+                    for a, s in wanted
+                ]
                 for result in (done.result() for done in runs):
                     print(f"{result['arm']}, seed {result['seed']}: {result['minutes']} min", flush=True)
-            found = collect(out, args.arms, args.settings)
+            found = collected()
     if not all(found.values()):
         fail(f"{out}: expected results of {', '.join(arm for arm in args.arms if not found[arm])}")
     text = table(found)

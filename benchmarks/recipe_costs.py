@@ -12,7 +12,7 @@ from __future__ import annotations
 import examples_path  # isort: skip
 import training.threads  # noqa: F401  before torch  # isort: skip
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -80,32 +80,27 @@ class Idle(torch.optim.SGD):
         """Nothing."""
 
 
-def read_recipe(path: Path) -> Config:
-    """The settings in a recipe."""
-    args = read_arguments(Config, [f"@{path}"], "")
+def read_recipe(path: Path, *more: str) -> Config:
+    """The settings in a recipe, and more of them."""
+    args = read_arguments(Config, [f"@{path}", *more], "")
     return resolve_config(Config, {name: args[name] for name in args.keys() - {"resume", "dry_run"}}, None)
 
 
 def costs(config: Config, data: Data) -> Costs:
     """The costs, counted on the meta device in the layout of CUDA."""
-    size, steps = (config.batch_size, data.channels, config.image_size, config.image_size), 2
+    steps = 2
     with torch.device("meta"):
-        generator, discriminator = build_networks(config, data.channels, data.classes or None)
-        for network in (generator, discriminator):
+        gan, batch = gan_and_batch(config, data.channels, data.classes or None, idle)
+        for network in (gan.generator, gan.discriminator):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Augmentation and the penalty's random numbers cost almost nothing, but need tensors with values.
-        minimized = objective(config.loss, config.penalty, no_augmentation)
-        gan = GAN(generator, discriminator, idle(generator), idle(discriminator), minimized)
-        labels = torch.zeros(config.batch_size, dtype=torch.int64) if data.classes else None
-        real = torch.zeros(size).to(memory_format=torch.channels_last)
-        batch = [Piece(real, torch.zeros(config.batch_size, config.z_dim), labels)]
+        batch = [piece._replace(real=piece.real.to(memory_format=torch.channels_last)) for piece in batch]
         step = partial(training_step, gan, d_steps=config.d_steps)
         with FlopCounterMode(display=False) as flops:  # alone, because it takes some operators apart
             step(iter([batch] * config.d_steps))
         with OperatorCounter() as counter:
             for _ in range(steps):  # from the second on, G's last gradients are in memory while D learns
                 step(iter([batch] * config.d_steps))
-    g, d = (4 * sum(p.numel() for p in network.parameters()) for network in (generator, discriminator))
+    g, d = (4 * sum(p.numel() for p in network.parameters()) for network in (gan.generator, gan.discriminator))
     return Costs(
         operations=flops.get_total_flops() / config.batch_size,
         launches=counter.launches // steps,
@@ -114,6 +109,19 @@ def costs(config: Config, data: Data) -> Costs:
         peak=counter.peak,
         cache=data.images * data.channels * config.image_size**2 if data.decoded else 0,
     )
+
+
+def gan_and_batch(
+    config: Config, channels: int, classes: int | None, optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+) -> tuple[GAN, list[Piece]]:
+    """A recipe's networks and one of its batches, on the default device."""
+    generator, discriminator = build_networks(config, channels, classes)
+    # Augmentation and the penalty's random numbers cost almost nothing, but need tensors with values.
+    minimized = objective(config.loss, config.penalty, no_augmentation)
+    gan = GAN(generator, discriminator, optimizer(generator), optimizer(discriminator), minimized)
+    labels = torch.zeros(config.batch_size, dtype=torch.int64) if classes else None
+    real = torch.zeros(config.batch_size, channels, config.image_size, config.image_size)
+    return gan, [Piece(real, torch.zeros(config.batch_size, config.z_dim), labels)]
 
 
 def idle(network: nn.Module) -> Idle:

@@ -6,7 +6,9 @@ import json
 import re
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -116,6 +118,34 @@ def test_the_share_of_even_keys_is_that_of_the_maps(tmp_path: Path) -> None:
     assert real_images.even_keys(checkpoint(tmp_path / "none.pt", shaken(attention_resolutions=[])), 4) == {}
 
 
+def test_in_equal_time_an_arm_with_slower_steps_gets_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"recipe": 0.1, "G": 0.2, "D": 0.125, "both": 0.4}
+    asked: list[float] = []
+
+    class Watch:
+        def __init__(self, device: torch.device, seconds: float) -> None:
+            asked.append(seconds)
+
+        def __call__(self, **steps: Callable[[], object]) -> dict[str, float]:
+            assert steps.keys() == times.keys()
+            assert steps["both"]() is not None  # a step of these networks, which works
+            return times
+
+    monkeypatch.setattr(real_images, "Stopwatch", Watch)
+    threads = torch.get_num_threads()
+    try:
+        fewer = real_images.fewer_steps(["--steps", "600", "--decay-from", "200", "--batch-size", "2"])
+    finally:
+        torch.set_num_threads(threads)
+    assert asked[0] >= 10  # of seconds, so that a busy machine disturbs all arms alike
+    assert fewer == {
+        "recipe": [],
+        "G": ["--steps", "300", "--decay-from", "100"],
+        "D": ["--steps", "480", "--decay-from", "160"],
+        "both": ["--steps", "150", "--decay-from", "50"],
+    }
+
+
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +174,66 @@ def test_results_of_other_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe-1.json").write_text("[1]")
     with pytest.raises(SystemExit, match=r"recipe-1\.json: it cannot be read as a result"):
         collect(tmp_path, ["recipe"], ["--steps", "600"])
+
+
+def test_results_in_equal_time_and_of_equal_steps_are_not_mixed(tmp_path: Path) -> None:
+    write(tmp_path, result("recipe", 0), result("G", 0) | {"equal_time": True})
+    assert collect(tmp_path, ["recipe", "G"], [], equal_time=True)["G"].keys() == {0}
+    with pytest.raises(SystemExit, match=r"G-0\.json was made with --equal-time: give another --out"):
+        collect(tmp_path, ["recipe", "G"], [])
+    write(tmp_path, result("G", 0))
+    with pytest.raises(SystemExit, match=r"G-0\.json was made without --equal-time: give another --out"):
+        collect(tmp_path, ["recipe", "G"], [], equal_time=True)
+
+
+# --- the chart -------------------------------------------------------------------------------------------------------
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_the_chart_has_every_run_its_median_and_real_images_at_their_values() -> None:
+    runs = [result("recipe", seed, more) for seed, more in enumerate((0.0, 20.0, 5.0))] + [result("plain", 0, 30.0)]
+    elements = list(ElementTree.fromstring(real_images.chart({"runs": runs})).iter())
+    dots = [float(element.attrib["cx"]) for element in elements if element.tag == f"{SVG}circle"][1:]  # after the key's
+    assert len(dots) == 3 * len(runs)  # distance, agreement, recall
+    first, second, third, plain = dots[:4]
+    pixel = (second - first) / 20  # of a unit of distance
+    assert pixel > 0
+    assert (third - first, plain - first) == (pytest.approx(5 * pixel, abs=0.1), pytest.approx(30 * pixel, abs=0.1))
+    lines = {
+        color: [float(e.attrib["d"][1:].split()[0]) for e in elements if e.get("stroke-width") == width][1:]
+        for color, width in (("median", "3"), ("real", "2"))
+    }
+    assert lines["median"][:2] == [third, plain]
+    assert lines["real"][0] == pytest.approx(first - SCORES["classifier_distance"] / 2 * pixel, abs=0.1)
+    texts = [element.text for element in elements if element.tag == f"{SVG}text"]
+    assert [text for text in texts if text in ("recipe", "plain")] == ["recipe", "plain"] * 3
+    assert "agreement, % (larger is better)" in texts
+
+
+@pytest.mark.parametrize("name", ["real-images-recipe", "real-images-attention"])
+def test_the_charts_of_the_docs_are_drawn_from_their_numbers(name: str, tmp_path: Path) -> None:
+    recorded = Path(__file__).parents[2] / "docs" / "images" / f"{name}.json"
+    (tmp_path / "copy.json").write_text(recorded.read_text())
+    assert real_images.main(["--draw", str(tmp_path / "copy.json")]) == 0
+    assert (tmp_path / "copy.svg").read_text() == recorded.with_suffix(".svg").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"runs": []}', '{"runs": [{"arm": "recipe", "scores": {}}]}'])
+def test_what_is_no_summary_is_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"summary\.json: it cannot be read as a summary") as error:
+        real_images.main(["--draw", str(path)])
+    assert "\n" not in str(error.value)
+    assert not path.with_suffix(".svg").exists()
+
+
+def test_what_is_not_finite_is_not_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({"runs": [result("recipe", 0, float("nan"))]}))
+    with pytest.raises(SystemExit, match="expected finite values of distance"):
+        real_images.main(["--draw", str(path)])
 
 
 def test_a_report_needs_results_of_every_arm_and_writes_none_of_its_own(
