@@ -358,7 +358,9 @@ def restore(
         state.load_state_dict(checkpoint)
     except KeyError as missing:
         fail(f"--resume {resume}: the checkpoint lacks {missing}")
-    except RuntimeError:
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         fail(f"--resume {resume}: its weights do not fit the networks of its settings")
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         fail(f"--resume {resume}: the checkpoint was edited or damaged: {error}")

@@ -26,6 +26,7 @@ from evaluation import classifier as training
 from evaluation.classifier import Classifier, Network, train
 from training.data.dataset import ImageSet
 from training.runs.atomic_files import force_to_disk
+from training.runs.memory import out_of_memory
 from training.runs.tensor_files import read
 
 KNOWN = ("scale", "accuracy", "tested", "recalls")  # what a file holds beside the weights
@@ -89,7 +90,9 @@ def _read(path: Path, about: dict[str, Any]) -> Classifier | None:
         network = Network(size, channels, len(about["classes"]))
         network.load_state_dict(content["network"])
         return Classifier(network, *(content[name] for name in KNOWN))
-    except Exception:  # whatever a damaged or foreign file makes the reader raise
+    except Exception as error:  # whatever a damaged or foreign file makes the reader raise
+        if out_of_memory(error):
+            raise
         return None
 
 

@@ -30,7 +30,8 @@ class Batch(NamedTuple):
 
 
 class SourceLost(OSError):
-    """The data changed or vanished below a run that reads them: no other image can take the place of one."""
+    """The data changed or vanished below a run that reads them, or memory for them ran out: no other image can take the
+    place of one."""
 
 
 class ImageSet:

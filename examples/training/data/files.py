@@ -35,11 +35,11 @@ SYSTEM = frozenset(
 # What a run and generate.py write besides `FILES`, where the run's folder is that of the data itself.
 FOLDERS = re.compile(r"generated|dry-run|tensorboard|earlier-\d+")
 
-# What the system says of a disk, a server or itself, not of a damaged file: another day it may read the file.
+# What the system says of a disk, a server, a permission or itself, not of a damaged file: another day it may read it.
 PASSING = frozenset({
     errno.EIO, errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET,
     errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
-    errno.EMFILE, errno.ENFILE,
+    errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EBUSY,
 })  # fmt: skip
 
 HIDDEN, HIDDEN_FILE, OF_A_RUN = "hidden or system folder", "hidden file", "folder or file of a run"

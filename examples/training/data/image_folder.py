@@ -19,6 +19,7 @@ from training.data.dataset import ImageSet, Pixels, Problems, SourceLost, digest
 from training.data.decoding import SUFFIXES, is_gray, upright_rgb, upright_size, without_warnings
 from training.data.files import PASSING, Archive, Folder, reason
 from training.data.labels import UNLABELED, Labels
+from training.runs.memory import out_of_memory
 
 Labeling = Callable[[list[str]], Labels]  # paths within a folder, with slashes -> their classes
 CELEBA, CELEBA_CROP = (178, 218), 160  # the size of CelebA's aligned images, and what is usually cropped from them
@@ -156,13 +157,16 @@ class ImageFolder(ImageSet):
     def _decode_into(self, target: Pixels, path: str, *, passing: bool = True) -> str:
         """Fill (C, size, size) with an image. Returns why that is not possible, or "".
 
-        Without `passing`, what may pass is no such reason but an error.
+        Without `passing`, what may pass is no such reason but an error. Lack of memory never is one: it says nothing
+        of the file.
         """
         try:
             with without_warnings():
                 self._decode(target, path)
         except Exception as error:  # damaged files raise errors of many types
             self.source.check()
+            if out_of_memory(error):
+                raise SourceLost(f"{path}: no memory to decode it (remove it if it is too large)") from None
             if not passing and isinstance(error, OSError) and error.errno in PASSING:
                 raise SourceLost(f"{path}: {reason(error)} (--no-cache goes on without such an image)") from None
             return "not in a format that can be read" if isinstance(error, UnidentifiedImageError) else reason(error)

@@ -35,6 +35,7 @@ from training.output.mmgeneration import published_generator
 from training.runs import checkpointing
 from training.runs.atomic_files import write, write_json
 from training.runs.folder import FILES
+from training.runs.memory import out_of_memory
 from training.runs.tensor_files import read
 
 Card = dict[str, Any]
@@ -177,6 +178,8 @@ def _content(file: Path) -> Any:
     try:
         return read(file)
     except Exception as error:  # whatever a damaged or foreign file makes the reader raise
+        if short := out_of_memory(error):
+            raise OSError(f"{file}: {short}") from None
         found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
         reason = f", because it holds a {found[1]} (see docs/pretrained.md)" if found else ""
         raise ValueError(f"{file}: it cannot be read as a checkpoint{reason}") from None

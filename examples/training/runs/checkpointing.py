@@ -18,6 +18,7 @@ import torch
 import torch_sagan
 from training.runs.atomic_files import write
 from training.runs.folder import CHECKPOINT, EXPLORER, FILES, IMAGE, NUMBERED
+from training.runs.memory import out_of_memory
 from training.runs.tensor_files import read
 
 # What a checkpoint contains: state dicts and plain values, under the names that they have in `TrainingState`.
@@ -120,7 +121,9 @@ def load(path: Path) -> dict[str, Any]:
                 raise ValueError("damaged")
         state = read(path)
         foreign = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
-    except Exception:  # whatever a damaged or foreign file makes the reader raise
+    except Exception as error:  # whatever a damaged or foreign file makes the reader raise
+        if out_of_memory(error):  # the one before needs as much
+            raise
         raise SystemExit(f"cannot resume from {path}: it cannot be read as a checkpoint") from None
     if foreign:
         raise SystemExit(f"cannot resume from {path}: it is not a checkpoint of this trainer ({', '.join(foreign)})")

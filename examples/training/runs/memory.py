@@ -1,6 +1,8 @@
-"""Sizes in bytes as text, and out-of-memory errors of PyTorch and NumPy as one sentence."""
+"""Sizes in bytes as text, and out-of-memory errors of PyTorch, NumPy and Pillow as one sentence."""
 
 from __future__ import annotations
+
+import errno
 
 import torch
 
@@ -16,5 +18,7 @@ def out_of_memory(error: BaseException) -> str | None:
     said = (str(error).splitlines() or ["out of memory"])[0]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return said
+    if isinstance(error, OSError) and (error.errno == errno.ENOMEM or said.startswith("out of memory")):  # a decoder's
+        return error.strerror or said
     _, allocator, what = said.partition("DefaultCPUAllocator: ")  # on the CPU it is a plain RuntimeError
     return what if isinstance(error, RuntimeError) and allocator else None

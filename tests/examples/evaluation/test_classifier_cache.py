@@ -195,3 +195,14 @@ def test_a_file_system_without_fsync(
         assert same(open_classifier(data(), cache=tmp_path), fresh)
     assert trained == [0]
     assert f"the file system of {tmp_path} cannot force files onto the disk" in capsys.readouterr().err
+
+
+def test_lack_of_memory_is_no_damage(trained: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    open_classifier(data(), cache=tmp_path)
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(MemoryError):
+        open_classifier(data(), cache=tmp_path)
+    assert trained == [0]

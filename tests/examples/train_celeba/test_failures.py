@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiny_runs import leave_out_images, train
+from tiny_runs import leave_out_images, resume, train
 from training.script import script
 
 
@@ -56,6 +56,16 @@ def test_out_of_memory_on_a_gpu_is_one_line(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(SystemExit, match=r"step 1: Tried to allocate 2 GiB\. .*--grad-accum-steps") as error:
         train(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_out_of_memory_in_a_resume_is_no_fault_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB.")
+
+    train(tmp_path, "--steps", "1")
+    monkeypatch.setattr(torch.optim.Adam, "load_state_dict", fails)
+    with pytest.raises(SystemExit, match=r"^train_celeba\.py: Tried to allocate 2 GiB\.$"):
+        resume(tmp_path, "--steps", "2")
 
 
 def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

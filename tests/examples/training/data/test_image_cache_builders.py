@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from processes import started
 from training.data import image_cache
-from training.data.dataset import Pixels
+from training.data.dataset import Pixels, SourceLost
 from training.data.image_cache import open_cache
 from training.data.image_folder import ImageFolder
 from training.data.prefetch import LIMIT
@@ -346,7 +347,9 @@ def no_reads_of(name: str, error: OSError, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(builtins, "open", open_unless)
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT, errno.EACCES], ids=errno.errorcode.get
+)
 def test_what_the_system_cannot_read_today_is_not_left_out_of_a_cache_for_ever(
     code: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,15 +383,14 @@ def test_the_same_in_an_archive(folder: Path, tmp_path: Path, monkeypatch: pytes
     assert suffixes(tmp_path / "cache") == [".lock"]
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EINVAL], ids=errno.errorcode.get)
-def test_a_file_that_may_not_be_read_is_left_out_as_a_damaged_one(
-    code: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_invalid_argument_is_damage(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """EINVAL comes from damaged files: Pillow seeks to a position that they name, before their beginning."""
-    no_reads_of("05.jpg", OSError(code, os.strerror(code)), monkeypatch)
+    """Pillow seeks to a position that a damaged file names, before its beginning."""
+    no_reads_of("05.jpg", OSError(errno.EINVAL, os.strerror(errno.EINVAL)), monkeypatch)
     images = open_cache(ImageFolder(folder, 16), tmp_path / "cache")
     assert images.missing == 4  # with the damaged ones
-    assert f"{os.strerror(code)}, left out: {folder}/05.jpg\n" in capsys.readouterr().err
+    assert f"{os.strerror(errno.EINVAL)}, left out: {folder}/05.jpg\n" in capsys.readouterr().err
 
 
 def test_without_a_cache_such_an_image_is_replaced_and_the_line_says_what_the_system_said(
@@ -399,3 +401,33 @@ def test_without_a_cache_such_an_image_is_replaced_and_the_line_says_what_the_sy
     pixels, problems = images.pixels([5])
     assert problems[f"{folder}/05.jpg"] == "Input/output error"
     assert any((pixels[0] == other).all() for other in images.pixels([0, 1, 2, 3, 4, 6, 9, 10])[0])
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """128 MiB more than this process has; those that it forks inherit the limit."""
+    resource = pytest.importorskip("resource")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + 2**27, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the size of the process from /proc")
+def test_lack_of_memory_is_no_damage(folder: Path, tmp_path: Path) -> None:
+    """The large image is a good one, of 77 MiB as it is stored and four times as much in color."""
+    Image.new("1", (9000, 9000)).save(folder / "05.png")
+    images = ImageFolder(folder, 16)
+    said = rf"{folder}/05\.png: no memory to decode it"
+    with little_memory():
+        with pytest.raises(SourceLost, match=rf"^{folder} cannot be decoded: {said}"):
+            open_cache(images, tmp_path / "cache")
+        with pytest.raises(SourceLost, match=f"^{said}"):
+            images.pixels([images.paths.index(f"{folder}/05.png")])
+    assert suffixes(tmp_path / "cache") == [".lock"]
+    assert not images.unreadable
+    (folder / "05.png").unlink()
+    np.testing.assert_array_equal(built(folder, tmp_path / "cache"), decoded(folder))

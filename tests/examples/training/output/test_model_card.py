@@ -95,6 +95,17 @@ def exported(tmp_path: Path) -> tuple[model_card.Weights, model_card.Card, Path]
     return weights, card, tmp_path / "alone.safetensors"
 
 
+def test_lack_of_memory_does_not_go_back_to_an_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        checkpoint(tmp_path / f"checkpoint-00000{step}.pt", shaken())
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(10**15))
+    with pytest.raises(SystemExit, match=r"checkpoint-000002\.pt: can't allocate memory: you tried to allocate"):
+        generate.main([str(tmp_path), "--out", str(tmp_path / "images")])
+    assert "trying the one before" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("moment", range(5))
 def test_an_export_over_an_export_is_the_old_one_or_the_new_one(
     moment: int, exported: tuple[model_card.Weights, model_card.Card, Path], monkeypatch: pytest.MonkeyPatch

@@ -165,6 +165,18 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
         resume(run / "earlier-1" / "checkpoint-000004.pt")
 
 
+def test_lack_of_memory_does_not_go_back_to_the_one_before(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the file holds may be good; going on from an older one would set it aside."""
+    before = names(run)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(10**15))
+    with pytest.raises(SystemExit, match=r"^train_celeba\.py: can't allocate memory: you tried to allocate"):
+        resume(run, "--steps", "5")
+    assert names(run) == before
+    assert "trying the one before" not in capsys.readouterr().err
+
+
 def test_where_none_can_be_read_nothing_is_begun(run: Path) -> None:
     for name in names(run):
         (run / name).write_bytes(b"PK")
