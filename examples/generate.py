@@ -98,6 +98,12 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     score.add_argument("--attributes", type=expanded, default="", help="list_attr_celeba.txt, as the trainer's")
     score.add_argument("--samples", type=int, default=2048, help="images of each kind (default: 2048)")
+    score.add_argument(
+        "--against",
+        choices=("held-out", "training"),
+        default="held-out",
+        help="training: against training images, as published FIDs are (default: held-out where there are some)",
+    )
     score.add_argument("--crop", help="centre crop, as the trainer's (default: that of the generator's run)")
     score.add_argument("--inception", type=given_path, metavar="PATH", help="its weights (default: torch.hub's)")
     return parser.parse_args(arguments)
@@ -118,8 +124,9 @@ def check(args: argparse.Namespace, generator: SAGANGenerator) -> None:
     if args.labels is not None and generator.num_classes is None:
         fail("--labels: this generator has no classes")
     crop_setting(args.crop or "auto")
-    if not args.score and (args.classes != "auto" or args.attributes or args.crop is not None):
-        fail("--classes, --attributes and --crop: without --score there are no real images to read")
+    given = args.classes != "auto" or args.attributes or args.crop is not None or args.against != "held-out"
+    if not args.score and given:
+        fail("--classes, --attributes, --crop and --against: without --score there are no real images to read")
     if args.classes not in ("auto", "none") and generator.num_classes is None:
         fail(f"--classes {args.classes}: this generator has no classes")
 
@@ -249,6 +256,7 @@ def score(
         device=device,
         inception=args.inception,
         per_class=True,
+        against_training=args.against == "training",
     )
     print(f"scored    {evaluator.samples} images of each kind, against {evaluator.against}")
     if evaluator.classifier:

@@ -98,6 +98,7 @@ def open_evaluator(config: Config, data: DataSource, device: torch.device, cache
         cache=cache,
         device=device,
         inception=Path(config.inception) if config.inception else None,
+        against_training=config.eval_against == "training",
     )
     when = f"every {config.eval_every} steps" if config.eval_every <= config.steps else "at the end"
     about = f"{evaluator.samples} images of each kind, {when}, against {evaluator.against}"

@@ -215,6 +215,7 @@ def open_evaluator(
     device: torch.device | str = "cpu",
     inception: Path | Extractor | None = None,
     per_class: bool = False,
+    against_training: bool = False,
 ) -> Evaluator:
     """Scores against held-out images, or without any against training images, by which it is good to repeat these.
 
@@ -222,28 +223,37 @@ def open_evaluator(
     the training images, and at most `samples`. Images with classes are classified, by the classifier in the folder
     `cache`, where it is trained if necessary.
 
+    With `against_training` the scores are against training images, as published FIDs are, up to all of them. Then the
+    other real images are held-out ones; if there are too few of these, the scores of real images are left out.
+
     Raises:
         ValueError: as by `Evaluator`, and for fewer than four images.
     """
-    count = min(samples, len(data) // 2 if held_out is None else min(len(data), len(held_out)))
+    if held_out is not None and not against_training:
+        reference, others, most = held_out, data, min(len(held_out), len(data))
+    else:
+        reference, others = data, data if held_out is None else held_out
+        most = len(data) if against_training else len(data) // 2
+    count = min(samples, most)
     if count < 2:
         raise ValueError(f"expected four real images or more, got {len(data)}")
     size = data[[(0, False)]].images.shape[-1]
     if size < COARSEST:
         raise ValueError(f"expected images of {COARSEST} pixels or more, got {size}")
-    reference, skipped = (data, count) if held_out is None else (held_out, 0)
+    skipped = count if others is reference else 0
     evaluator = Evaluator(
         real_images(reference, count, flip=data.flip),
-        real_images(data, count, flip=data.flip, skip=skipped),
+        real_images(others, count, flip=data.flip, skip=skipped) if len(others) - skipped >= count else None,
         samples=count,
         device=device,
         inception=inception,
         classifier=open_classifier(data, held_out, cache) if data.labels else None,
         per_class=per_class,
     )
-    evaluator.against = (
-        "held-out images" if held_out else "training images (none are held out): it is good to repeat them"
-    )
+    evaluator.against = "held-out images"
+    if reference is data:
+        asked = "as published scores" if against_training else "none are held out"
+        evaluator.against = f"training images ({asked}): it is good to repeat them"
     return evaluator
 
 

@@ -95,6 +95,12 @@ class Config:
         5000, "evaluation", "steps between scores of the averaged G, or once at the end; 0 to disable", least=0
     )
     eval_samples: int = option(2000, "evaluation", "images of each kind (published FIDs take 50000)", least=2)
+    eval_against: str = option(
+        "held-out",
+        "evaluation",
+        "training: against training images, as published FIDs are; else held-out ones where there are some",
+        choices=("held-out", "training"),
+    )
     inception: str = path_option("", "evaluation", "Inception's weights, for FID (default: where torch.hub has them)")
 
     @property

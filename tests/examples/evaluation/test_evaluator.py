@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evaluation import classifier as classifier_module
 from evaluation import inception as inception_module
 from evaluation.classifier import Classified, Classifier, Network
-from evaluation.evaluator import Evaluator, real_images
+from evaluation.evaluator import Evaluator, open_evaluator, real_images
 from evaluation.inception import Features
 from evaluation.sliced_wasserstein import sliced_wasserstein
 from tiny_runs import assert_same, checkpoint, lines, train
@@ -66,6 +66,40 @@ def batches(*images: Tensor) -> list[Batch]:
 def painted(count: int, seed: int) -> Tensor:
     z = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
     return (Painter()(z) * 127.5 + 127.5).round().clamp(0, 255).byte()
+
+
+# ----------------------------------------------------------------------------------------------- the real images
+
+
+def sliced(one: ArrayDataset, other: ArrayDataset, count: int, skip: int = 0) -> float:
+    images = [torch.cat([b.images for b in real_images(d, count, skip=s)]) for d, s in ((one, 0), (other, skip))]
+    return sliced_wasserstein(*images)["mean"]
+
+
+@pytest.mark.parametrize("against_training", [False, True])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_scores_are_against_the_images_asked_for(held_out: bool, against_training: bool) -> None:
+    """The generator's, and in its place those of others: what it is compared with and what else there is."""
+    training, test = (
+        ArrayDataset(noise(count, seed=count).numpy() // divisor, flip=False) for count, divisor in ((90, 1), (60, 2))
+    )
+    others = test if held_out else None
+    evaluate = open_evaluator(training, others, samples=40, against_training=against_training)
+    reference, place = (test, training) if held_out and not against_training else (training, others or training)
+    scores = evaluate(generator(), 8)
+    assert evaluate.samples == 40
+    assert scores["swd_real"] == sliced(reference, place, 40, 0 if held_out else 40)
+    assert evaluate.against.startswith("held-out" if reference is test else "training images")
+
+
+def test_all_training_images_may_be_taken_where_the_others_do_not_suffice() -> None:
+    training, test = (ArrayDataset(noise(count).numpy(), flip=False) for count in (90, 60))
+    for others in (test, None):
+        evaluate = open_evaluator(training, others, samples=50_000, against_training=True)
+        assert evaluate.samples == 90
+        assert evaluate(generator(), 8).keys() == {"swd"}
+    assert open_evaluator(training, test, samples=50_000).samples == 60
+    assert open_evaluator(training, None, samples=50_000).samples == 45
 
 
 # ------------------------------------------------------------------------------------------------------ the scores
