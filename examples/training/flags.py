@@ -26,7 +26,9 @@ class Config:
     classes: str = option("none", "data", "none, own (folders, digits, hair …) or attributes:Smiling,Male", fixed=True)
     attributes: str = path_option("", "data", "CelebA's list_attr_celeba.txt (default: the one in or beside --data)")
     image_size: int = option(64, "data", "width and height, pixels: 4 to 7 doubled several times", fixed=True)
-    crop: str = option("auto", "data", "centre crop, pixels, or 0: the largest square; auto: 0, or CelebA's usual 160")
+    crop: str = option(
+        "auto", "data", "center crop, pixels, or 0: the largest square; auto: 0, or CelebA's 160; pad: all"
+    )
     channels: str = option(
         "auto", "data", "1: gray, 3: colors; auto: 3 of a folder, others' own", choices=("auto", "1", "3"), fixed=True
     )

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from training.data.dataset import ImageSet, Pixels, Problems, SourceLost
 from training.data.files import SharedFile
-from training.data.image_folder import ImageFolder, Replacements, left_out
+from training.data.image_folder import PAD, ImageFolder, Replacements, left_out
 from training.data.prefetch import LIMIT, made_ahead
 from training.data.workers import Workers, usable_cores
 from training.runs.atomic_files import force_to_disk
@@ -173,7 +173,7 @@ def _mark() -> str:
 def _stem(folder: ImageFolder) -> str:
     """The part of the name that all caches of this folder, crop and size share, whatever the folder contained."""
     where = hashlib.sha256(os.fsencode(folder.root)).hexdigest()[:8]
-    crop = "auto" if folder.crop is None else folder.crop
+    crop = {None: "auto", PAD: "pad"}.get(folder.crop, folder.crop)
     gray = "-gray" if folder.channels == 1 else ""
     return f"{folder.root.stem[:64]}-{folder.size}px-crop{crop}{gray}-{where}"
 

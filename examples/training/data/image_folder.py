@@ -23,6 +23,7 @@ from training.runs.memory import out_of_memory
 
 Labeling = Callable[[list[str]], Labels]  # paths within a folder, with slashes -> their classes
 CELEBA, CELEBA_CROP = (178, 218), 160  # the size of CelebA's aligned images, and what is usually cropped from them
+PAD = -1  # in the place of a crop: the whole image
 NO_CLASS = "no class"  # the reason for leaving out an image without a class
 TRIES = 64  # images that are drawn to replace one, before all of its class are gone through
 NAMED = 10  # files that are named for each reason
@@ -60,8 +61,9 @@ class ImageFolder(ImageSet):
 
     An image that turns out to be unreadable is replaced by another one of its class, always the same, so that a batch
     has its size and its labels. `crop` is the side of the center square that is kept, in pixels, 0 for the largest;
-    None takes 160 pixels of images of CelebA's size and the largest square of all others. With `labeling`, images
-    without a class are left out. `channels` is 3, or 1 for gray values.
+    None takes 160 pixels of images of CelebA's size and the largest square of all others. PAD crops nothing, and repeats
+    the edges of an image to make it square. With `labeling`, images without a class are left out. `channels` is 3, or
+    1 for gray values.
     """
 
     def __init__(
@@ -177,12 +179,22 @@ class ImageFolder(ImageSet):
             image = upright_rgb(file)
         if self.channels == 1:
             image = image.convert("L")
+        pixels = self._whole(image) if self.crop == PAD else np.asarray(self._center(image))
+        target[:] = pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
+
+    def _center(self, image: Image.Image) -> Image.Image:
         width, height = image.size
         side = self._side(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         box = (left, top, left + side, top + side)
-        image = image.crop(box).resize((self.size, self.size), Image.Resampling.LANCZOS)
-        target[:] = np.asarray(image).reshape(self.size, self.size, -1).transpose(2, 0, 1)
+        return image.crop(box).resize((self.size, self.size), Image.Resampling.LANCZOS)
+
+    def _whole(self, image: Image.Image) -> Pixels:
+        longer = max(image.size)
+        width, height = (max(1, round(side * self.size / longer)) for side in image.size)
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))  # (height, width) or with colors
+        gaps = [(gap // 2, gap - gap // 2) for gap in (self.size - height, self.size - width)]
+        return np.pad(pixels, [*gaps, (0, 0)][: pixels.ndim], mode="edge")
 
     def _side(self, width: int, height: int) -> int:
         """Width and height of the square that is cropped from an image."""
@@ -219,8 +231,8 @@ class ImageFolder(ImageSet):
         """The crop and the sizes of the images, from the headers of all of them, or of a sample in a large folder."""
         crops: Counter[str] = Counter()
         for width, height, _ in self._headers():
-            side = self._side(width, height)
-            crops[f"{side}x{side} of {width}x{height}"] += 1
+            kept = "all" if self.crop == PAD else "{0}x{0}".format(self._side(width, height))
+            crops[f"{kept} of {width}x{height}"] += 1
         if len(crops) == 1:
             (text,) = crops
         else:

@@ -26,7 +26,7 @@ from training.data import procedural_faces as faces
 from training.data.cifar10 import is_cifar10, read_cifar10
 from training.data.dataset import ImageSet, Indices, Pixels, Problems
 from training.data.image_cache import CachedFolder, open_cache
-from training.data.image_folder import NO_CLASS, ImageFolder, Labeling
+from training.data.image_folder import NO_CLASS, PAD, ImageFolder, Labeling
 from training.data.labels import (
     ATTRIBUTE_FILES,
     Labels,
@@ -269,10 +269,11 @@ def with_channels(images: Pixels, channels: str) -> Pixels:
 
 
 def crop_setting(text: str) -> int | None:
-    """The value of `--crop`: a number of pixels, or None for auto."""
-    if text != "auto" and not text.isdecimal():
-        raise ValueError(f"--crop {text}: expected auto, or a number of pixels, 0 for the largest center square")
-    return None if text == "auto" else int(text)
+    """The value of `--crop`: a number of pixels, None for auto, PAD for pad."""
+    named = {"auto": None, "pad": PAD}
+    if text not in named and not text.isdecimal():
+        raise ValueError(f"--crop {text}: expected auto, pad, or a number of pixels, 0 for the largest center square")
+    return named[text] if text in named else int(text)
 
 
 def _attribute_labeling(root: Path, names: list[str], attributes: str) -> Labeling:

@@ -24,7 +24,7 @@ from tiny_runs import assert_same, checkpoint, resume, train
 from training.data import image_cache
 from training.data.dataset import ImageSet, SourceLost
 from training.data.image_cache import CachedFolder
-from training.data.image_folder import ImageFolder
+from training.data.image_folder import PAD, ImageFolder
 from training.data.loading import read_batches
 from training.data.sources import InfiniteBatchSampler, open_data
 from training.runs.memory import readable
@@ -129,9 +129,9 @@ def test_it_is_built_once(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_each_crop_and_size_has_its_own(folder: Path, tmp_path: Path) -> None:
-    for size, crop in ((16, 160), (16, 0), (32, 160)):
+    for size, crop in ((16, 160), (16, 0), (32, 160), (16, PAD)):
         assert pixels(cached(folder, tmp_path / "cache", size, crop)).shape[2] == size
-    assert len(caches(tmp_path / "cache")) == 3
+    assert len(caches(tmp_path / "cache")) == 4
 
 
 def test_runs_with_and_without_classes_share_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

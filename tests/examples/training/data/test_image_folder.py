@@ -17,7 +17,7 @@ from tiny_runs import checkpoint, train
 from training.data import image_folder
 from training.data.dataset import Batch
 from training.data.files import Folder
-from training.data.image_folder import ImageFolder, left_out
+from training.data.image_folder import PAD, ImageFolder, left_out
 from training.data.labels import from_folders
 from training.data.sources import crop_setting, open_data
 
@@ -67,6 +67,31 @@ def test_auto_decides_for_each_image(tmp_path: Path) -> None:
     assert folder.crops() == "160x160 of 178x218 (3), 48x48 of 64x48 (1), 20x20 of 20x30 (1)"
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("width", "height", "kept"),
+    [(16, 16, (16, 16)), (32, 16, (8, 16)), (17, 34, (16, 8)), (48, 27, (9, 16)), (4, 3, (12, 16)), (3000, 1, (1, 16))],
+)
+def test_padding_keeps_the_whole_image_and_repeats_its_edges(
+    width: int, height: int, kept: tuple[int, int], channels: int, tmp_path: Path
+) -> None:
+    """In the middle is what Pillow makes of the whole image; beyond it each row, or column, is that of its edge."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    folder = ImageFolder(tmp_path, 16, PAD, channels=channels)
+    ((image,), problems) = folder.pixels([0])  # (channels, 16, 16)
+    assert not problems
+    with Image.open(tmp_path / "image.png") as file:
+        whole = file.convert("L" if channels == 1 else "RGB").resize(kept[::-1], Image.Resampling.LANCZOS)
+    expected = np.asarray(whole).reshape(*kept, channels).transpose(2, 0, 1)
+    top, left = ((16 - length) // 2 for length in kept)
+    np.testing.assert_array_equal(image[:, top : top + kept[0], left : left + kept[1]], expected)
+    for y, x in np.ndindex(16, 16):
+        inside = min(max(y - top, 0), kept[0] - 1), min(max(x - left, 0), kept[1] - 1)
+        assert (image[:, y, x] == expected[(slice(None), *inside)]).all()
+    assert folder.crops() == f"all of {width}x{height}"
+
+
 def test_sizes_are_those_of_a_sample_where_there_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_folder, "SAMPLE", 4)
     for i in range(10):
@@ -81,9 +106,9 @@ def test_sizes_are_those_of_a_sample_where_there_are_many(tmp_path: Path, monkey
 
 
 def test_the_crop_setting() -> None:
-    assert [crop_setting(text) for text in ("auto", "0", "160")] == [None, 0, 160]
+    assert [crop_setting(text) for text in ("auto", "0", "160", "pad")] == [None, 0, 160, PAD]
     for text in ("-1", "all", "1.5", ""):
-        with pytest.raises(ValueError, match=rf"--crop {re.escape(text)}: expected auto, or a number of pixels"):
+        with pytest.raises(ValueError, match=rf"--crop {re.escape(text)}: expected auto, pad, or a number of pixels"):
             crop_setting(text)
 
 
