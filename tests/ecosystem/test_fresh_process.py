@@ -42,6 +42,11 @@ def export(module: nn.Module, example: Example, path: Path) -> None:
         torch.export.save(program, file)
 
 
+def export_inside_autocast(module: nn.Module, example: Example, path: Path) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        export(module, example, path)
+
+
 def export_to_onnx(module: nn.Module, example: Example, path: Path) -> None:
     shapes = tuple({0: torch.export.Dim("batch")} for _ in example)
     torch.onnx.export(module, example, path, dynamo=True, dynamic_shapes=shapes, verbose=False)
@@ -55,6 +60,7 @@ def save_safetensors(module: nn.Module, example: Example, path: Path) -> None:
 
 SAVERS: dict[str, Callable[[nn.Module, Example, Path], object]] = {
     "torch.export": export,
+    "torch.export in autocast": export_inside_autocast,
     "torch.jit.trace": lambda module, example, path: torch.jit.save(torch.jit.trace(module, example), path),
     "ONNX": export_to_onnx,
     "make_fx": lambda module, example, path: torch.save(make_fx(module)(*example), path),
@@ -68,7 +74,8 @@ SAVERS: dict[str, Callable[[nn.Module, Example, Path], object]] = {
 }
 
 
-EXPORTED = ("torch.export", "ONNX")
+EXPORTED = ("torch.export", "torch.export in autocast", "ONNX")
+IN_FLOAT32 = ("torch.export in autocast", "ONNX")
 PROGRAMS = (*EXPORTED, "torch.jit.trace", "make_fx")
 MODULES = ("torch.fx", "torch.save", "pickle")  # torch refuses those with a parametrization
 # Its exporter is the slowest: of each column one with classes or without, and each way to compute attention.
@@ -80,12 +87,12 @@ IN_ONNX = [
     "discriminator",
     "discriminator with classes",
 ]
-PAIRS = [
-    (kind, subject)
-    for kind in SAVERS
-    for subject in (ATTENTION if kind in MODULES else IN_ONNX if kind == "ONNX" else SUBJECTS)
-    if (kind != "ONNX" or ONNX_EXPORTS) and (kind != "safetensors" or find_spec("safetensors"))
-]
+FEWER = dict.fromkeys(MODULES, ATTENTION) | {
+    "ONNX": IN_ONNX if ONNX_EXPORTS else [],
+    "torch.export in autocast": [*REPRESENTATIVE, *ATTENTION[:2], "l2 attention"] if ONNX_EXPORTS else [],
+    "safetensors": SUBJECTS if find_spec("safetensors") else [],
+}
+PAIRS = [(kind, subject) for kind in SAVERS for subject in FEWER.get(kind, SUBJECTS)]
 
 
 def is_representative(kind: str, subject: str) -> bool:
@@ -97,12 +104,14 @@ def is_representative(kind: str, subject: str) -> bool:
 
 def save(kind: str, subject: str, path: Path) -> None:
     """The file, and beside it inputs with the outputs that they had in this process."""
-    dtype = torch.float32 if kind == "ONNX" else torch.float64
+    dtype = torch.float32 if kind in IN_FLOAT32 else torch.float64
     module = build(subject, dtype).eval()
     SAVERS[kind](module, inputs(subject, 3, dtype), path)
     sizes = (3,) if kind == "make_fx" else (1, 3, 7)  # its batch size is fixed
     batches = [inputs(subject, size, dtype) for size in sizes]
-    torch.save([(list(batch), module(*batch).detach()) for batch in batches], path.with_name(f"{path.name}.cases"))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled="autocast" in kind):
+        cases = [(list(batch), module(*batch).detach()) for batch in batches]
+    torch.save(cases, path.with_name(f"{path.name}.cases"))
 
 
 Outcomes = dict[tuple[str, str], str]
@@ -154,6 +163,14 @@ exported = pytest.mark.parametrize(
 def test_export(outcomes: Outcomes) -> None:
     """For batches of any size."""
     assert_loaded(outcomes, "torch.export")
+
+
+@exported
+def test_export_inside_autocast(outcomes: Outcomes) -> None:
+    """It is run inside of autocast, too."""
+    if not ONNX_EXPORTS:
+        pytest.skip("needs torch 2.7")
+    assert_loaded(outcomes, "torch.export in autocast")
 
 
 @exported

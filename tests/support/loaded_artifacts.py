@@ -18,7 +18,7 @@ from torch import Tensor
 Program = Callable[..., Tensor]
 
 # What needs nothing but torch, or onnxruntime, comes first: it must not import the package.
-WITHOUT_THE_PACKAGE = ("torch.export", "torch.jit.trace", "ONNX")
+WITHOUT_THE_PACKAGE = ("torch.export", "torch.export in autocast", "torch.jit.trace", "ONNX")
 
 
 def onnx_program(path: Path) -> Program:
@@ -29,6 +29,14 @@ def onnx_program(path: Path) -> Program:
     def run(*x: Tensor) -> Tensor:
         fed = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), x, strict=True)}
         return torch.from_numpy(session.run(None, fed)[0])
+
+    return run
+
+
+def in_autocast(program: Program) -> Program:
+    def run(*x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return program(*x)
 
     return run
 
@@ -57,6 +65,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 LOADERS: dict[str, Callable[[Path, str], Program]] = {
     "torch.export": lambda path, _: torch.export.load(path).module(),
+    "torch.export in autocast": lambda path, _: in_autocast(torch.export.load(path).module()),
     "torch.jit.trace": lambda path, _: torch.jit.load(path),
     "ONNX": lambda path, _: onnx_program(path),
     "make_fx": lambda path, _: with_operators(path),
@@ -80,6 +89,8 @@ def difference(folder: Path, kind: str, subject: str, file: str) -> str:
             y = program(*x)
             # Float64 but for the order of summation, and float32 over a dozen layers.
             rtol, atol = (1e-9, 1e-10) if expected.dtype == torch.float64 else (1e-4, 1e-5)
+            if "autocast" in kind:  # some roundings of 2**-8
+                rtol, atol = 0, 0.06 * float(expected.abs().max())
             torch.testing.assert_close(y.detach(), expected, rtol=rtol, atol=atol)
         if kind in WITHOUT_THE_PACKAGE:
             assert "torch_sagan" not in sys.modules, "it imported torch_sagan"

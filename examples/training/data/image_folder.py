@@ -61,7 +61,7 @@ class ImageFolder(ImageSet):
 
     An image that turns out to be unreadable is replaced by another one of its class, always the same, so that a batch
     has its size and its labels. `crop` is the side of the center square that is kept, in pixels, 0 for the largest;
-    None takes 160 pixels of images of CelebA's size and the largest square of all others. PAD crops nothing, and repeats
+    None takes 160 pixels of images of CelebA's size and the largest square of all others. PAD crops nothing: it repeats
     the edges of an image to make it square. With `labeling`, images without a class are left out. `channels` is 3, or
     1 for gray values.
     """

@@ -81,13 +81,11 @@ class SpectralNorm(nn.Module):
         if not weight.numel():
             return weight
         dtype = weight.dtype
-        # In half precision, which autocast would choose, rounding spoils u and v, and norms overflow in float16.
-        with no_autocast(weight.device.type):
-            weight = _half_to_float32(weight)
-            if weight.ndim == 1:
-                return _normalize_vector(weight, self.eps).to(dtype)
-            u, v, sigma = self._iterate(weight, self.n_power_iterations if self.training else 0)
-            return spectral_normalize(weight, u, v, sigma, dim=self.dim, eps=self.eps).to(dtype)
+        weight = _half_to_float32(weight)
+        if weight.ndim == 1:
+            return _normalize_vector(weight, self.eps).to(dtype)
+        u, v, sigma = self._iterate(weight, self.n_power_iterations if self.training else 0)
+        return spectral_normalize(weight, u, v, sigma, dim=self.dim, eps=self.eps).to(dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Accept a new weight: u and v are warmed up on it, so that sigma is right at once."""
@@ -119,8 +117,7 @@ class SpectralNorm(nn.Module):
 
     def _warm_up(self, weight: Tensor) -> None:
         if weight.numel() and not weight.is_meta:  # whose iterations would take a second, on no values
-            with no_autocast(weight.device.type):
-                self._iterate(_half_to_float32(weight), WARM_UP_ITERATIONS)
+            self._iterate(_half_to_float32(weight), WARM_UP_ITERATIONS)
 
     @torch.no_grad()
     def _iterate(self, weight: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +129,10 @@ class SpectralNorm(nn.Module):
         if self._u.dtype != weight.dtype:  # they are stored in half precision: rounding lost their unit norm
             u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
         matrix = as_matrix(weight, self.dim)  # (h, w)
-        u, v, sigma = power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
+        # In half precision, which autocast would choose, rounding spoils u and v, and norms overflow in float16. Inside
+        # of no_grad, not around it: exported, that would be two blocks of autocast, and PyTorch loads none that is empty.
+        with no_autocast(weight.device.type):
+            u, v, sigma = power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
         if n_iterations:
             self._u.copy_(u)
             self._v.copy_(v)
