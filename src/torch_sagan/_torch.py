@@ -38,7 +38,7 @@ def is_autocast(device_type: str) -> bool:
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast is off inside."""
-    # Only where it is on: an exported program that contains this context is saved, but cannot be loaded.
+    # Only where it is on: an exported program should hold plain operations, and no context that changes nothing.
     return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else nullcontext()
 
 

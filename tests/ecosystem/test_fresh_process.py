@@ -25,12 +25,9 @@ from subjects import ATTENTION, LAYERS, REPRESENTATIVE, SUBJECTS, build, inputs
 
 pytestmark = pytest.mark.slow  # exporting, and starting a process, takes seconds
 
+NEW_EXPORTER = hasattr(torch.compiler, "is_exporting")  # since torch 2.7
 # The exporter of torch 2.5 fails on batch norm with the onnxscript of today.
-ONNX_EXPORTS = (
-    hasattr(torch.compiler, "is_exporting")
-    and find_spec("onnxscript") is not None
-    and find_spec("onnxruntime") is not None
-)
+ONNX_EXPORTS = NEW_EXPORTER and find_spec("onnxscript") is not None and find_spec("onnxruntime") is not None
 
 Example = tuple[Tensor, ...]
 
@@ -87,9 +84,10 @@ IN_ONNX = [
     "discriminator",
     "discriminator with classes",
 ]
+IN_AUTOCAST = ["official attention", "l2 attention", "spectral norm", "generator", "discriminator"]
 FEWER = dict.fromkeys(MODULES, ATTENTION) | {
     "ONNX": IN_ONNX if ONNX_EXPORTS else [],
-    "torch.export in autocast": [*REPRESENTATIVE, *ATTENTION[:2], "l2 attention"] if ONNX_EXPORTS else [],
+    "torch.export in autocast": IN_AUTOCAST if NEW_EXPORTER else [],
     "safetensors": SUBJECTS if find_spec("safetensors") else [],
 }
 PAIRS = [(kind, subject) for kind in SAVERS for subject in FEWER.get(kind, SUBJECTS)]
@@ -168,7 +166,7 @@ def test_export(outcomes: Outcomes) -> None:
 @exported
 def test_export_inside_autocast(outcomes: Outcomes) -> None:
     """It is run inside of autocast, too."""
-    if not ONNX_EXPORTS:
+    if not NEW_EXPORTER:
         pytest.skip("needs torch 2.7")
     assert_loaded(outcomes, "torch.export in autocast")
 

@@ -129,8 +129,8 @@ class SpectralNorm(nn.Module):
         if self._u.dtype != weight.dtype:  # they are stored in half precision: rounding lost their unit norm
             u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
         matrix = as_matrix(weight, self.dim)  # (h, w)
-        # In half precision, which autocast would choose, rounding spoils u and v, and norms overflow in float16. Inside
-        # of no_grad, not around it: exported, that would be two blocks of autocast, and PyTorch loads none that is empty.
+        # In half precision, which autocast would choose, rounding spoils u and v, and norms overflow in float16. The
+        # block is inside of no_grad: around it, an export would hold an empty one as well, which PyTorch cannot load.
         with no_autocast(weight.device.type):
             u, v, sigma = power_iteration(matrix, u, v, n_iterations=n_iterations, eps=self.eps)
         if n_iterations:
