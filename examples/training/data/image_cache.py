@@ -31,9 +31,10 @@ import PIL
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from training.data.cropping import PAD
 from training.data.dataset import ImageSet, Pixels, Problems, SourceLost
 from training.data.files import SharedFile
-from training.data.image_folder import PAD, ImageFolder, Replacements, left_out
+from training.data.image_folder import ImageFolder, Replacements, left_out
 from training.data.prefetch import LIMIT, made_ahead
 from training.data.workers import Workers, usable_cores
 from training.runs.atomic_files import force_to_disk

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from training.data.cropping import kept, squared
 from training.data.dataset import ImageSet, Pixels, Problems, SourceLost, digest
 from training.data.decoding import SUFFIXES, is_gray, upright_rgb, upright_size, without_warnings
 from training.data.files import PASSING, Archive, Folder, reason
@@ -22,8 +23,6 @@ from training.data.labels import UNLABELED, Labels
 from training.runs.memory import out_of_memory
 
 Labeling = Callable[[list[str]], Labels]  # paths within a folder, with slashes -> their classes
-CELEBA, CELEBA_CROP = (178, 218), 160  # the size of CelebA's aligned images, and what is usually cropped from them
-PAD = -1  # in the place of a crop: the whole image
 NO_CLASS = "no class"  # the reason for leaving out an image without a class
 TRIES = 64  # images that are drawn to replace one, before all of its class are gone through
 NAMED = 10  # files that are named for each reason
@@ -179,27 +178,7 @@ class ImageFolder(ImageSet):
             image = upright_rgb(file)
         if self.channels == 1:
             image = image.convert("L")
-        pixels = self._whole(image) if self.crop == PAD else np.asarray(self._center(image))
-        target[:] = pixels.reshape(self.size, self.size, -1).transpose(2, 0, 1)
-
-    def _center(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
-        side = self._side(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        box = (left, top, left + side, top + side)
-        return image.crop(box).resize((self.size, self.size), Image.Resampling.LANCZOS)
-
-    def _whole(self, image: Image.Image) -> Pixels:
-        longer = max(image.size)
-        width, height = (max(1, round(side * self.size / longer)) for side in image.size)
-        pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))  # (height, width) or with colors
-        gaps = [(gap // 2, gap - gap // 2) for gap in (self.size - height, self.size - width)]
-        return np.pad(pixels, [*gaps, (0, 0)][: pixels.ndim], mode="edge")
-
-    def _side(self, width: int, height: int) -> int:
-        """Width and height of the square that is cropped from an image."""
-        crop = (CELEBA_CROP if (width, height) == CELEBA else 0) if self.crop is None else self.crop
-        return min(width, height, crop or width)
+        target[:] = squared(image, self.size, self.crop).transpose(2, 0, 1)
 
     def _label(self, labeling: Labeling) -> None:
         # Composed, as everywhere but on a Mac's older disks: the same name is then the same class.
@@ -231,8 +210,7 @@ class ImageFolder(ImageSet):
         """The crop and the sizes of the images, from the headers of all of them, or of a sample in a large folder."""
         crops: Counter[str] = Counter()
         for width, height, _ in self._headers():
-            kept = "all" if self.crop == PAD else "{0}x{0}".format(self._side(width, height))
-            crops[f"{kept} of {width}x{height}"] += 1
+            crops[f"{kept(width, height, self.crop)} of {width}x{height}"] += 1
         if len(crops) == 1:
             (text,) = crops
         else:

@@ -24,9 +24,10 @@ from torch.utils.data import Sampler
 
 from training.data import procedural_faces as faces
 from training.data.cifar10 import is_cifar10, read_cifar10
+from training.data.cropping import PAD
 from training.data.dataset import ImageSet, Indices, Pixels, Problems
 from training.data.image_cache import CachedFolder, open_cache
-from training.data.image_folder import NO_CLASS, PAD, ImageFolder, Labeling
+from training.data.image_folder import NO_CLASS, ImageFolder, Labeling
 from training.data.labels import (
     ATTRIBUTE_FILES,
     Labels,

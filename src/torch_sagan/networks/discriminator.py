@@ -10,7 +10,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from torch_sagan._checks import at_least_one, check_labels, one_of
+from torch_sagan._checks import at_least_one, one_of
 from torch_sagan._torch import on_device
 from torch_sagan.attention.layer import SelfAttention2d
 from torch_sagan.networks.blocks import (
@@ -28,6 +28,7 @@ from torch_sagan.networks.blocks import (
     spectral_norm_attention,
     stage_widths,
 )
+from torch_sagan.networks.labels import check_labels
 from torch_sagan.spectral.grouped import iterate_together
 from torch_sagan.spectral.norm import spectral_norm
 

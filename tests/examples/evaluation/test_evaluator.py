@@ -136,26 +136,6 @@ def test_fid_has_its_closed_form() -> None:
 
 
 @needs_torchmetrics
-def test_kid_is_the_unbiased_polynomial_distance() -> None:
-    count = 60  # fewer than a subset of 1000, so that all 100 subsets are the whole set
-    real = painted(count, seed=1)
-    evaluate = Evaluator(batches(real), samples=count, inception=two_means)
-    model = Painter(0.2)
-    z = torch.randn(count, 2, generator=torch.Generator().manual_seed(5))
-    fake = (model(z) * 127.5 + 127.5).round().clamp(0, 255).byte()
-    x, y = (two_means(images).pooled.double() for images in (real, fake))
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / 2 + 1) ** 3
-
-    def off_diagonal(k: Tensor) -> Tensor:
-        return (k.sum() - k.trace()) / (count * (count - 1))
-
-    expected = off_diagonal(kernel(x, x)) + off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean()
-    assert evaluate(model, 2, seed=5)["kid"] == pytest.approx(1000 * expected.item(), rel=1e-3)
-
-
-@needs_torchmetrics
 def test_the_real_images_are_looked_at_once_and_each_score_stands_alone() -> None:
     seen: list[int] = []
 

@@ -22,9 +22,10 @@ from PIL import Image
 from refused_calls import refuse_fsync
 from tiny_runs import assert_same, checkpoint, resume, train
 from training.data import image_cache
+from training.data.cropping import PAD
 from training.data.dataset import ImageSet, SourceLost
 from training.data.image_cache import CachedFolder
-from training.data.image_folder import PAD, ImageFolder
+from training.data.image_folder import ImageFolder
 from training.data.loading import read_batches
 from training.data.sources import InfiniteBatchSampler, open_data
 from training.runs.memory import readable
