@@ -49,6 +49,11 @@ def export_to_onnx(module: nn.Module, example: Example, path: Path) -> None:
     torch.onnx.export(module, example, path, dynamo=True, dynamic_shapes=shapes, verbose=False)
 
 
+def export_to_onnx_by_the_older(module: nn.Module, example: Example, path: Path) -> None:
+    """In a model, because this exporter passes the keyword-only arguments of what it exports by position."""
+    torch.onnx.export(nn.Sequential(module).eval(), example, path, dynamo=False)
+
+
 def save_safetensors(module: nn.Module, example: Example, path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -60,6 +65,7 @@ SAVERS: dict[str, Callable[[nn.Module, Example, Path], object]] = {
     "torch.export in autocast": export_inside_autocast,
     "torch.jit.trace": lambda module, example, path: torch.jit.save(torch.jit.trace(module, example), path),
     "ONNX": export_to_onnx,
+    "ONNX, dynamo=False": export_to_onnx_by_the_older,
     "make_fx": lambda module, example, path: torch.save(make_fx(module)(*example), path),
     # In a model, since torch cannot pickle the graph of a module whose own annotations are postponed.
     "torch.fx": lambda module, _, path: torch.save(torch.fx.symbolic_trace(nn.Sequential(module)), path),
@@ -71,8 +77,9 @@ SAVERS: dict[str, Callable[[nn.Module, Example, Path], object]] = {
 }
 
 
-EXPORTED = ("torch.export", "torch.export in autocast", "ONNX")
-IN_FLOAT32 = ("torch.export in autocast", "ONNX")
+EXPORTED = ("torch.export", "torch.export in autocast", "ONNX", "ONNX, dynamo=False")
+IN_FLOAT32 = EXPORTED[1:]
+FIXED_BATCH = ("make_fx", "ONNX, dynamo=False")
 PROGRAMS = (*EXPORTED, "torch.jit.trace", "make_fx")
 MODULES = ("torch.fx", "torch.save", "pickle")  # torch refuses those with a parametrization
 # Its exporter is the slowest: of each column one with classes or without, and each way to compute attention.
@@ -87,6 +94,7 @@ IN_ONNX = [
 IN_AUTOCAST = ["official attention", "l2 attention", "spectral norm", "generator", "discriminator"]
 FEWER = dict.fromkeys(MODULES, ATTENTION) | {
     "ONNX": IN_ONNX if ONNX_EXPORTS else [],
+    "ONNX, dynamo=False": ["attention in tiles", *IN_AUTOCAST] if ONNX_EXPORTS else [],
     "torch.export in autocast": IN_AUTOCAST if NEW_EXPORTER else [],
     "safetensors": SUBJECTS if find_spec("safetensors") else [],
 }
@@ -105,7 +113,7 @@ def save(kind: str, subject: str, path: Path) -> None:
     dtype = torch.float32 if kind in IN_FLOAT32 else torch.float64
     module = build(subject, dtype).eval()
     SAVERS[kind](module, inputs(subject, 3, dtype), path)
-    sizes = (3,) if kind == "make_fx" else (1, 3, 7)  # its batch size is fixed
+    sizes = (3,) if kind in FIXED_BATCH else (1, 3, 7)
     batches = [inputs(subject, size, dtype) for size in sizes]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled="autocast" in kind):
         cases = [(list(batch), module(*batch).detach()) for batch in batches]
@@ -177,6 +185,14 @@ def test_onnx(outcomes: Outcomes) -> None:
     if not ONNX_EXPORTS:
         pytest.skip("needs torch 2.7, onnxscript and onnxruntime")
     assert_loaded(outcomes, "ONNX")
+
+
+@exported
+def test_onnx_by_the_older_exporter(outcomes: Outcomes) -> None:
+    """For one size of batch, in onnxruntime."""
+    if not ONNX_EXPORTS:
+        pytest.skip("needs onnxruntime")
+    assert_loaded(outcomes, "ONNX, dynamo=False")
 
 
 def test_trace(outcomes: Outcomes) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 Program = Callable[..., Tensor]
 
 # What needs nothing but torch, or onnxruntime, comes first: it must not import the package.
-WITHOUT_THE_PACKAGE = ("torch.export", "torch.export in autocast", "torch.jit.trace", "ONNX")
+WITHOUT_THE_PACKAGE = ("torch.export", "torch.export in autocast", "torch.jit.trace", "ONNX", "ONNX, dynamo=False")
 
 
 def onnx_program(path: Path) -> Program:
@@ -68,6 +68,7 @@ LOADERS: dict[str, Callable[[Path, str], Program]] = {
     "torch.export in autocast": lambda path, _: in_autocast(torch.export.load(path).module()),
     "torch.jit.trace": lambda path, _: torch.jit.load(path),
     "ONNX": lambda path, _: onnx_program(path),
+    "ONNX, dynamo=False": lambda path, _: onnx_program(path),
     "make_fx": lambda path, _: with_operators(path),
     "torch.fx": lambda path, _: torch.load(path, weights_only=False),
     "torch.save": lambda path, _: torch.load(path, weights_only=False),
