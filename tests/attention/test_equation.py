@@ -199,6 +199,19 @@ def test_the_result_may_be_changed_in_place(path: str, batch: int, monkeypatch: 
             torch.testing.assert_close(y.relu_(), expected)
 
 
+@pytest.mark.parametrize("path", ["tiled", "fused"])
+def test_a_result_that_the_backward_needs_is_not_changed_unnoticed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with PyTorch's kernels, that is an error, not a wrong gradient; and a clone may be changed."""
+    take(path, monkeypatch)
+    tensors = inputs(2, 2, 3, 6, 5, dtype=torch.float32)
+    expected = torch.autograd.grad((2 * plain(*tensors)).sin().sum(), tensors)
+    torch.testing.assert_close(
+        torch.autograd.grad(equation.attention(*tensors).clone().mul_(2).sin().sum(), tensors), expected
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        equation.attention(*tensors).mul_(2).sin().sum().backward()
+
+
 def test_a_large_attention_matrix_is_not_materialized(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small one is materialised, and so is one that is returned. This tests the choice, not the arithmetic."""
     taken = []

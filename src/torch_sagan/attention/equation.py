@@ -55,7 +55,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         value: h, (B, E, M). E may differ from D.
 
     Returns:
-        (B, E, N), in the dtype of the arguments, or of autocast where that is on.
+        (B, E, N), in the dtype of the arguments, or of autocast where that is on. The backward of a kernel needs it, as
+        that of PyTorch's does: do not change it in place before a backward, but a clone. (The layer's result may be.)
 
     Raises:
         ValueError: for shapes that do not match.
