@@ -34,6 +34,7 @@ from training.data.sources import DataSource, crop_setting, folder_of, open_data
 from training.latents import draw_labels, draw_latents, walk
 from training.output.image_io import save_animation, save_grid, save_images
 from training.output.model_card import Card, open_generator, output_folder, save
+from training.runs.folder import shared_cache
 from training.script import Parser, fail, given_path, script
 
 BATCH = 16  # fixed, because another batch size may round differently
@@ -235,9 +236,9 @@ def open_real_images(args: argparse.Namespace, card: Card, conditional: bool) ->
 
 
 def cache_folder(model: Path) -> Path:
-    """Where the trainer keeps what runs share: beside the folder of the run."""
-    run = output_folder(model).parent.resolve()
-    return (run if run == Path("runs").resolve() else run.parent) / "cache"
+    """Where the run of a model keeps what runs share. A model that lies in `runs` itself shares with those there."""
+    images = output_folder(model).resolve()
+    return shared_cache(images if images.parent == Path("runs").resolve() else images.parent)
 
 
 def score(

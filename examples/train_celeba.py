@@ -50,6 +50,7 @@ from training.output.sampling import draw, redraw, save_reals, usable_average
 from training.runs.atomic_files import write_json
 from training.runs.checkpointing import archive_previous_run, load, newest, save, save_and_rotate, versions
 from training.runs.distributed import Ranks, ShardSampler, pick_device, processes
+from training.runs.folder import shared_cache
 from training.runs.memory import out_of_memory
 from training.runs.run_lock import RunLock
 from training.runs.signals import StopRequested, deferred_signals, stop_requested
@@ -246,7 +247,7 @@ def start(args: dict[str, Any], ranks: Ranks, open_evaluator: OpenEvaluator) -> 
             config = configure(args, checkpoint, ranks, dry_run=dry_run, out=out)
             if first >= config.steps and resume != "auto":
                 fail(f"--steps {config.steps}: the checkpoint is at step {first} already")
-            cache = Path(config.cache_dir or Path(args["out"]).parent / "cache") if config.cache else None
+            cache = Path(config.cache_dir or shared_cache(Path(args["out"]))) if config.cache else None
             device = pick_device(config.device, ranks)
             if config.cuda_graph and device.type != "cuda":
                 fail(f"--cuda-graph: expected a CUDA device, got {device}")

@@ -29,6 +29,7 @@ from training.data.public_sets import LIKE_MNIST
 from training.data.sources import open_data, open_held_out
 from training.flags import Config, default_out
 from training.output.model_card import open_generator
+from training.runs.folder import shared_cache
 from training.script import fail, read_arguments, script
 
 RECIPE = Path(__file__).parent / "recipes" / "digits.txt"
@@ -43,7 +44,7 @@ def ask(run: Path) -> None:
     real = {"size": settings["image_size"], "classes": "own", "channels": settings["channels"]}
     data, held_out = open_data(settings["data"], **real), open_held_out(settings["data"], **real)
     assert data.labels is not None
-    cache = Path(settings["cache_dir"] or run.parent / "cache") if settings["cache"] else None
+    cache = Path(settings["cache_dir"] or shared_cache(run)) if settings["cache"] else None
     classifier = open_classifier(data, held_out, cache)
     print(f"classifier {classifier.about}")
 

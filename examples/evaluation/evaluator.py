@@ -288,7 +288,10 @@ def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, and each of its modules back into its own mode afterwards."""
+    """Put the model into evaluation mode, and each of its modules back into its own mode afterwards.
+
+    The package has the same for its own use, not as a public name.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

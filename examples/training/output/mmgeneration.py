@@ -8,6 +8,8 @@ from typing import Any
 from torch_sagan import SAGANGenerator, load_reference_state_dict
 from training.architectures import build_generator
 
+# load_reference_state_dict takes the average where a file has one, for a network that is there already. Here the caller
+# chooses, and the network is built after the weights.
 AVERAGE, LAST = "generator_ema.", "generator."
 
 

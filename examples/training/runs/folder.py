@@ -1,9 +1,10 @@
-"""What the files in a run's folder are called, and how to tell such a folder."""
+"""What the files in a run's folder are called, how to tell such a folder, and what is beside it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 
 # The names of the files that a run writes into its folder, besides the folder `tensorboard`. Files with other names are
 # not the trainer's and are never touched.
@@ -14,6 +15,11 @@ NUMBERED = (CHECKPOINT, IMAGE, EXPLORER)
 FILES = re.compile(
     "|".join(name.pattern for name in NUMBERED) + r"|checkpoint\.pt|best\.pt|log\.jsonl|config\.json|reals\.png"
 )
+
+
+def shared_cache(run: Path) -> Path:
+    """The folder for what runs share, beside the folder of a run."""
+    return run.parent / "cache"
 
 
 def holds_a_run(names: Collection[str]) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from barred_images import CLASSES, barred
+from barred_images import CLASSES, barred, same, short_training
 from evaluation import classifier as module
 from evaluation.classifier import Classifier, Network, train
 from training.data.dataset import Batch
@@ -31,21 +31,10 @@ class Recorder(ArrayDataset):
         return super().__getitem__(indices)
 
 
-def parts(classifier: Classifier) -> list[torch.Tensor]:
-    numbers = [classifier.scale, classifier.accuracy, *classifier.recalls]
-    return [*classifier.network.state_dict().values(), torch.tensor(numbers, dtype=torch.float64)]
-
-
-def same(one: Classifier, other: Classifier) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(parts(one), parts(other), strict=True))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Iterator[None]:
     """A sixth of the steps is enough for three bars."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "STEPS", 25)
-        patch.setattr(module, "BATCH", 32)
+    with short_training(steps=25, batch=32):
         yield
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from barred_images import barred
+from barred_images import barred, same, short_training
 from evaluation import classifier, classifier_cache
 from evaluation.classifier import Classifier, train
 from evaluation.classifier_cache import open_classifier
@@ -20,20 +20,9 @@ from refused_calls import refuse_fsync
 from training.data.sources import ArrayDataset
 
 
-def parts(kept: Classifier) -> list[torch.Tensor]:
-    numbers = [kept.scale, kept.accuracy, kept.tested, *kept.recalls]
-    return [*kept.network.state_dict().values(), torch.tensor(numbers, dtype=torch.float64)]
-
-
-def same(one: Classifier, other: Classifier) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(parts(one), parts(other), strict=True))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "STEPS", 4)
-        patch.setattr(classifier, "BATCH", 16)
+    with short_training(steps=4, batch=16):
         yield
 
 
