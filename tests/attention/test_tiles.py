@@ -209,3 +209,28 @@ def test_the_profiler_names_the_operators() -> None:
     # Not the operators themselves, which torch 2.15 no longer lists, but the functions that autograd makes of them.
     forward = "GeneratedBackwardFor_torch_sagan_tiled_attention_default"
     assert {forward, f"{forward}Backward"} <= {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("largest", [60.0, 80.0, 200.0, 500.0])
+def test_logits_around_the_largest_that_exp2_takes(largest: float) -> None:
+    """exp2 overflows in float32 from 128 on, which is a logit of 89."""
+    query, key, value = (t.detach() for t in inputs(2, 3, 4, 2 * TILE + 1, TILE + 1, dtype=torch.float32))
+    query *= largest / (query.mT @ key).amax()
+    gradient = torch.randn(2, 4, 2 * TILE + 1)
+    results = []
+    for attention, dtype in (tiled, torch.float32), (plain, torch.float64):
+        tensors = [t.to(dtype).requires_grad_() for t in (query, key, value)]
+        y = attention(*tensors)
+        results.append([y, *torch.autograd.grad(y, tensors, gradient.to(dtype))])
+    for mine, exact in zip(*results, strict=True):
+        # float32 rounds such a logit by 3e-5, and so the weights; gradients are sums of some dozens.
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-3, atol=1e-3 * float(exact.detach().abs().max()))
+
+
+def test_many_small_logits_are_not_taken_for_large_ones() -> None:
+    """The maximum is subtracted where a logit may be large, which does not depend on the number of positions."""
+    ones = torch.ones(1, 4, 4096)
+    assert not tiles._may_overflow(ones, ones)
+    ones[..., 7] = 9.0  # one column is enough: its logit is 324
+    assert tiles._may_overflow(ones, ones)
