@@ -287,3 +287,12 @@ def test_a_new_layer_keeps_bits_and_strides(
     after = model(x)
     assert torch.equal(after, before)
     assert after.stride() == before.stride()
+
+
+def test_without_an_example_a_layer_is_where_its_host_or_the_model_is() -> None:
+    # meta stands in for a second device
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, device="meta"), nn.GroupNorm(1, 4, affine=False))
+    insert_self_attention(model, ["0", "1"])
+    assert [layer.gamma.device.type for layer in inserted(model)] == ["meta", "meta"]
+    model = insert_self_attention(nn.Sequential(nn.GroupNorm(1, 4, affine=False)), "0")  # nothing tells
+    assert [layer.gamma.device.type for layer in inserted(model)] == ["cpu"]
