@@ -277,17 +277,46 @@ class Larger(TorchDispatchMode):
         return results
 
 
-@pytest.mark.parametrize("kind", ["none", "keys", "full", "added", "causal"])
-def test_no_matrix_but_the_mask(kind: str, request: pytest.FixtureRequest) -> None:
-    """Forward, backward, and the backward of that."""
-    path = request.node.callspec.params["_paths"]
-    if path == "emulated CUDA" or (path == "materialized" and kind != "causal"):
-        pytest.skip("what is seen here is PyTorch's kernel, or the plain equation, which one kind is enough for")
-    n = 60
-    mask = {"keys": torch.rand(1, n) < 0.6, "full": torch.rand(n, n) < 0.6, "added": torch.randn(n, n)}.get(kind)
-    leaves = [random(n, 1).requires_grad_() for _ in range(3)]
+KINDS = ("none", "keys", "keys added", "full", "added", "causal")
+
+
+@pytest.mark.parametrize("mode", ["reverse", "torch.func"])
+@pytest.mark.parametrize("_paths", ["without the matrix"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_matrix_but_the_mask(kind: str, mode: str) -> None:
+    """Forward, backward, and the backward of that, with the gradient of a mask of keys."""
+    numel = largest(kind, mode, 60)
+    assert numel < 60 * 60 / 10
+
+
+@pytest.mark.parametrize("_paths", ["materialized"], indirect=True)
+@pytest.mark.parametrize("mode", ["reverse", "torch.func"])
+def test_the_matrix_is_seen(mode: str) -> None:
+    assert largest("causal", mode, 60) >= 60 * 60
+
+
+def largest(kind: str, mode: str, n: int) -> int:
+    """The entries of the largest tensor that is not a view of the mask."""
+    masks = {"keys": torch.rand(1, n) < 0.6, "full": torch.rand(n, n) < 0.6, "added": torch.randn(n, n)}
+    mask = masks.get(kind)
+    points = [random(n, 1) for _ in range(3)]
+    if kind == "keys added":
+        points.append(random(1, n))
+    argnums = tuple(range(len(points)))
+
+    def loss(query: Tensor, key: Tensor, value: Tensor, of_keys: Tensor | None = None) -> Tensor:
+        attended = scaled_dot_product_attention(
+            query, key, value, mask if of_keys is None else of_keys, is_causal=kind == "causal"
+        )
+        return attended.square().sum()
+
     with Larger(mask) as larger:
-        y = scaled_dot_product_attention(*leaves, mask, is_causal=kind == "causal")
-        gradients = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
-        torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
-    assert larger.numel >= n * n if path == "materialized" else larger.numel < n * n / 10
+        if mode == "torch.func":
+            torch.func.grad(lambda *x: sum(g.square().sum() for g in torch.func.grad(loss, argnums)(*x)), argnums)(
+                *points
+            )
+        else:
+            leaves = [point.requires_grad_() for point in points]
+            gradients = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+            torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+    return larger.numel

@@ -20,7 +20,15 @@ from torch_sagan.attention.cuda import fused_attention, has_kernel
 from torch_sagan.attention.plain import attention_in_blocks, in_float32, scaled
 from torch_sagan.attention.tiles import tiled_attention
 
-__all__ = ["attention", "attention_and_map", "attention_map", "in_one_dtype", "l2_as_dot_product", "takes_blocks"]
+__all__ = [
+    "attention",
+    "attention_and_map",
+    "attention_map",
+    "in_one_dtype",
+    "kernel_for",
+    "l2_as_dot_product",
+    "takes_blocks",
+]
 
 # The kernels that do not materialize the attention matrix, by the type of the device. On the meta device, where nothing
 # is computed, operations and costs are counted as on CUDA.
@@ -79,7 +87,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float = 1.0) 
     Source: Zhang et al., arXiv:1805.08318, equation 2 without the output projection.
     """
     query, key, value = _prepared(query, key, value)
-    kernel = _kernel(query, key, value)
+    kernel = kernel_for(query, key, value)
     if kernel:
         return kernel(query, key, value, scale)  # (B, E, N)
     if not takes_blocks(query, key):
@@ -177,8 +185,8 @@ def takes_blocks(query: Tensor, key: Tensor) -> bool:
     return _entries(query, key) > SMALL_MATRIX.get(query.device.type, SMALL_ELSEWHERE)
 
 
-def _kernel(query: Tensor, key: Tensor, value: Tensor) -> Kernel | None:
-    """The one to take, or None."""
+def kernel_for(query: Tensor, key: Tensor, value: Tensor) -> Kernel | None:
+    """What computes attention of these without its matrix, (…, channels, positions) each, where that is best."""
     device = query.device.type
     if is_exporting() or device not in KERNELS or only_plain_operations(query, key, value):
         return None

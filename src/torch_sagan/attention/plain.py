@@ -23,8 +23,8 @@ def attend(
         query: (…, D, n), multiplied by the scale.
         key: (…, D, M).
         value: (…, E, M).
-        mask: (…, M, n), broadcast: which keys a query attends to, or what is added to logits. A query without a key has
-            the result zero, as in PyTorch.
+        mask: (…, M, n) or (…, M, 1), broadcast: which keys a query attends to, or what is added to logits. A query
+            without a key has the result zero, as in PyTorch.
         causal: a query attends to the keys up to its own position.
 
     Returns:
@@ -51,16 +51,16 @@ def attention_in_blocks(
 ) -> Tensor:
     """What :func:`attend` computes for all queries, (…, E, N), at least one, block by block."""
     arguments = (query, key, value) if mask is None else (query, key, value, mask)
-    return _blockwise(query, key, len(arguments), causal)(*arguments)[0]
+    return _blockwise(*arguments, causal=causal)(*arguments)[0]
 
 
 def gradients_in_blocks(d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """The gradients of query, key and value, of which that of :func:`attention_in_blocks` is ``d_attended``."""
-    return _blockwise(query, key, 3).gradients([True] * 3)(query, key, value, d_attended)
+    return _blockwise(query, key, value).gradients([True] * 3)(query, key, value, d_attended)
 
 
-def _blockwise(query: Tensor, key: Tensor, n_arguments: int, causal: bool = False) -> Blockwise:
-    of_queries = (True, False, False, True)[:n_arguments]
+def _blockwise(query: Tensor, key: Tensor, value: Tensor, *mask: Tensor, causal: bool = False) -> Blockwise:
+    of_queries = (True, False, False, *(m.shape[-1] > 1 for m in mask))
     return Blockwise(partial(attend, causal=causal), of_queries, (True,), block_size(query, key))
 
 

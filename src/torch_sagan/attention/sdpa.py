@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_sagan._torch import no_autocast
-from torch_sagan.attention.equation import attention, in_one_dtype, takes_blocks
+from torch_sagan.attention.equation import attention, in_one_dtype, kernel_for, takes_blocks
 from torch_sagan.attention.plain import attend, attention_in_blocks, in_float32, scaled
 
 __all__ = ["scaled_dot_product_attention"]
@@ -31,8 +31,9 @@ def scaled_dot_product_attention(
 
     PyTorch's fused kernels have neither second derivatives nor a forward mode, and its plain path stores the L×S
     matrix. Here every derivative exists, of every order and in both modes, and no matrix is stored; :func:`attention`
-    has the details. A mask of keys alone, (…, 1, S), is one more channel of query and key for the kernels. A mask that
-    differs by query, and ``is_causal``, are computed in blocks of queries, from a part of the mask for each.
+    has the details. For its kernels a mask of keys alone, (…, 1, S), is one more channel of query and key. A mask that
+    differs by query, and ``is_causal``, are computed in blocks of queries, from a part of the mask for each; compiled,
+    exported or traced, they materialize the matrix.
 
     Args:
         query: (…, L, E). Leading dimensions, such as batch and heads, are broadcast.
@@ -69,13 +70,14 @@ def scaled_dot_product_attention(
         q, k, v = in_float32(q, k, v)
         q = scaled(q, scale)
         mask = None if attn_mask is None else _checked_mask(attn_mask, (*leading, q.shape[-2], k.shape[-2]))
-        if mask is not None and mask.shape[-2] == 1:
+        columns = q.mT, k.mT, v.mT  # (…, E or Ev, L or S)
+        if mask is not None and mask.shape[-2] == 1 and kernel_for(*columns):
             return _with_key_mask(q, k, v, mask).to(value.dtype)  # (…, L, Ev)
-        columns = q.mT, k.mT, v.mT, mask if mask is None else mask.mT  # (…, channels, L or S), (…, S, L)
-        if takes_blocks(q.mT, k.mT):
-            attended = attention_in_blocks(*columns, causal=is_causal)
+        mask = None if mask is None else mask.mT  # (…, S, L or 1)
+        if takes_blocks(*columns[:2]):
+            attended = attention_in_blocks(*columns, mask, causal=is_causal)  # (…, Ev, L)
         else:
-            (attended,) = attend(0, *columns, causal=is_causal)
+            (attended,) = attend(0, *columns, mask, causal=is_causal)
     return attended.mT.to(value.dtype).contiguous()  # (…, L, Ev)
 
 
