@@ -62,6 +62,7 @@ from training.step import Piece
 ATTENTION_SHAPES = [(16, 256, 8), (16, 128, 16), (16, 64, 32), (4, 64, 64), (1, 32, 128)]  # B, C, H = W
 PENALTY_SHAPES = [(16, 128, 16), (16, 64, 32), (1, 32, 64), (4, 64, 64)]
 ON_DEVICE = f"; time of the kernels, from replays of a CUDA graph of {CALLS} calls"  # in a table's header
+VOLUME_SHAPES = [(1, 32, 16), (1, 32, 32)]  # B, C, D = H = W
 MEMORY_FROM = 32 * 32  # positions; with fewer, the noise of the process is larger than the attention matrix
 
 
@@ -133,6 +134,20 @@ def penalty(watch: Stopwatch) -> list[dict[str, Any]]:
             memory = {name: peak_memory(name, shape, watch.device, gradient_penalty) for name in layers}
             row |= {"MiB plain": memory["plain"], "MiB ours": memory["ours"]}
             row["MiB ours/plain"] = memory["ours"] / memory["plain"]
+        rows.append(row)
+        print_rows(rows[-1:], header=len(rows) == 1)
+    return rows
+
+
+def volume(device: torch.device) -> list[dict[str, Any]]:
+    """The memory of the layer for volumes, each pass in a process of its own; on a CPU, minutes for the larger one."""
+    rows: list[dict[str, Any]] = []
+    for batch, channels, size in VOLUME_SHAPES:
+        row: dict[str, Any] = {"B, C, D×H×W": f"{batch}, {channels}, {size}×{size}×{size}"}
+        row["one matrix, MiB"] = batch * size**6 * 4 / 2**20
+        for name, make in (("forward + backward", forward_backward), ("gradient penalty", gradient_penalty)):
+            if can_measure_memory(device):
+                row[f"{name}, MiB"] = peak_memory("volume", (batch, channels, size), device, make)
         rows.append(row)
         print_rows(rows[-1:], header=len(rows) == 1)
     return rows
@@ -318,7 +333,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("rates", "attention", "penalty", "growth", "spectral", "step", "residual", "data")
+    parts = ("rates", "attention", "penalty", "volume", "growth", "spectral", "step", "residual", "data")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--seconds", type=float, help="time for each comparison (default: 5, on CUDA 1)")
@@ -369,6 +384,9 @@ def main(given: Sequence[str] | None = None) -> None:
     if "penalty" in chosen:
         print(f"\nWGAN-GP's penalty through SelfAttention2d, float32{ON_DEVICE * cuda}")
         results["penalty"] = penalty(watch)
+    if "volume" in chosen:
+        print("\nSelfAttention3d, float32: extra memory")
+        results["volume"] = volume(device)
     if "growth" in chosen:
         print(f"\nGrowth of one training pass, float32{ON_DEVICE * cuda}")
         results["growth"] = growth(watch)
