@@ -139,12 +139,13 @@ def test_a_tangent_that_comes_with_the_gradient(attention: Attention, before: bo
     """
     leaves = tuple(t.requires_grad_() for t in tensors())
     weight, direction = torch.randn(2, 2, 3, 7, dtype=torch.float64)
-    y = attention(*leaves) if before else None
+    y = attention(*leaves, scale=0.5) if before else None
     with forward_ad.dual_level():
-        y = attention(*leaves) if y is None else y
+        y = attention(*leaves, scale=0.5) if y is None else y
         given = torch.autograd.grad(y, leaves, forward_ad.make_dual(weight, direction), create_graph=True)
         ours = [of_dual(g) for g in given]
-    theirs = torch.autograd.grad(plain(*leaves), leaves, direction)
+    query, key, value = leaves
+    theirs = torch.autograd.grad(plain(0.5 * query, key, value), leaves, direction)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
 
@@ -156,6 +157,17 @@ def test_finite_differences() -> None:
     x = inputs(1, 1, 2, 4, 2)
     assert gradcheck(attention, x, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
     assert gradgradcheck(attention, x, check_fwd_over_rev=True)
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    """Neither into the forward nor into a derivative."""
+    x = tuple(t.bfloat16() for t in tensors())
+    for transform in "jvp", "jvp of grad":
+        outside = TRANSFORMS[transform](equation.attention, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = TRANSFORMS[transform](equation.attention, x)
+        for mine, other in zip(tree_leaves(inside), tree_leaves(outside), strict=True):
+            assert torch.equal(mine, other)
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
