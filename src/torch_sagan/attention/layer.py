@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, overload
+from typing import ClassVar, Literal, NamedTuple, TypeVar, overload
 
 import torch
 import torch.fx
@@ -23,9 +23,6 @@ from torch_sagan._torch import (
 from torch_sagan.attention import equation
 from torch_sagan.attention.projections import pointwise_convolution, project, reset
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 __all__ = [
     "AttentionRecord",
     "SelfAttention",
@@ -34,6 +31,8 @@ __all__ = [
     "SelfAttention3d",
     "expected_shape",
 ]
+
+Self = TypeVar("Self", bound="SelfAttention")  # that of typing is in Python 3.11
 
 # By the number of spatial dimensions.
 SIZES = {1: "L", 2: "H, W", 3: "D, H, W"}
@@ -102,7 +101,11 @@ class SelfAttention(nn.Module):
 
     @classmethod
     def paper(
-        cls, channels: int, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
+        cls: type[Self],
+        channels: int,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """The layer of the paper's text: value = C // 8 (at least 1), then the output projection back to C."""
         value_channels = max(1, channels // 8)
@@ -110,7 +113,11 @@ class SelfAttention(nn.Module):
 
     @classmethod
     def official(
-        cls, channels: int, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
+        cls: type[Self],
+        channels: int,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """The layer of the paper's released code: keys and values max-pooled by 2 in every direction,
         value = C // 2 (at least 1), output projection, no biases."""
