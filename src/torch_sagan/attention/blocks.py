@@ -110,18 +110,23 @@ class _Blocks(torch.autograd.Function):
             argument.split(blockwise.size, dim=-1) if of_queries else None
             for argument, of_queries in zip(arguments, blockwise.of_queries, strict=True)
         ]
-        n_blocks = len(next(parts for parts in split if parts))
-        blocks: list[list[Tensor]] = [[] for _ in blockwise.per_query]  # of each result
+        n = next(x.shape[-1] for x, of_queries in zip(arguments, blockwise.of_queries, strict=True) if of_queries)
+        # Allocated once: small results that are kept between the large tensors of blocks would fragment the memory.
+        totals: list[Tensor] = []
         with no_autocast(arguments[0].device.type):
-            for i in range(n_blocks):
+            for i, start in enumerate(range(0, n, blockwise.size)):
                 block = (parts[i] if parts else whole for whole, parts in zip(arguments, split, strict=True))
-                results = blockwise.function(i * blockwise.size, *block)
-                for so_far, result, per_query in zip(blocks, results, blockwise.per_query, strict=True):
-                    if per_query or not so_far:
-                        so_far.append(result)
+                results = blockwise.function(start, *block)
+                totals = totals or [
+                    result.new_empty(*result.shape[:-1], n) if per_query else torch.zeros_like(result)
+                    for result, per_query in zip(results, blockwise.per_query, strict=True)
+                ]
+                for total, result, per_query in zip(totals, results, blockwise.per_query, strict=True):
+                    if per_query:
+                        total.narrow(-1, start, result.shape[-1]).copy_(result)
                     else:
-                        so_far[0] = so_far[0] + result
-        return tuple(torch.cat(parts, dim=-1) for parts in blocks)
+                        total.add_(result)
+        return tuple(totals)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
