@@ -37,6 +37,7 @@ from torch.nn.utils import parametrizations
 
 import torch_sagan
 from measurement.contenders import CUDA_SHAPES, compare, small_matrix
+from measurement.derivatives import CONTENDERS, PASSES, fits, peak, points
 from measurement.floors import Rates, attention_work, layer_work, measure_rates, times
 from measurement.passes import (
     attention_layers,
@@ -62,6 +63,8 @@ from training.step import Piece
 ATTENTION_SHAPES = [(16, 256, 8), (16, 128, 16), (16, 64, 32), (4, 64, 64), (1, 32, 128)]  # B, C, H = W
 PENALTY_SHAPES = [(16, 128, 16), (16, 64, 32), (1, 32, 64), (4, 64, 64)]
 ON_DEVICE = f"; time of the kernels, from replays of a CUDA graph of {CALLS} calls"  # in a table's header
+VOLUME_SHAPES = [(1, 32, 16), (1, 32, 32)]  # B, C, D = H = W
+DERIVATIVE_SIZES = [1024, 4096, 8192, 16384]  # N
 MEMORY_FROM = 32 * 32  # positions; with fewer, the noise of the process is larger than the attention matrix
 
 
@@ -135,6 +138,38 @@ def penalty(watch: Stopwatch) -> list[dict[str, Any]]:
             row["MiB ours/plain"] = memory["ours"] / memory["plain"]
         rows.append(row)
         print_rows(rows[-1:], header=len(rows) == 1)
+    return rows
+
+
+def volume(device: torch.device) -> list[dict[str, Any]]:
+    """The memory of the layer for volumes, each pass in a process of its own; on a CPU, minutes for the larger one."""
+    rows: list[dict[str, Any]] = []
+    for batch, channels, size in VOLUME_SHAPES:
+        row: dict[str, Any] = {"B, C, D×H×W": f"{batch}, {channels}, {size}×{size}×{size}"}
+        row["one matrix, MiB"] = batch * size**6 * 4 / 2**20
+        for name, make in (("forward + backward", forward_backward), ("gradient penalty", gradient_penalty)):
+            if can_measure_memory(device):
+                row[f"{name}, MiB"] = peak_memory("volume", (batch, channels, size), device, make)
+        rows.append(row)
+        print_rows(rows[-1:], header=len(rows) == 1)
+    return rows
+
+
+def derivatives(watch: Stopwatch) -> list[dict[str, Any]]:
+    """First, second and forward derivatives of attention: time and memory, of all that have them and fit."""
+    rows: list[dict[str, Any]] = []
+    for n in DERIVATIVE_SIZES:
+        x = points(n, watch.device)
+        fitting = [name for name in CONTENDERS if name == "ours" or fits(n, watch.device)]
+        turns = watch if n <= DERIVATIVE_SIZES[1] else Stopwatch(watch.device, 0.0, at_least=1)
+        for derivative, make in PASSES.items():
+            seconds = turns(**{name: make(CONTENDERS[name], x) for name in fitting})
+            row = {"N": n, "derivative": derivative} | {f"{name} ms": 1e3 * seconds[name] for name in fitting}
+            row |= {f"{name}/ours": seconds[name] / seconds["ours"] for name in fitting if name != "ours"}
+            if can_measure_memory(watch.device):
+                row |= {f"{name} MiB": peak(name, derivative, n, watch.device) for name in fitting}
+            rows.append(row)
+            print_rows(rows[-1:], header=derivative == "gradient")
     return rows
 
 
@@ -318,7 +353,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("rates", "attention", "penalty", "growth", "spectral", "step", "residual", "data")
+    parts = ("rates", "attention", "penalty", "volume", "derivatives", "growth", "spectral", "step", "residual", "data")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--seconds", type=float, help="time for each comparison (default: 5, on CUDA 1)")
@@ -369,6 +404,12 @@ def main(given: Sequence[str] | None = None) -> None:
     if "penalty" in chosen:
         print(f"\nWGAN-GP's penalty through SelfAttention2d, float32{ON_DEVICE * cuda}")
         results["penalty"] = penalty(watch)
+    if "volume" in chosen:
+        print("\nSelfAttention3d, float32: extra memory")
+        results["volume"] = volume(device)
+    if "derivatives" in chosen:
+        print("\nDerivatives of attention with PyTorch's signature, one head of 64 channels, float32")
+        results["derivatives"] = derivatives(watch)
     if "growth" in chosen:
         print(f"\nGrowth of one training pass, float32{ON_DEVICE * cuda}")
         results["growth"] = growth(watch)

@@ -10,36 +10,43 @@ from torch import Tensor, nn
 
 from measurement.plain import PaddedSDPAttention, PlainAttention, SDPAttention
 from measurement.stopwatch import Run
-from torch_sagan import SelfAttention2d
+from torch_sagan import SelfAttention2d, SelfAttention3d
 
 Placed = TypeVar("Placed", Tensor, nn.Module)
 
 
+COMPARED: dict[str, Callable[[int], nn.Module]] = {
+    "plain": PlainAttention,
+    "sdpa": SDPAttention,
+    "padded": PaddedSDPAttention,
+    "ours": SelfAttention2d,
+}
+KINDS = COMPARED | {"volume": SelfAttention3d}
+
+
 def attention_layers(channels: int, device: torch.device) -> dict[str, nn.Module]:
     """This library's layer and those that it is compared with, with the same weights and the same gamma."""
-    kinds: dict[str, Callable[[int], nn.Module]] = {
-        "plain": PlainAttention,
-        "sdpa": SDPAttention,
-        "padded": PaddedSDPAttention,
-        "ours": SelfAttention2d,
-    }
-    layers = {}
-    for name, kind in kinds.items():
-        torch.manual_seed(0)
-        layers[name] = in_trained_layout(kind(channels).to(device), device)
-        with torch.no_grad():
-            layers[name].gamma.fill_(0.5)  # type: ignore[operator]
-    return layers
+    return {kind: attention_layer(kind, channels, device) for kind in COMPARED}
 
 
-def feature_map(batch: int, channels: int, size: int, device: torch.device) -> Tensor:
+def attention_layer(kind: str, channels: int, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    layer = in_trained_layout(KINDS[kind](channels).to(device), device, 3 if kind == "volume" else 2)
+    with torch.no_grad():
+        layer.gamma.fill_(0.5)  # type: ignore[operator]
+    return layer
+
+
+def feature_map(batch: int, channels: int, size: int, device: torch.device, spatial_dims: int = 2) -> Tensor:
     """A random input of these layers."""
-    return in_trained_layout(torch.randn(batch, channels, size, size, device=device), device)
+    x = torch.randn(batch, channels, *spatial_dims * [size], device=device)
+    return in_trained_layout(x, device, spatial_dims)
 
 
-def in_trained_layout(thing: Placed, device: torch.device) -> Placed:
+def in_trained_layout(thing: Placed, device: torch.device, spatial_dims: int = 2) -> Placed:
     """A feature map or a module in the memory format that the trainer has on this device."""
-    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    channels_last = {2: torch.channels_last, 3: torch.channels_last_3d}[spatial_dims]
+    memory_format = channels_last if device.type == "cuda" else torch.contiguous_format
     placed: Placed = thing.to(memory_format=memory_format)  # type: ignore[call-overload]
     return placed
 

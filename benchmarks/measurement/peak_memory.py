@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from measurement.passes import attention_layers, feature_map, forward_backward
+from measurement.passes import attention_layer, feature_map, forward_backward
 from measurement.stopwatch import Run
 
 
@@ -24,7 +24,10 @@ def peak_memory(
     device: torch.device,
     make: Callable[[nn.Module, Tensor, Tensor], Run] = forward_backward,
 ) -> float:
-    """MiB by which one pass of an attention layer of this kind raises the peak of its device's memory."""
+    """MiB by which one pass of an attention layer of this kind raises the peak of its device's memory.
+
+    The shape is B, C and the size of a square feature map, or of a cube for the kind "volume".
+    """
     if device.type == "cuda":  # whose allocator counts; another process would only start CUDA once more
         return peak_memory_here(kind, shape, device, make)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -39,13 +42,19 @@ def peak_memory_here(
 ) -> float:
     """The same in this process, where earlier runs may have left memory to reuse."""
     batch, channels, size = shape
-    layer = attention_layers(channels, device)[kind]
-    small = feature_map(1, channels, 40, device)
+    layer = attention_layer(kind, channels, device)
+    spatial_dims, few = (3, 12) if kind == "volume" else (2, 40)
+    small = feature_map(1, channels, few, device, spatial_dims)
     make(layer, small, torch.ones_like(small))()  # libraries allocate buffers at first use
-    x = feature_map(batch, channels, size, device)
+    x = feature_map(batch, channels, size, device, spatial_dims)
     run = make(layer, x, torch.ones_like(x))
     if device.type == "cuda":
         return allocated_by(run)
+    return raised_by(run)
+
+
+def raised_by(run: Run) -> float:
+    """MiB by which a run raises the peak of this process, on Linux."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = peak_of_this_process()
     run()

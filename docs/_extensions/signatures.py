@@ -9,6 +9,8 @@ from sphinx.application import Sphinx
 
 # The type variable of functions that return the module that they get.
 MODULE = re.compile(r"~torch_sagan(?:\.\w+)+\.M\b")
+# That of class methods that return an instance of their class.
+SELF = re.compile(r"~torch_sagan(?:\.\w+)+\.Self\b")
 
 
 def readable(
@@ -19,7 +21,7 @@ def readable(
         arguments = MODULE.sub("~torch.nn.modules.module.Module", arguments)
         arguments = arguments.replace("[[...], ", "[..., ")  # autodoc's form of Callable[..., X]
     if result is not None:
-        result = MODULE.sub("~torch.nn.modules.module.Module", result)
+        result = SELF.sub("Self", MODULE.sub("~torch.nn.modules.module.Module", result))
         if hasattr(object_, "__wrapped__"):  # by contextlib.contextmanager
             result = result.replace("~collections.abc.Iterator[", "~contextlib.AbstractContextManager[", 1)
     return arguments, result

@@ -1,7 +1,7 @@
 """Self-attention and spectral normalisation for GANs (arXiv:1805.08318)."""
 
 from torch_sagan import functional
-from torch_sagan.attention.layer import AttentionRecord, SelfAttention2d
+from torch_sagan.attention.layer import AttentionRecord, SelfAttention1d, SelfAttention2d, SelfAttention3d
 from torch_sagan.losses import (
     gradient_penalty,
     hinge_discriminator_loss,
@@ -42,7 +42,9 @@ __all__ = [
     "ProjectionHead",
     "SAGANDiscriminator",
     "SAGANGenerator",
+    "SelfAttention1d",
     "SelfAttention2d",
+    "SelfAttention3d",
     "SpectralNorm",
     "apply_spectral_norm",
     "attention_overlay",

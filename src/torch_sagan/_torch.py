@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch._library.custom_ops import CustomOpDef  # what torch.library.custom_op returns, without a public name
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the base class, also of other libraries' batch norms
@@ -19,12 +21,14 @@ __all__ = [
     "is_autocast",
     "is_exporting",
     "is_recorded",
+    "is_traced",
     "is_transformed",
     "no_autocast",
     "on_device",
     "only_plain_operations",
     "plain_tensor",
     "runs_custom_operations",
+    "tangent",
 ]
 
 # Before PyTorch 2.7 exporting cannot be told from compiling: there, both materialize the attention matrix.
@@ -66,6 +70,11 @@ def is_recorded() -> bool:
     return is_in_torch_dispatch_mode()
 
 
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` records the operations."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def runs_custom_operations() -> bool:
     """Whether operations run as they are called, by the CPU or a GPU: not in a compiler, a transform or a trace."""
     return not (torch.compiler.is_compiling() or only_plain_operations())
@@ -76,9 +85,25 @@ def only_plain_operations(*tensors: Tensor) -> bool:
     # A custom autograd.Function has no vmap and no forward mode here, and a trace that contains one cannot be saved.
     if torch.compiler.is_compiling():
         return False
-    if is_transformed() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if is_transformed() or is_traced():
         return True
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def tangent(
+    function: Callable[..., tuple[Tensor, ...]], arguments: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The second result of ``torch.func.jvp``, also inside of ``torch.autograd.forward_ad.dual_level``."""
+    results: tuple[Tensor, ...]
+    if forward_ad._current_level < 0 or eager_transforms.JVP_NESTING:
+        results = torch.func.jvp(function, arguments, tangents)[1]
+        return results
+    # There torch.func.jvp refuses to work. But gradients are linear in the gradient that they start from, and their
+    # derivative with respect to that one, in reverse mode, is the tangent.
+    outputs, pull_back = torch.func.vjp(function, *arguments)[:2]
+    push_forward = torch.func.vjp(lambda *starts: pull_back(starts), *map(torch.zeros_like, outputs))[1]
+    results = push_forward(tangents)
+    return results
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:

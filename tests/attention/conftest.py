@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from attention_paths import TILE
-from torch_sagan.attention import second_derivative, tiles
+from torch_sagan.attention import blocks, tiles
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE_QUERIES", TILE)
     monkeypatch.setattr(tiles, "TILE_KEYS", TILE)
-    monkeypatch.setattr(second_derivative, "BLOCK_QUERIES", 3)
+    monkeypatch.setattr(blocks, "BLOCK_QUERIES", 3)

@@ -1,8 +1,9 @@
-"""A new `SelfAttention2d` returns its input: in every dtype and on every path, with its strides and class; and its
+"""A new layer returns its input: in every dtype and on every path, with its strides and class; and its
 result can be used as that of any other layer."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,19 +11,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torch_sagan import SelfAttention2d, record_attention
+from torch_sagan import SelfAttention1d, SelfAttention2d, SelfAttention3d, record_attention
 from torch_sagan.attention import equation
+from torch_sagan.attention.layer import SelfAttention
 
 pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 
-Build = Callable[[int], SelfAttention2d]
+Build = Callable[[int], SelfAttention]
 LAYERS: dict[str, Build] = {
     "default": SelfAttention2d,
     "official": SelfAttention2d.official,
     "l2": lambda channels: SelfAttention2d(channels, similarity="l2"),
+    "sequence": SelfAttention1d,
+    "volume": SelfAttention3d,
+    "pooled volume": SelfAttention3d.official,
 }
 layers = pytest.mark.parametrize("kind", LAYERS)
 sizes = pytest.mark.parametrize("size", [8, 33])  # the attention matrix of the larger one is not materialized
+
+
+def positions(layer: SelfAttention, size: int) -> tuple[int, ...]:
+    """As many in every dimension."""
+    return {1: (size * size,), 2: (size, size), 3: {8: (4, 4, 4), 33: (9, 11, 11)}[size]}[layer.spatial_dims]
 
 
 def traced(layer: nn.Module, x: Tensor) -> Tensor:
@@ -49,9 +59,9 @@ extreme = pytest.mark.parametrize(
 )
 
 
-def new_layer(kind: str, dtype: torch.dtype, scale: float, size: int) -> tuple[SelfAttention2d, Tensor]:
+def new_layer(kind: str, dtype: torch.dtype, scale: float, size: int) -> tuple[SelfAttention, Tensor]:
     layer = LAYERS[kind](64).to(dtype).eval()
-    return layer, (scale * torch.randn(1, 64, size, size).clamp(-1, 1)).to(dtype)
+    return layer, (scale * torch.randn(1, 64, *positions(layer, size)).clamp(-1, 1)).to(dtype)
 
 
 @extreme
@@ -93,7 +103,7 @@ def test_is_the_identity_in_a_program(call: str, dtype: torch.dtype, scale: floa
 def test_is_the_identity_under_autocast(dtype: torch.dtype, size: int, kind: str) -> None:
     """Of float32 inputs that float16 does not hold, and of inputs in half precision."""
     layer = LAYERS[kind](64)
-    x = 1e6 * torch.randn(1, 64, size, size)
+    x = 1e6 * torch.randn(1, 64, *positions(layer, size))
     with torch.autocast("cpu", dtype):
         for tensor in (x, (1e-4 * x).to(dtype)):
             y = layer(tensor)
@@ -114,7 +124,7 @@ def test_not_a_number_is_not_hidden_once_gamma_is_not_zero() -> None:
 def test_gamma_has_its_gradient_while_it_is_zero(kind: str) -> None:
     """The sum of dy · o, where o is the layer's result for gamma 1, without x."""
     layer = LAYERS[kind](16).double()
-    x, gradient = torch.randn(2, 2, 16, 6, 5, dtype=torch.float64)
+    x, gradient = torch.randn(2, 2, 16, *positions(layer, 8), dtype=torch.float64)
     layer(x).backward(gradient)
     actual = layer.gamma.grad.item()
     nn.init.ones_(layer.gamma)
@@ -132,23 +142,36 @@ def test_finite_attention_is_added_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
 
 # --- strides -------------------------------------------------------------------------------------------------------
 
+
+def channels_last(x: Tensor) -> Tensor:
+    """Of a sequence, too, for which PyTorch has no memory format."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "channels last": channels_last,
+    "transposed": lambda x: x.transpose(2, -1).contiguous().transpose(2, -1),
     "sliced": lambda x: torch.cat([x, x], dim=1)[:, :16],
-    "sliced channels last": lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, :16],
-    "expanded batch": lambda x: x[:1].expand(2, -1, -1, -1),
-    "expanded map": lambda x: x[..., :1, :1].expand(-1, -1, *x.shape[2:]),
+    "sliced channels last": lambda x: channels_last(torch.cat([x, x], 1))[:, :16],
+    "expanded batch": lambda x: x[:1].expand(2, *x.shape[1:]),
+    "expanded map": lambda x: x.flatten(2)[..., :1].view(*x.shape[:2], *[1] * (x.ndim - 2)).expand_as(x),
 }
 
 
-@layers
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (6, 5)], ids=str)
-def test_strides_are_those_of_the_input(size: tuple[int, int], kind: str) -> None:
+SIZES = [(1, 1), (1, 7), (7, 1), (2, 2), (6, 5), (1,), (7,), (1, 1, 1), (3, 1, 5), (2, 4, 3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        pytest.param(kind, size, id=f"{kind}-{size}")
+        for kind, size in itertools.product(LAYERS, SIZES)
+        if len(size) == LAYERS[kind](8).spatial_dims and not (LAYERS[kind](8).pool > min(size))
+    ],
+)
+def test_strides_are_those_of_the_input(size: tuple[int, ...], kind: str) -> None:
     """Those of `empty_like`: the same, or for a part of a larger tensor its order of dimensions, without gaps."""
-    if kind == "official" and min(size) < 2:
-        pytest.skip("no key is left")
     layer, data = LAYERS[kind](16), torch.randn(2, 16, *size)
     for gamma in (0.0, 0.5):
         nn.init.constant_(layer.gamma, gamma)
@@ -167,7 +190,8 @@ def test_strides_are_those_of_the_input(size: tuple[int, int], kind: str) -> Non
 @sizes
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_result_may_be_changed_in_place(batch: int, size: int, kind: str) -> None:
-    layer, x = LAYERS[kind](8), torch.randn(batch, 8, size, size, requires_grad=True)
+    layer = LAYERS[kind](8)
+    x = torch.randn(batch, 8, *positions(layer, size), requires_grad=True)
     nn.init.constant_(layer.gamma, 0.5)
     expected = torch.autograd.grad(torch.relu(layer(x) + 1).sum(), x)
     for y in (layer(x), layer(x, return_attention=True)[0]):
@@ -216,7 +240,7 @@ class OfAnImage(WithMetadata):
         return plain.new_ones(data, dtype=dtype, device=device, requires_grad=requires_grad).as_subclass(type(self))
 
 
-def twice_differentiated(layer: SelfAttention2d, x: Tensor) -> list[Tensor]:
+def twice_differentiated(layer: SelfAttention, x: Tensor) -> list[Tensor]:
     """The result, the gradient, and the gradients of that one's square."""
     y = layer(x)
     (gradient,) = torch.autograd.grad(y.square().sum(), x, torch.ones_like(y.sum()), create_graph=True)
@@ -228,7 +252,8 @@ def twice_differentiated(layer: SelfAttention2d, x: Tensor) -> list[Tensor]:
 @sizes
 def test_subclasses(size: int, kind: str, subclass: type[WithMetadata]) -> None:
     """The result has the class and the metadata; all numbers are those of a plain tensor."""
-    layer, data = LAYERS[kind](8), torch.randn(2, 8, size, size)
+    layer = LAYERS[kind](8)
+    data = torch.randn(2, 8, *positions(layer, size))
     nn.init.constant_(layer.gamma, 0.5)
     x = subclass(data.clone(), {"path": "scan.nii"}).requires_grad_()
     y = layer(x)

@@ -1,11 +1,12 @@
-"""``SelfAttention2d`` against nested loops and two other implementations; gamma ≠ 0, since 0 hides every error."""
+"""The layers of every dimension against nested loops, one another and two other implementations; gamma ≠ 0, since 0
+hides every error."""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,27 +26,28 @@ from references import (
     rand,
     self_attention_by_loops,
 )
-from torch_sagan import SelfAttention2d
+from torch_sagan import SelfAttention1d, SelfAttention2d, SelfAttention3d
+from torch_sagan.attention.layer import SelfAttention
 
 pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 
-Build = Callable[[int], SelfAttention2d]
-
-VARIANTS: dict[str, Build] = {
-    "default": SelfAttention2d,
-    "paper": SelfAttention2d.paper,
-    "official": SelfAttention2d.official,
-    "pooled": lambda channels: SelfAttention2d(channels, pool=2),
-    "no bias": lambda channels: SelfAttention2d(channels, bias=False),
-    "own sizes": lambda channels: SelfAttention2d(channels, qk_channels=3, value_channels=5),
-    "projected": lambda channels: SelfAttention2d(channels, out_projection=True),
-    "l2": partial(SelfAttention2d, similarity="l2"),
+LAYERS: dict[int, type[SelfAttention]] = {1: SelfAttention1d, 2: SelfAttention2d, 3: SelfAttention3d}
+VARIANTS: dict[str, Callable[[type[SelfAttention], int], SelfAttention]] = {
+    "default": lambda kind, channels: kind(channels),
+    "paper": lambda kind, channels: kind.paper(channels),
+    "official": lambda kind, channels: kind.official(channels),
+    "pooled": lambda kind, channels: kind(channels, pool=2),
+    "no bias": lambda kind, channels: kind(channels, bias=False),
+    "own sizes": lambda kind, channels: kind(channels, qk_channels=3, value_channels=5),
+    "projected": lambda kind, channels: kind(channels, out_projection=True),
+    "l2": lambda kind, channels: kind(channels, similarity="l2"),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
+dimensions = pytest.mark.parametrize("dims", LAYERS)
 
 
-def build(variant: str, channels: int, gamma: float = 0.7) -> SelfAttention2d:
-    layer = VARIANTS[variant](channels).double()
+def build(variant: str, channels: int, gamma: float = 0.7, dims: int = 2) -> SelfAttention:
+    layer = VARIANTS[variant](LAYERS[dims], channels).double()
     with torch.no_grad():
         layer.gamma.fill_(gamma)
     return layer
@@ -54,16 +56,16 @@ def build(variant: str, channels: int, gamma: float = 0.7) -> SelfAttention2d:
 # --- what it computes ----------------------------------------------------------------------------------------------
 
 
-@given(
-    variant=st.sampled_from(sorted(VARIANTS)),
-    batch=st.integers(1, 2),
-    channels=st.integers(1, 20),
-    height=st.integers(2, 6),
-    width=st.integers(2, 6),
-)
-def test_is_the_equation(variant: str, batch: int, channels: int, height: int, width: int) -> None:
-    layer = build(variant, channels)
-    x = torch.randn(batch, channels, height, width, dtype=torch.float64)
+def sizes(smallest: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Of feature maps of one, two or three dimensions, with some 60 positions at most."""
+    largest = {1: 60, 2: 8, 3: smallest + 1}
+    return st.sampled_from(list(LAYERS)).flatmap(lambda dims: st.tuples(*dims * [st.integers(smallest, largest[dims])]))
+
+
+@given(variant=st.sampled_from(sorted(VARIANTS)), batch=st.integers(1, 2), channels=st.integers(1, 20), size=sizes(2))
+def test_is_the_equation(variant: str, batch: int, channels: int, size: tuple[int, ...]) -> None:
+    layer = build(variant, channels, dims=len(size))
+    x = torch.randn(batch, channels, *size, dtype=torch.float64)
     if variant == "l2":
         expected, expected_map = l2_self_attention_by_loops(x, layer.state_dict())
     else:
@@ -79,20 +81,17 @@ def test_is_the_equation(variant: str, batch: int, channels: int, height: int, w
     pool=st.integers(1, 4),
     qk_channels=st.integers(1, 5),
     value_channels=st.integers(1, 5),
-    height=st.integers(4, 9),
-    width=st.integers(4, 9),
+    size=sizes(4),
     bias=st.booleans(),
 )
-def test_pooling_and_sizes(
-    pool: int, qk_channels: int, value_channels: int, height: int, width: int, bias: bool
-) -> None:
-    layer = SelfAttention2d(4, qk_channels=qk_channels, value_channels=value_channels, pool=pool, bias=bias).double()
+def test_pooling_and_sizes(pool: int, qk_channels: int, value_channels: int, size: tuple[int, ...], bias: bool) -> None:
+    layer = LAYERS[len(size)](4, qk_channels=qk_channels, value_channels=value_channels, pool=pool, bias=bias).double()
     with torch.no_grad():
         layer.gamma.fill_(-1.3)
-    x = torch.randn(2, 4, height, width, dtype=torch.float64)
+    x = torch.randn(2, 4, *size, dtype=torch.float64)
     expected, expected_map = self_attention_by_loops(x, layer.state_dict(), pool)
     y, attention = layer(x, return_attention=True)
-    assert attention.shape == (2, height * width, (height // pool) * (width // pool))
+    assert attention.shape == (2, math.prod(size), math.prod(length // pool for length in size))
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
 
@@ -110,6 +109,28 @@ def test_l2_sizes(qk_channels: int, value_channels: int, bias: bool, scale: floa
     torch.testing.assert_close(attention, expected_map, rtol=0, atol=1e-10)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("official", "pooled")])
+def test_a_volume_is_the_sequence_of_its_positions(variant: str) -> None:
+    """In results, maps and gradients; a plane is that, too."""
+    sequence = build(variant, 16, dims=1)
+    x = torch.randn(2, 16, 24, dtype=torch.float64)
+    expected = results(sequence, x)
+    for size in ((4, 6), (2, 3, 4)):
+        layer = build(variant, 16, dims=len(size))
+        ones = [1] * len(size)
+        state = sequence.state_dict().items()
+        layer.load_state_dict({name: w.view(*w.shape[:2], *ones) if w.ndim == 3 else w for name, w in state})
+        for actual, other in zip(results(layer, x.unflatten(2, size)), expected, strict=True):
+            torch.testing.assert_close(actual.reshape(other.shape), other, rtol=0, atol=1e-10)
+
+
+def results(layer: SelfAttention, x: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    y, attention = layer(x, return_attention=True)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    return [layer(x), y, attention, *torch.autograd.grad((y * weights).sum(), [x, *layer.parameters()])]
 
 
 def l2_bound(layer: SelfAttention2d, positions: int) -> float:
@@ -171,7 +192,7 @@ def test_l2_attention_of_many_positions() -> None:
 
 @variants
 def test_gamma_learns_from_the_first_step(variant: str) -> None:
-    layer = VARIANTS[variant](16)
+    layer = VARIANTS[variant](SelfAttention2d, 16)
     x = torch.randn(2, 16, 6, 5)
     layer(x).square().sum().backward()
     assert layer.gamma.grad is not None
@@ -188,14 +209,15 @@ def test_rows_sum_to_one_and_columns_do_not(variant: str) -> None:
     assert (shares - 1).abs().max() > 0.01
 
 
+@dimensions
 @variants
-def test_every_position_attends_to_every_other(variant: str) -> None:
+def test_every_position_attends_to_every_other(variant: str, dims: int) -> None:
     """Changing one corner changes the output in the corner opposite to it."""
-    layer = build(variant, 16)
-    x = torch.randn(1, 16, 8, 6, dtype=torch.float64)
+    layer = build(variant, 16, dims=dims)
+    x = torch.randn(1, 16, *(8, 6, 4)[:dims], dtype=torch.float64)
     changed = x.clone()
-    changed[..., 0, 0] += 10
-    assert (layer(changed) - layer(x))[..., -1, -1].abs().max() > 1e-6
+    changed.flatten(2)[..., 0] += 10
+    assert (layer(changed) - layer(x)).flatten(2)[..., -1].abs().max() > 1e-6
 
 
 def test_against_the_pytorch_reference(arrays: Mapping[str, Tensor]) -> None:
@@ -275,6 +297,19 @@ def test_state_dict_names() -> None:
     assert set(SelfAttention2d.paper(8).state_dict()) == plain | {"out.weight", "out.bias"}
 
 
+@dimensions
+def test_variants_are_layers_of_their_class(dims: int) -> None:
+    kind = LAYERS[dims]
+
+    class Own(kind):  # type: ignore[misc, valid-type]
+        pass
+
+    for layer in (kind(8), kind.paper(8), kind.official(8)):
+        assert type(layer) is kind
+        assert isinstance(layer.query, {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims])
+    assert type(Own.official(8)) is Own
+
+
 def test_return_attention_is_keyword_only() -> None:
     with pytest.raises(TypeError, match="positional"):
         SelfAttention2d(8)(torch.randn(1, 8, 4, 4), True)
@@ -283,7 +318,7 @@ def test_return_attention_is_keyword_only() -> None:
 # --- derivatives ---------------------------------------------------------------------------------------------------
 
 
-def functional_form(layer: SelfAttention2d) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def functional_form(layer: SelfAttention) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """The layer as a function of its input and of all parameters, for gradcheck."""
     names, values = zip(*layer.named_parameters(), strict=True)
 
@@ -294,10 +329,14 @@ def functional_form(layer: SelfAttention2d) -> tuple[Callable[..., Tensor], list
     return call, [value.detach().clone().requires_grad_() for value in values]
 
 
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param((8,), marks=pytest.mark.exhaustive), (4, 2), pytest.param((2, 2, 3), marks=pytest.mark.exhaustive)],
+)
 @variants
-def test_derivatives(variant: str) -> None:
-    call, parameters = functional_form(build(variant, 2))
-    x = torch.randn(2, 2, 4, 2, dtype=torch.float64, requires_grad=True)
+def test_derivatives(variant: str, size: tuple[int, ...]) -> None:
+    call, parameters = functional_form(build(variant, 2, dims=len(size)))
+    x = torch.randn(2, 2, *size, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(call, (x, *parameters))
     torch.autograd.gradgradcheck(call, (x, *parameters), fast_mode=True)
 
@@ -413,20 +452,27 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
         SelfAttention2d(**arguments)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 6, 5), (8, 6, 5), (2, 8, 30), (2, 16, 6, 5), (2, 8, 1, 6, 5)])
-def test_wrong_input_names_what_was_expected_and_what_came(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="8") as error:
-        SelfAttention2d(8)(torch.randn(shape))
-    for size in shape:
-        assert str(size) in str(error.value)
+EXPECTED = {1: "(B, 8, L)", 2: "(B, 8, H, W)", 3: "(B, 8, D, H, W)"}
 
 
-def test_input_that_is_not_a_tensor() -> None:
-    with pytest.raises((TypeError, ValueError), match=r"list|[Tt]ensor"):
-        SelfAttention2d(8)([1.0, 2.0])
+@dimensions
+@pytest.mark.parametrize("shape", [(2, 4, 6, 5), (8, 6, 5), (2, 8), (2, 8, 30), (2, 8, 6, 5), (2, 8, 1, 6, 5)], ids=str)
+def test_wrong_input_names_what_was_expected_and_what_came(shape: tuple[int, ...], dims: int) -> None:
+    if len(shape) == dims + 2 and shape[1] == 8:
+        pytest.skip("it is right")
+    with pytest.raises(ValueError, match="feature map") as error:
+        LAYERS[dims](8)(torch.randn(shape))
+    assert str(error.value) == f"expected a feature map {EXPECTED[dims]}, got {shape}"
 
 
-def test_input_smaller_than_one_tile() -> None:
-    """Without a whole 2x2 tile there are no keys: an error, not NaN."""
-    with pytest.raises(ValueError, match="pool"):
-        SelfAttention2d(8, pool=2)(torch.randn(1, 8, 1, 5))
+@dimensions
+def test_input_that_is_not_a_tensor(dims: int) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"expected a tensor {EXPECTED[dims]}, got list")):
+        LAYERS[dims](8)([1.0, 2.0])
+
+
+@pytest.mark.parametrize("size", [(1,), (1, 5), (4, 1, 5)], ids=str)
+def test_input_smaller_than_one_tile(size: tuple[int, ...]) -> None:
+    """Without a whole tile there are no keys: an error, not NaN."""
+    with pytest.raises(ValueError, match=re.escape(f"a feature map of {size} is smaller than pool=2: no key is left")):
+        LAYERS[len(size)](8, pool=2)(torch.randn(1, 8, *size))

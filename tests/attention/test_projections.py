@@ -1,4 +1,4 @@
-"""The projections of `SelfAttention2d`: any module, three 1×1 convolutions as one, and `reset_parameters`."""
+"""The projections of the layers: any module, three 1×1 convolutions as one, and `reset_parameters`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from references import attention_by_loops, max_pool_by_loops
-from torch_sagan import SelfAttention2d, apply_spectral_norm, spectral_norm, spectral_norms
+from torch_sagan import (
+    SelfAttention1d,
+    SelfAttention2d,
+    SelfAttention3d,
+    apply_spectral_norm,
+    spectral_norm,
+    spectral_norms,
+)
+from torch_sagan.attention.layer import SelfAttention
 
 pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 
-VARIANTS: dict[str, Callable[[int], SelfAttention2d]] = {
+VARIANTS: dict[str, Callable[[int], SelfAttention]] = {
     "default": SelfAttention2d,
     "pooled": lambda channels: SelfAttention2d(channels, pool=2),
     "no bias": lambda channels: SelfAttention2d(channels, bias=False),
+    "sequence": SelfAttention1d,
+    "volume": lambda channels: SelfAttention3d(channels, pool=2),
 }
 
 
-def build(variant: str, channels: int, gamma: float = 0.7) -> SelfAttention2d:
+def build(variant: str, channels: int, gamma: float = 0.7) -> SelfAttention:
     layer = VARIANTS[variant](channels).double()
     nn.init.constant_(layer.gamma, gamma)
     return layer
@@ -98,14 +108,14 @@ def convolutions(layer: nn.Module, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize("change", [lambda layer: None, apply_spectral_norm], ids=["plain", "spectral norm"])
-@pytest.mark.parametrize("variant", ["default", "pooled", "no bias"])
-def test_one_convolution_does_what_three_do(variant: str, change: Callable[[SelfAttention2d], object]) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_convolution_does_what_three_do(variant: str, change: Callable[[SelfAttention], object]) -> None:
     """In results, gradients and power iterations; a hook that does nothing makes it three."""
     layer = build(variant, 16)
     change(layer)
     twin = copy.deepcopy(layer)
     twin.value.register_forward_hook(lambda *_: None)
-    x = torch.randn(2, 16, 6, 4, dtype=torch.float64)
+    x = torch.randn(2, 16, *(6, 4, 2)[: layer.spatial_dims], dtype=torch.float64)
     assert convolutions(layer, x) == 1
     assert convolutions(twin, x) == 3
     results = []
@@ -195,6 +205,28 @@ def test_other_projections_are_called(change: str) -> None:
     torch.testing.assert_close(layer(x), 0.7 * attended.reshape(x.shape) + x, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("kind", "projection"),
+    [
+        (SelfAttention1d, lambda before, after: nn.Conv1d(before, after, 3, padding=1)),
+        (SelfAttention3d, lambda before, after: nn.Conv3d(before, after, (1, 1, 3), padding=(0, 0, 1))),
+        (SelfAttention3d, lambda before, after: nn.Conv3d(before, after, 1, groups=2)),
+    ],
+)
+def test_other_convolutions_of_sequences_and_volumes_are_called(
+    kind: type[SelfAttention], projection: Callable[[int, int], nn.Module]
+) -> None:
+    """Those that are 1 in some directions alone, too."""
+    layer = kind(16, projection=projection, pool=2).double()
+    nn.init.constant_(layer.gamma, 0.7)
+    x = torch.randn(2, 16, *(5, 4, 3)[: layer.spatial_dims], dtype=torch.float64)
+    assert convolutions(layer, x) == 3
+    query, key, value = (p(x).detach() for p in (layer.query, layer.key, layer.value))
+    key, value = (max_pool_by_loops(projected, 2).flatten(2) for projected in (key, value))
+    attended, _ = attention_by_loops(query.flatten(2), key, value)
+    torch.testing.assert_close(layer(x), 0.7 * attended.reshape(x.shape) + x, rtol=0, atol=1e-10)
+
+
 def test_a_call_that_somebody_has_replaced_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """As recorders of models do, torchview among them."""
     seen, call = [], nn.Module.__call__
@@ -224,11 +256,13 @@ def test_hooks_of_all_modules_see_the_projections() -> None:
 
 # --- reset_parameters ------------------------------------------------------------------------------------------------
 
-LAYERS: dict[str, Callable[[], SelfAttention2d]] = {
+LAYERS: dict[str, Callable[[], SelfAttention]] = {
     "default": lambda: SelfAttention2d(16),
     "official": lambda: SelfAttention2d.official(16),
     "l2": lambda: SelfAttention2d(16, similarity="l2"),
     "batch norm": lambda: SelfAttention2d(16, projection=TutorialProjection),
+    "sequence": lambda: SelfAttention1d.paper(16),
+    "volume": lambda: SelfAttention3d(16),
 }
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attention_paths import TILE, inputs, paths
 from numerics import plain
 from torch_sagan import SelfAttention2d, gradient_penalty
-from torch_sagan.attention import equation, second_derivative, tiles
+from torch_sagan.attention import blocks, equation, tiles
 
 tiled = tiles.tiled_attention
 
@@ -117,7 +117,7 @@ def test_a_gradient_penalty_never_materializes_the_attention_matrix() -> None:
             sum(g.square().sum() for g in gradients).backward(inputs=tensors)
         largest[path] = seen.numel
     assert largest[plain] == n * n
-    assert largest[tiled] == second_derivative.BLOCK_QUERIES * n
+    assert largest[tiled] == blocks.BLOCK_QUERIES * n
 
 
 def test_blocks_of_the_second_derivative_are_as_large_as_memory_allows() -> None:
@@ -127,8 +127,8 @@ def test_blocks_of_the_second_derivative_are_as_large_as_memory_allows() -> None
         with LargestTensor() as seen:
             gradients = torch.autograd.grad(equation.attention(*tensors).sum(), tensors, create_graph=True)
             sum(g.square().sum() for g in gradients).backward(inputs=tensors)
-    assert seen.numel == second_derivative.BLOCK_ENTRIES
-    assert seen.operations["_softmax"] == 128**4 / second_derivative.BLOCK_ENTRIES
+    assert seen.numel == blocks.BLOCK_ENTRIES
+    assert seen.operations["_softmax"] == 128**4 / blocks.BLOCK_ENTRIES
 
 
 @pytest.mark.usefixtures("small_tiles")

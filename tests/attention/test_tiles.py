@@ -135,9 +135,9 @@ def test_precision_of_each_dtype(dtype: torch.dtype, tolerance: float) -> None:
 def test_operators_return_the_dtype_that_they_are_given() -> None:
     """As compiled programs expect it; in eager mode autograd would cast gradients that differ."""
     tensors = [tensor.detach() for tensor in inputs(dtype=torch.bfloat16)]
-    y, *sums = tiles._tiled(*tensors)
+    y, *sums = tiles._tiled(*tensors, 1.0)
     assert [x.dtype for x in (y, *sums)] == [torch.bfloat16, torch.float32, torch.float32]
-    gradients = tiles._tiled_backward(torch.ones_like(y), *tensors, y, *sums)
+    gradients = tiles._tiled_backward(torch.ones_like(y), *tensors, 1.0, y, *sums)
     assert [gradient.dtype for gradient in gradients] == [torch.bfloat16] * 3
 
 
@@ -182,11 +182,11 @@ def test_compiled_without_a_graph_break() -> None:
 def test_operators_keep_pytorchs_contract() -> None:
     """Schema, shapes without data, and autograd registration, as PyTorch itself checks them."""
     tensors = inputs(1, 2, 3, 9, 7, dtype=torch.float32)
-    torch.library.opcheck(tiles._tiled, tuple(tensors))
-    y, *sums = tiles._tiled(*(t.detach() for t in tensors))
-    torch.library.opcheck(tiles._tiled_backward, (torch.randn_like(y), *(t.detach() for t in tensors), y, *sums))
+    torch.library.opcheck(tiles._tiled, (*tensors, 0.5))
+    y, *sums = tiles._tiled(*(t.detach() for t in tensors), 0.5)
+    torch.library.opcheck(tiles._tiled_backward, (torch.randn_like(y), *(t.detach() for t in tensors), 0.5, y, *sums))
     gradients = [torch.randn_like(t) for t in tensors]
-    torch.library.opcheck(second_derivative._with_derivative, (*gradients, torch.randn_like(y), *tensors))
+    torch.library.opcheck(second_derivative._with_derivative, (*gradients, torch.randn_like(y), *tensors, 0.5))
 
 
 def test_flops_of_tiled_attention() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from measurement import contenders, floors, stopwatch
 from measurement.contenders import CUDA_SHAPES, compare, materialize_up_to, small_matrix
 from measurement.floors import CHAIN, Rates, Work, attention_work, chained_exponentials, layer_work, times
 from measurement.operators import OperatorCounter
-from measurement.passes import attention_layers, feature_map
+from measurement.passes import attention_layer, attention_layers, feature_map
 from measurement.peak_memory import allocated_by, peak_memory
 from measurement.stopwatch import CALLS, WARM_UP, Replay, Stopwatch, on_device
 from training import cuda_graph
@@ -318,11 +319,31 @@ def test_the_part_on_attention(
     assert {row["by"] for row in results["attention, bf16"]} == contenders.contenders().keys()
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow  # two processes of its own, which import torch
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux alone")
+def test_the_part_on_volumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of 16×16×16 positions neither the passes of training nor a gradient penalty have a whole matrix."""
+    monkeypatch.setattr(benchmark, "VOLUME_SHAPES", [(1, 32, 16)])
+    monkeypatch.setattr(benchmark, "measure_rates", lambda watch, dtype: RATES)
+    out = tmp_path / "results.json"
+    benchmark.main(["volume", "--json", str(out)])
+    (row,) = json.loads(out.read_text())["volume"]
+    assert row.pop("B, C, D×H×W") == "1, 32, 16×16×16"
+    matrix, *passes = row.values()
+    assert matrix == 64
+    assert len(passes) == 2
+    features = 32 * 16**3 * 4 / 2**20
+    assert all(features < taken < matrix for taken in passes)
+
+
 def test_layouts_are_those_of_the_trainer(gpu: OnTheCPU) -> None:
     state = TrainingState(Config(image_size=16, base_channels=4, z_dim=8, batch_size=2), device=CUDA)
     (layer,) = [attention_layers(8, CUDA)["plain"]]
     assert feature_map(2, 8, 4, CUDA).is_contiguous(memory_format=state.memory_format)
     assert layer.query.weight.is_contiguous(memory_format=state.memory_format)
+    assert feature_map(2, 8, 4, CUDA, 3).is_contiguous(memory_format=torch.channels_last_3d)
+    assert attention_layer("volume", 8, CUDA).query.weight.is_contiguous(memory_format=torch.channels_last_3d)
     assert not feature_map(2, 8, 4, CPU).is_contiguous(memory_format=state.memory_format)
 
 

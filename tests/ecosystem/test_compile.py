@@ -71,7 +71,10 @@ def test_compile(subject: str, training: bool) -> None:
 @pytest.mark.exhaustive  # the C++ compiler takes many seconds
 @jit_is_deprecated
 @functions_are_deprecated
-@pytest.mark.parametrize("subject", ["official attention", "spectral norm", "discriminator"])
+@pytest.mark.parametrize(
+    "subject",
+    ["official attention", "attention in a sequence", "attention in a volume", "spectral norm", "discriminator"],
+)
 def test_compile_with_inductor(subject: str) -> None:
     torch._dynamo.reset()
     # In float32, since torch 2.5 writes C++ for softmax's backward in float64 that no compiler takes.

@@ -86,6 +86,8 @@ MODULES = ("torch.fx", "torch.save", "pickle")  # torch refuses those with a par
 IN_ONNX = [
     "attention in tiles",
     "official attention",
+    "attention in a sequence",
+    "attention in a volume",
     *LAYERS,
     "generator",
     "discriminator",

@@ -158,7 +158,7 @@ def test_layers_labels_and_points_matter(generators: dict[str, SAGANGenerator], 
         ("classes", ["--labels", "3"], "numbers from 0 to 2), got '3'"),
         ("classes", ["--labels", "blue"], "expected classes (dark, fair, red; or"),
         ("plain", ["--samples", "0"], "--samples must be at least 1, got 0"),
-        ("without", [], "no SelfAttention2d"),
+        ("without", [], "no self-attention layer"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -155,6 +155,7 @@ def test_saving_replaces_the_whole_file_or_nothing(tmp_path: Path, monkeypatch: 
         ),
         (torch.zeros(1, 3, 8, 8), [peaked(1, 5, 4)], r"5 positions are not a map"),
         (torch.zeros(1, 3, 8, 8), [AttentionRecord(peaked(1, 4, 4), (3, 2), (2, 2))], r"4 positions.*3×2"),
+        (torch.zeros(1, 3, 8, 8), [AttentionRecord(peaked(1, 8, 8), (2, 2, 2), (2, 2, 2))], r"a volume of 2×2×2"),
     ],
 )
 def test_errors(images: Tensor, records: Any, message: str) -> None:

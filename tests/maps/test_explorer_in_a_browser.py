@@ -67,6 +67,15 @@ def test_a_link_shows_the_column_of_its_key(page: Page, case: tuple[Tensor, Atte
         torch.testing.assert_close(shown(page, *record.query_size), wanted, rtol=0, atol=10 / 255)
 
 
+def test_a_sequence_is_a_strip(page: Page, tmp_path: Path) -> None:
+    record = AttentionRecord(peaked(1, 13, 6), (13,), (6,))
+    explore_attention(-torch.ones(1, 1, 16, 52), [record]).save(tmp_path / "page.html")
+    page.open((tmp_path / "page.html").as_uri() + "#opacity=1&query=0,4&mode=from")
+    wanted = expected(record.attention[0, 4].view(1, 6), 6)
+    torch.testing.assert_close(shown(page, 1, 6, (1, 12 / 13)), wanted, **CLOSE)
+    assert (shown(page, 1, 13)[0, -1] - 0.1).abs().max() < 2 / 255  # pooling has left it without a key
+
+
 def test_a_position_without_a_key(page: Page, tmp_path: Path) -> None:
     record = AttentionRecord(peaked(1, 25, 4), (5, 5), (2, 2))
     explore_attention(-torch.ones(1, 1, 20, 20), [record]).save(tmp_path / "page.html")

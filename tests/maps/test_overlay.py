@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torch_sagan import (
-    AttentionRecord,
     SAGANGenerator,
     SelfAttention2d,
     attention_overlay,
     mark_queries,
-    record_attention,
 )
 
 # The ramp of colours, from no attention to full level, written down a second time.
@@ -410,25 +408,7 @@ def test_keys_that_are_not_pooled_queries_cover_the_image() -> None:
     assert overlay[..., 27, 27].max() > 0.5
 
 
-# --- records and errors ----------------------------------------------------------------------------------------------
-
-
-def test_a_record_knows_its_sizes() -> None:
-    network = SelfAttention2d.official(8)
-    with record_attention(network) as records, torch.no_grad():
-        network(torch.randn(2, 8, 5, 14))
-    record = records[""][0]
-    images = torch.rand(2, 3, 30, 30)  # the size of the feature map, 5×14, does not follow from the image
-    overlay = attention_overlay(images, record, [(3, 4), (29, 29)])
-    told = attention_overlay(images, record.attention, [(3, 4), (29, 29)], query_size=(5, 14), key_size=(2, 7))
-    assert torch.equal(overlay, told)
-    with pytest.raises(ValueError, match="record knows its sizes"):
-        attention_overlay(images, record, (3, 4), key_size=(2, 7))
-
-
-def test_a_record_can_be_made_by_hand() -> None:
-    record = AttentionRecord(torch.rand(1, 8, 2), (2, 4), (1, 2))
-    assert attention_overlay(torch.zeros(1, 3, 16, 16), record, (15, 15)).shape == (1, 3, 16, 16)
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import Callable
 
@@ -14,7 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from existing_models import MODELS, wake
-from torch_sagan import SAGANGenerator, SelfAttention2d, insert_self_attention, record_attention
+from torch_sagan import (
+    SAGANGenerator,
+    SelfAttention1d,
+    SelfAttention2d,
+    SelfAttention3d,
+    insert_self_attention,
+    record_attention,
+)
+from torch_sagan.attention.layer import SelfAttention
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -26,7 +35,7 @@ def test_maps_are_those_that_the_layer_returns(name: str) -> None:
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
         for name, layer in model.named_modules()
-        if isinstance(layer, SelfAttention2d)
+        if isinstance(layer, SelfAttention)
     ]
     expected = model(x.clone())
     for handle in handles:
@@ -43,15 +52,15 @@ def test_maps_are_those_that_the_layer_returns(name: str) -> None:
         assert not record.attention.requires_grad
 
 
-@given(height=st.integers(2, 9), width=st.integers(2, 9), pool=st.integers(1, 2))
-def test_sizes_of_queries_and_keys(height: int, width: int, pool: int) -> None:
-    layer = SelfAttention2d(4, pool=pool)
-    with record_attention(layer) as records:
-        layer(torch.randn(1, 4, height, width))
-    (record,) = records[""]
-    assert record.query_size == (height, width)
-    assert record.key_size == (height // pool, width // pool)
-    assert record.attention.shape == (1, height * width, record.key_size[0] * record.key_size[1])
+@given(size=st.lists(st.integers(2, 6), min_size=1, max_size=3), pool=st.integers(1, 2))
+def test_sizes_of_queries_and_keys(size: list[int], pool: int) -> None:
+    layer = {1: SelfAttention1d, 2: SelfAttention2d, 3: SelfAttention3d}[len(size)](4, pool=pool)
+    with record_attention(nn.Sequential(layer)) as records:
+        layer(torch.randn(1, 4, *size))
+    (record,) = records["0"]
+    assert record.query_size == tuple(size)
+    assert record.key_size == tuple(length // pool for length in size)
+    assert record.attention.shape == (1, math.prod(size), math.prod(record.key_size))
 
 
 def test_the_gamma_is_that_of_the_call() -> None:
@@ -100,7 +109,7 @@ def test_layers_that_do_not_run_have_no_records() -> None:
     with record_attention(model) as records:
         model["b"](torch.randn(1, 4, 3, 3))
     assert {path: len(calls) for path, calls in records.items()} == {"a": 0, "b": 1}
-    with pytest.raises(ValueError, match="Linear has no SelfAttention2d to record"), record_attention(nn.Linear(1, 1)):
+    with pytest.raises(ValueError, match="Linear has no self-attention layer"), record_attention(nn.Linear(1, 1)):
         pass
 
 

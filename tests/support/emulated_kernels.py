@@ -53,10 +53,10 @@ def forward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert attn_bias is None
-    assert scale == 1.0
+    assert scale is not None
     assert (dropout_p, is_causal, compute_log_sumexp) == (0.0, False, True)
     check(query, key, value)
-    logits = accumulated(query) @ accumulated(key).mT  # (B, 1, N, M)
+    logits = scale * (accumulated(query) @ accumulated(key).mT)  # (B, 1, N, M)
     batch, heads, n = logits.shape[:3]
     rows = value.new_empty(batch, n, heads, value.shape[3])
     rows.copy_((torch.softmax(logits, dim=3) @ accumulated(value)).transpose(1, 2))
@@ -83,13 +83,13 @@ def backward(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert attn_bias is None or attn_bias.numel() == 0
-    assert scale == 1.0
+    assert scale is not None
     assert (dropout_p, is_causal) == (0.0, False)
     assert list(grad_input_mask) == [True, True, True, False]
     check(query, key, value, out, grad_out)
     n = query.shape[2]
     assert logsumexp.shape[2] == 32 * math.ceil(n / 32)
-    gradients = derivatives(query, key, value, grad_out, out, logsumexp[..., :n])
+    gradients = derivatives(query, key, value, grad_out, out, logsumexp[..., :n], scale)
     into = like_kernel(*(tensor.transpose(1, 2) for tensor in (query, key, value)))
     for target, gradient in zip(into, gradients, strict=True):
         target.copy_(gradient.transpose(1, 2))
@@ -121,8 +121,9 @@ def flash_forward(
     scale: float | None = None,
 ) -> tuple[Tensor | int | None, ...]:
     check_flash(query, key, value)
-    assert (dropout_p, is_causal, return_debug_mask, scale) == (0.0, False, False, 1.0)
-    logits = accumulated(query) @ accumulated(key).mT  # (B, heads, N, M)
+    assert (dropout_p, is_causal, return_debug_mask) == (0.0, False, False)
+    assert scale is not None
+    logits = scale * (accumulated(query) @ accumulated(key).mT)  # (B, heads, N, M)
     batch, heads, n = logits.shape[:3]
     rows = value.new_empty(batch, n, heads, value.shape[3])
     rows.copy_((torch.softmax(logits, dim=3) @ accumulated(value)).transpose(1, 2))
@@ -150,10 +151,11 @@ def flash_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
     check_flash(query, key, value, out, grad_out)
-    assert (dropout_p, is_causal, scale) == (0.0, False, 1.0)
+    assert (dropout_p, is_causal) == (0.0, False)
+    assert scale is not None
     assert (max_q, max_k) == (query.shape[2], key.shape[2])
     assert logsumexp.shape == query.shape[:3]
-    gradients = derivatives(query, key, value, grad_out, out, logsumexp)
+    gradients = derivatives(query, key, value, grad_out, out, logsumexp, scale)
     # Each in memory of its own, in the order (B, N, heads, channels).
     into = [x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value)]
     return tuple(target.copy_(gradient) for target, gradient in zip(into, gradients, strict=True))
@@ -167,10 +169,12 @@ def check_flash(*tensors: Tensor) -> None:
     assert tensors[0].dtype in (torch.float16, torch.bfloat16)
 
 
-def derivatives(q: Tensor, k: Tensor, v: Tensor, d: Tensor, o: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
+def derivatives(
+    q: Tensor, k: Tensor, v: Tensor, d: Tensor, o: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     q, k, v, d, o = map(accumulated, (q, k, v, d, o))
-    weights = (q @ k.mT - logsumexp[..., None]).exp()  # (B, heads, N, M)
-    d_logits = weights * (d @ v.mT - (d * o).sum(dim=3, keepdim=True))
+    weights = (scale * (q @ k.mT) - logsumexp[..., None]).exp()  # (B, heads, N, M)
+    d_logits = scale * weights * (d @ v.mT - (d * o).sum(dim=3, keepdim=True))
     return d_logits @ k, d_logits.mT @ q, weights.mT @ d
 
 

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
-from torch_sagan import SAGANGenerator, SelfAttention2d
+from torch_sagan import SAGANGenerator
+from torch_sagan.attention.layer import SelfAttention
 
 
 class ResidualBlock(nn.Module):
@@ -84,6 +86,36 @@ def unet() -> nn.Module:
     return Wrapped(nn.Conv2d(3, 4, 4, 2, 1), inside, nn.ReLU(True), nn.ConvTranspose2d(8, 3, 4, 2, 1), nn.Tanh())
 
 
+def speech_discriminator() -> nn.Module:
+    """As in HiFi-GAN: grouped convolutions over the samples of a waveform, and weight norm."""
+    layers: list[nn.Module] = []
+    for channels, kernel, stride, groups in ((1, 15, 1, 1), (8, 41, 4, 4), (16, 41, 4, 8), (32, 5, 1, 1)):
+        wide = max(8, 2 * channels)
+        conv = nn.Conv1d(channels, wide, kernel, stride, kernel // 2, groups=groups)
+        layers += [parametrizations.weight_norm(conv), nn.LeakyReLU(0.1)]
+    return Wrapped(*layers, nn.Conv1d(64, 1, 3, 1, 1))
+
+
+class VolumeUNet(nn.Module):
+    """As in MONAI: blocks of a convolution, a norm and a PReLU, with skip connections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = self.block(1, 8, 1), self.block(8, 16, 2)
+        self.bottom = self.block(16, 16, 1)
+        self.up = nn.ConvTranspose3d(32, 8, 2, 2)
+        self.head = nn.Sequential(nn.GroupNorm(4, 16), nn.Conv3d(16, 2, 1))
+
+    def block(self, before: int, after: int, stride: int) -> nn.Module:
+        return nn.Sequential(nn.Conv3d(before, after, 3, stride, 1), nn.InstanceNorm3d(after), nn.PReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.stem(x)
+        coarse = self.down(fine)
+        coarse = torch.cat([coarse, self.bottom(coarse)], 1)
+        return self.head(torch.cat([fine, self.up(coarse)], 1))
+
+
 class Pyramid(nn.Module):
     """A block that is used twice, one that returns a tuple, one that returns no feature map, and an unused one."""
 
@@ -140,6 +172,8 @@ MODELS = {
         ["model.0", "model.1.model.0", "model.1.model.3.model.3", "model.1.model.3", "model.1.model.4"],
         (3, 32, 32),
     ),
+    "speech discriminator": Example(speech_discriminator, ["model.0", "model.3", "model.6"], (1, 256)),
+    "volume unet": Example(VolumeUNet, ["stem", "down.1", "bottom.2", "up", "head.0"], (1, 8, 6, 8)),
     "whole Sequential": Example(residual_generator, ["model"], (3, 32, 32)),
     "own generator": Example(
         partial(SAGANGenerator, 16, base_channels=4, z_dim=8), ["blocks.0", "blocks.1.conv"], (8,)
@@ -147,7 +181,7 @@ MODELS = {
 }
 
 
-def inserted(model: nn.Module) -> list[SelfAttention2d]:
+def inserted(model: nn.Module) -> list[SelfAttention]:
     paths = [path for path, _ in model.named_modules() if path.split(".")[-1] == "inserted_attention"]
     return [model.get_submodule(path) for path in paths]
 

@@ -40,24 +40,22 @@ def attention_by_loops(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tenso
 
 
 def max_pool_by_loops(x: Tensor, size: int) -> Tensor:
-    """Maxima of the whole ``size`` by ``size`` tiles of (B, C, H, W); what is left over at the border is dropped."""
-    batch, channels, height, width = x.shape
-    out = torch.zeros(batch, channels, height // size, width // size, dtype=x.dtype)
-    for row in range(height // size):
-        for column in range(width // size):
-            tile = x[:, :, row * size : (row + 1) * size, column * size : (column + 1) * size]
-            out[:, :, row, column] = tile.amax(dim=(2, 3))
+    """Maxima of the whole tiles of (B, C, …), ``size`` long in every direction; what is left over is dropped."""
+    out = torch.zeros(*x.shape[:2], *(length // size for length in x.shape[2:]), dtype=x.dtype)
+    for position in itertools.product(*map(range, out.shape[2:])):
+        tile = x[(..., *(slice(at * size, (at + 1) * size) for at in position))]
+        out[(..., *position)] = tile.flatten(2).amax(dim=2)
     return out
 
 
 def one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1x1 convolution of (B, C, H, W), written as a sum over channels."""
-    out = torch.einsum("oc,bchw->bohw", weight.detach().double()[:, :, 0, 0], x.double())
-    return out if bias is None else out + bias.detach().double()[:, None, None]
+    """A 1x1 convolution of (B, C, …), written as a sum over channels."""
+    out = torch.einsum("oc,bc...->bo...", weight.detach().double().flatten(1), x.double())
+    return out if bias is None else out + bias.detach().double().view(-1, *[1] * (x.ndim - 2))
 
 
 def self_attention_by_loops(x: Tensor, weights: Mapping[str, Tensor], pool: int = 1) -> tuple[Tensor, Tensor]:
-    """y (B, C, H, W) and the attention map (B, N, M) of the layer; ``weights`` has the layer's state-dict names."""
+    """y (B, C, …) and the attention map (B, N, M) of the layer; ``weights`` has the layer's state-dict names."""
 
     def project(name: str, features: Tensor) -> Tensor:
         return one_by_one(features, weights[f"{name}.weight"], weights.get(f"{name}.bias"))

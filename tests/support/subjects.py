@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, spectral_norm, spectral_norms
+from torch_sagan import (
+    SAGANDiscriminator,
+    SAGANGenerator,
+    SelfAttention1d,
+    SelfAttention2d,
+    SelfAttention3d,
+    spectral_norm,
+    spectral_norms,
+)
+from torch_sagan.attention.layer import SelfAttention
 
 
 class Subject(NamedTuple):
@@ -24,6 +33,8 @@ SUBJECTS = {
     # So many positions that the attention matrix is not materialised.
     "attention in tiles": Subject(lambda: SelfAttention2d(8), (8, 33, 33)),
     "official attention": Subject(lambda: SelfAttention2d.official(16), (16, 6, 5)),
+    "attention in a sequence": Subject(lambda: SelfAttention1d.official(16), (16, 31)),
+    "attention in a volume": Subject(lambda: SelfAttention3d.official(16), (16, 4, 3, 5)),
     "l2 attention": Subject(lambda: SelfAttention2d(16, similarity="l2"), (16, 6, 5)),
     "spectral norm": Subject(lambda: spectral_norm(nn.Conv2d(4, 6, 3)), (4, 6, 5)),
     "torch's spectral norm": Subject(lambda: spectral_norm(nn.Conv2d(4, 6, 3), implementation="torch"), (4, 6, 5)),
@@ -66,7 +77,7 @@ def build(subject: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     module = SUBJECTS[subject].make().to(dtype)
     with torch.no_grad():
         for part in module.modules():
-            if isinstance(part, SelfAttention2d):
+            if isinstance(part, SelfAttention):
                 part.gamma.fill_(0.7)
             if isinstance(part, parametrize.ParametrizationList):
                 part.original.add_(0.5 * part.original.std() * torch.randn_like(part.original))
@@ -77,6 +88,10 @@ def inputs(subject: str, batch: int, dtype: torch.dtype = torch.float64) -> tupl
     _, shape, num_classes = SUBJECTS[subject]
     x = torch.randn(batch, *shape, dtype=dtype)
     return (x,) if num_classes is None else (x, torch.randint(num_classes, (batch,)))
+
+
+def channels_last(subject: str) -> torch.memory_format:
+    return torch.channels_last_3d if len(SUBJECTS[subject].shape) == 4 else torch.channels_last
 
 
 def score(y: Tensor) -> Tensor:

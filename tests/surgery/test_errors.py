@@ -37,9 +37,13 @@ class Dense(nn.Sequential):
         (
             "act",
             EXAMPLE,
-            r"'act' runs 3 times, with 4 channels on cpu .* and 8 channels on cpu .*: one layer cannot serve them all",
+            r"'act' runs 3 times, with \(B, 4, H, W\) on cpu .* and \(B, 8, H, W\) on cpu .*: one layer cannot",
         ),
-        ("split", EXAMPLE, r"'split' returns a tuple of 2, expected a feature map \(B, C, H, W\)"),
+        (
+            "split",
+            EXAMPLE,
+            r"'split' returns a tuple of 2, expected a feature map \(B, C, L\), .* or \(B, C, D, H, W\)$",
+        ),
         ("head", EXAMPLE, r"'head' returns a tensor \(2, 2\), expected a feature map"),
         ("spare", EXAMPLE, "'spare' is not reached: .* does not call it, but perhaps the modules inside it$"),
         ("spare.0", EXAMPLE, r"'spare\.0' is not reached: .* does not call it$"),
@@ -195,10 +199,10 @@ def test_a_module_whose_calls_one_layer_cannot_serve() -> None:
 
     with pytest.raises(
         ValueError,
-        match=r"'act' runs 2 times, with 3 channels on cpu in torch\.float32 and .* in torch\.float64: one layer",
+        match=r"'act' runs 2 times, with \(B, 3, H, W\) on cpu in torch\.float32 and .* in torch\.float64: one layer",
     ):
         insert_self_attention(Shared(torch.float64), "act", example_input=X)
     with pytest.raises(
-        ValueError, match=r"'act' runs 2 times, with 3 channels on cpu .* and 3 channels on meta .*: one layer"
+        ValueError, match=r"'act' runs 2 times, with \(B, 3, H, W\) on cpu .* and \(B, 3, H, W\) on meta .*: one layer"
     ):
         insert_self_attention(Shared("meta"), "act", example_input=X)

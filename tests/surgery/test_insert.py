@@ -29,6 +29,7 @@ from torch_sagan import (
     remove_spectral_norm,
     spectral_norms,
 )
+from torch_sagan.attention.layer import SelfAttention
 
 X = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
 
@@ -60,7 +61,7 @@ def test_outputs_gradients_and_keys_are_unchanged(case: tuple[nn.Module, list[st
     assert kept == keys
     assert [type(m) for name, m in model.named_modules() if "inserted_attention" not in name] == classes
     assert sorted(f"{path}.inserted_attention" for path in after) == sorted(
-        name for name, module in model.named_modules() if isinstance(module, SelfAttention2d) and "inserted" in name
+        name for name, module in model.named_modules() if isinstance(module, SelfAttention) and "inserted" in name
     )
     for ours, theirs in zip(train(model, x), train(twin, x), strict=True):
         assert torch.equal(ours, theirs)
@@ -170,8 +171,8 @@ def test_an_example_tells_any_channels(channels: int, size: int, rate: int) -> N
         (nn.Conv2d(3, 6, 1), 6),
         (nn.ConvTranspose2d(3, 6, 2), 6),
         (nn.BatchNorm2d(6), 6),
-        (nn.SyncBatchNorm(6), 6),
-        (nn.GroupNorm(2, 6), 6),
+        (nn.Sequential(nn.Conv2d(3, 9, 1), nn.SyncBatchNorm(6)), 6),
+        (nn.Sequential(nn.Conv2d(3, 9, 1), nn.GroupNorm(2, 6)), 6),
         (SelfAttention2d(6), 6),
         (nn.Sequential(nn.Conv2d(3, 9, 1), nn.Conv2d(9, 6, 1), nn.InstanceNorm2d(9), nn.ReLU(), nn.MaxPool2d(2)), 6),
         (nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 1)), nn.Tanh()), 6),

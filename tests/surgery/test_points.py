@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from existing_models import Pyramid, Restless, Wrapped, patch_discriminator, residual_generator, unet
+from existing_models import (
+    Pyramid,
+    Restless,
+    VolumeUNet,
+    Wrapped,
+    patch_discriminator,
+    residual_generator,
+    speech_discriminator,
+    unet,
+)
 from networks.cyclegan import Discriminator, Generator
 from torch_sagan import (
     InsertionPoint,
@@ -29,7 +38,7 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
 PYRAMID = {"x": torch.zeros(2, 3, 6, 6), "scale": torch.ones(1)}
 
 
-def listed(points: list[InsertionPoint]) -> list[tuple[str, str, int, tuple[int, int], int]]:
+def listed(points: list[InsertionPoint]) -> list[tuple[str, str, int, tuple[int, ...], int]]:
     return [point[:5] for point in points]
 
 
@@ -141,8 +150,19 @@ def test_attention_that_is_there_already() -> None:
         (Generator, IMAGES[..., :16, :16]),
         (Discriminator, IMAGES),
         (Pyramid, PYRAMID),
+        (speech_discriminator, IMAGES.view(2, 1, -1)[..., :256]),
+        (VolumeUNet, IMAGES.view(2, 1, 3, 32, 32)[..., :2, :8, :8]),
     ],
-    ids=["cyclegan", "patchgan", "unet", "example generator", "example discriminator", "pyramid"],
+    ids=[
+        "cyclegan",
+        "patchgan",
+        "unet",
+        "example generator",
+        "example discriminator",
+        "pyramid",
+        "speech discriminator",
+        "volume unet",
+    ],
 )
 def test_attention_fits_everywhere_and_costs_what_is_counted(
     make: Callable[[], nn.Module], example: Tensor | dict[str, Tensor]
@@ -257,30 +277,38 @@ def test_a_model_without_any() -> None:
     assert points.operations == 2 * 3 * 4 * 2
     assert str(points).splitlines() == [
         "no insertion points",
-        "  '0' returns a tensor (3, 4), expected a feature map (B, C, H, W)",
-        "  '1' returns a tensor (3, 2), expected a feature map (B, C, H, W)",
+        "  '0' returns a tensor (3, 4), expected a feature map (B, C, L), (B, C, H, W) or (B, C, D, H, W)",
+        "  '1' returns a tensor (3, 2), expected a feature map (B, C, L), (B, C, H, W) or (B, C, D, H, W)",
     ]
     assert str(insertion_points(nn.Linear(4, 2), torch.zeros(3, 4))) == "no insertion points"
     assert str(insertion_points(nn.Sequential(nn.Identity()), IMAGES)).count("%") == 0  # no share of nothing
 
 
-def test_a_network_for_volumes() -> None:
-    model = nn.Sequential(*(nn.Conv3d(1, 1, 1) for _ in range(7)))
-    lines = str(insertion_points(model, torch.zeros(2, 1, 3, 4, 5))).splitlines()
-    assert lines[0] == "no insertion points"
-    assert lines[1] == "  '0' returns a tensor (2, 1, 3, 4, 5), expected a feature map (B, C, H, W)"
+def test_at_most_five_reasons_are_printed() -> None:
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(4, 4) for _ in range(6)))
+    lines = str(insertion_points(model, torch.zeros(3, 1, 2, 2))).splitlines()
     assert lines[5].startswith("  '4' returns")
     assert lines[6:] == ["  and 2 more"]
-    five = insertion_points(model[:5], torch.zeros(2, 1, 3, 4, 5))
+    five = insertion_points(model[:5], torch.zeros(3, 1, 2, 2))
     assert len(str(five).splitlines()) == 6
     assert len(five.refused) == 5
+
+
+def test_table_of_sequences_and_volumes() -> None:
+    table = str(insertion_points(nn.Sequential(nn.Conv1d(1, 8, 1), nn.ReLU()), torch.zeros(2, 1, 100))).splitlines()
+    assert [line.split()[:5] for line in table[1:3]] == [
+        ["0", "Conv1d", "8", "100", "1"],
+        ["1", "ReLU", "8", "100", "1"],
+    ]
+    table = str(insertion_points(nn.Sequential(nn.Conv3d(1, 8, 1)), torch.zeros(2, 1, 3, 4, 5))).splitlines()
+    assert table[1].split()[:5] == ["0", "Conv3d", "8", "3x4x5", "1"]
 
 
 def test_a_terminal_that_knows_ascii_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     print(insertion_points(nn.Sequential(nn.Conv2d(3, 32, 4)), torch.zeros(1, 3, 8, 8)))
-    print(insertion_points(nn.Sequential(nn.Conv3d(3, 2, 1)), torch.zeros(1, 3, 8, 8, 8)))
+    print(insertion_points(nn.Sequential(nn.Flatten()), torch.zeros(1, 3, 8, 8)))
     terminal.seek(0)
     assert "5x5" in terminal.read()
 

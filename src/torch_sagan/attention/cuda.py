@@ -42,18 +42,19 @@ def has_kernel(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float16, torch.bfloat16) and torch.version.hip is None
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
     """Attention as :func:`torch_sagan.functional.attention` defines it, for CUDA tensors.
 
     Args:
         query: (B, D, N), in a dtype that :func:`has_kernel` names.
         key: (B, D, M).
         value: (B, E, M).
+        scale: what logits are multiplied by.
 
     Returns:
         (B, E, N).
     """
-    results: tuple[Tensor, Tensor] = _fused(query, key, value)
+    results: tuple[Tensor, Tensor] = _fused(query, key, value, scale)
     return results[0]  # (B, E, N)
 
 
@@ -62,20 +63,20 @@ def backward_bytes(batch: int, d: int, e: int, n: int, m: int, itemsize: int) ->
     return 2 * itemsize * batch * (d + e) * (n + m)
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The result (B, E, N), and for the backward the logarithms of the rows' sums of exponentials (B, heads, ≥ N)."""
     if _takes_flash(query):
         heads, width = _heads(query, value)
         q, k, v = (_padded(tensor, heads, width) for tensor in (query, key, value))  # (B, heads, N or M, width)
-        attended, logsumexp, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=1.0)
+        attended, logsumexp, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
     else:
         q, k, v = (_rows(tensor) for tensor in (query, key, value))  # (B, 1, N, ≥ D), (B, 1, M, ≥ D), (B, 1, M, ≥ E)
-        attended, logsumexp, _, _ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=1.0)
+        attended, logsumexp, _, _ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
     return as_base(_channels(attended, value)), logsumexp
 
 
 def _backward(
-    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, logsumexp: Tensor
+    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, attended: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, each in its own dtype."""
     given = d_attended, query, key, value, attended
@@ -84,7 +85,7 @@ def _backward(
         d_o, q, k, v, o = (_padded(tensor, heads, width) for tensor in given)
         unused = q.new_empty(2, dtype=torch.uint64)  # the random state of dropout, of which there is none
         gradients = _aten._scaled_dot_product_flash_attention_backward(
-            d_o, q, k, v, o, logsumexp, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused[0], scale=1.0
+            d_o, q, k, v, o, logsumexp, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused[0], scale=scale
         )
         d_query, d_key = (gradient.sum(dim=1, keepdim=True) if heads > 1 else gradient for gradient in gradients[:2])
         gradients = d_query, d_key, gradients[2]
@@ -94,7 +95,7 @@ def _backward(
         d_o, q, k, v, o = (_rows(tensor).contiguous() for tensor in given)
         unused = q.new_empty((), dtype=torch.int64)
         *gradients, _ = _aten._scaled_dot_product_efficient_attention_backward(
-            d_o, q, k, v, None, o, logsumexp, unused, unused, 0.0, [True, True, True, False], scale=1.0
+            d_o, q, k, v, None, o, logsumexp, unused, unused, 0.0, [True, True, True, False], scale=scale
         )
     d_query, d_key, d_value = (_channels(_unshared(d), x) for d, x in zip(gradients, (query, key, value), strict=True))
     return d_query, d_key, d_value

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import ClassVar, Literal, NamedTuple, TypeVar, overload
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
-from torch.nn.utils import parametrize
 
 from torch_sagan._checks import at_least_one, one_of
 from torch_sagan._torch import (
@@ -24,13 +21,180 @@ from torch_sagan._torch import (
     runs_custom_operations,
 )
 from torch_sagan.attention import equation
+from torch_sagan.attention.projections import pointwise_convolution, project, reset
 
-__all__ = ["AttentionRecord", "SelfAttention2d"]
+__all__ = [
+    "AttentionRecord",
+    "SelfAttention",
+    "SelfAttention1d",
+    "SelfAttention2d",
+    "SelfAttention3d",
+    "expected_shape",
+]
 
-WARM_UP_READS = 15  # of a weight under spectral norm; so many iterations a new one starts with
+Self = TypeVar("Self", bound="SelfAttention")  # that of typing is in Python 3.11
+
+# By the number of spatial dimensions.
+SIZES = {1: "L", 2: "H, W", 3: "D, H, W"}
+MAX_POOL: dict[int, Callable[[Tensor, int], Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-class SelfAttention2d(nn.Module):
+class SelfAttention(nn.Module):
+    """The implementation of :class:`SelfAttention1d`, :class:`SelfAttention2d` and :class:`SelfAttention3d`.
+
+    Attention itself does not know in how many directions positions lie. So the three differ in what takes a feature map
+    to queries, keys and values: the convolutions and the pooling.
+
+    Attributes:
+        spatial_dims: how many dimensions of a feature map count positions; the first two are B and C.
+    """
+
+    spatial_dims: ClassVar[int]
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        qk_channels: int | None = None,
+        value_channels: int | None = None,
+        pool: int = 1,
+        out_projection: bool | None = None,
+        bias: bool = True,
+        projection: Callable[[int, int], nn.Module] | None = None,
+        similarity: Literal["dot", "l2"] = "dot",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        one_of(("dot", "l2"), similarity=similarity)
+        at_least_one(channels=channels, pool=pool)
+        qk_channels = max(1, channels // 8) if qk_channels is None else qk_channels
+        value_channels = channels if value_channels is None else value_channels
+        at_least_one(qk_channels=qk_channels, value_channels=value_channels)
+        if out_projection is None:
+            out_projection = value_channels != channels
+        if not out_projection and value_channels != channels:
+            raise ValueError(
+                f"without an output projection value_channels must equal channels ({channels}), got {value_channels}"
+            )
+        if similarity == "l2" and pool != 1:
+            raise ValueError(
+                f'similarity="l2" needs pool=1, got {pool}: its Lipschitz bound holds only if every query is also a key'
+            )
+        if projection is None:
+            projection = pointwise_convolution(self.spatial_dims, bias)
+        elif not bias:
+            raise ValueError("bias=False has no effect on a projection of your own: build it without a bias")
+
+        self.channels = channels
+        self.pool = pool
+        self.similarity = similarity
+        with on_device(device):
+            self.query: nn.Module = projection(channels, qk_channels)
+            if similarity == "dot":
+                self.key: nn.Module = projection(channels, qk_channels)
+            self.value: nn.Module = projection(channels if similarity == "dot" else qk_channels, value_channels)
+            self.out: nn.Module = projection(value_channels, channels) if out_projection else nn.Identity()
+            self.gamma: nn.Parameter = nn.Parameter(torch.zeros(1))
+        if dtype is not None:
+            self.to(dtype)
+
+    @classmethod
+    def paper(
+        cls: type[Self],
+        channels: int,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The layer of the paper's text: value = C // 8 (at least 1), then the output projection back to C."""
+        value_channels = max(1, channels // 8)
+        return cls(channels, value_channels=value_channels, out_projection=True, device=device, dtype=dtype)
+
+    @classmethod
+    def official(
+        cls: type[Self],
+        channels: int,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The layer of the paper's released code: keys and values max-pooled by 2 in every direction,
+        value = C // 2 (at least 1), output projection, no biases."""
+        value_channels = max(1, channels // 2)
+        return cls(
+            channels, value_channels=value_channels, pool=2, out_projection=True, bias=False, device=device, dtype=dtype
+        )
+
+    @overload
+    def forward(self, x: Tensor, *, return_attention: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, *, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, *, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Apply attention to a feature map.
+
+        Args:
+            x: the feature map, with C channels.
+            return_attention: also return the attention map, whose memory grows with N·M.
+
+        Returns:
+            y, like x; with ``return_attention`` the pair of y and the attention map (B, N, M). N counts the positions
+            of x, which are the queries, and M the keys left after pooling, both in row-major order; each row of the map
+            sums to 1.
+        """
+        features = _check_feature_map(x, self.channels, self.spatial_dims)  # (B, C, …), as x
+        if self.similarity == "l2":
+            projected = self.query(features)  # (B, D, …)
+            value = self.value(projected).flatten(2)  # (B, E, N)
+            attended, attention = _attend_by_distance(_flatten_query(projected, x), value, return_attention)
+        else:
+            query, key, value = project(features, self.query, self.key, self.value)  # (B, D, …), (B, D, …), (B, E, …)
+            query = _flatten_query(query, x)  # (B, D, N)
+            key = _flatten_pooled(key, self.pool)  # (B, D, M)
+            value = _flatten_pooled(value, self.pool)  # (B, E, M)
+            attended, attention = _attend(query, key, value, return_attention)  # (B, E, N), (B, N, M) or None
+        o = self.out(attended.unflatten(2, x.shape[2:]))  # (B, C, …)
+        return _output(_add(x, self.gamma, o), attention)  # (B, C, …)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Make this a new layer again: ``gamma`` is zero, and the modules of the projections reset their parameters.
+
+        A layer that was built on the meta device needs it after ``to_empty``. Parametrized weights are included, and u
+        and v of a spectral norm are drawn and warmed up.
+
+        Raises:
+            ValueError: for a weight that a hook computes, such as PyTorch's older ``spectral_norm``.
+        """
+        for module in list(self.modules())[1:]:
+            if hasattr(module, "reset_parameters"):
+                reset(module)
+        self.gamma.zero_()
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, pool={self.pool}, similarity={self.similarity!r}"
+
+
+class SelfAttention1d(SelfAttention):
+    """Self-attention for sequences, a drop-in layer: (B, C, L) in, (B, C, L) out.
+
+    The layer of :class:`SelfAttention2d` with L positions: the same equation, arguments, attributes and errors. Its
+    projections are convolutions of one dimension.
+
+    >>> import torch
+    >>> from torch_sagan import SelfAttention1d
+    >>> layer = SelfAttention1d.official(64)
+    >>> y, attention = layer(torch.randn(2, 64, 400), return_attention=True)
+    >>> y.shape, attention.shape
+    (torch.Size([2, 64, 400]), torch.Size([2, 400, 200]))
+    """
+
+    spatial_dims = 1
+
+
+class SelfAttention2d(SelfAttention):
     r"""Self-attention for feature maps, a drop-in layer: (B, C, H, W) in, (B, C, H, W) out.
 
     .. math::
@@ -59,7 +223,7 @@ class SelfAttention2d(nn.Module):
         channels: C, the channels of the feature map.
         qk_channels: channels of query and key. Default: ``max(1, C // 8)``.
         value_channels: channels of the value. Default: C.
-        pool: keys and values are max-pooled by this factor in both directions (rows and columns left over are
+        pool: keys and values are max-pooled by this factor in every direction (rows and columns left over are
             dropped, as in PyTorch's pooling), so a query attends to ``(H // pool) · (W // pool)`` positions.
         out_projection: whether a convolution projects the result to C channels. Default: only where
             ``value_channels`` differs from C.
@@ -101,136 +265,25 @@ class SelfAttention2d(nn.Module):
     torch.Size([2, 1024, 1024])
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        qk_channels: int | None = None,
-        value_channels: int | None = None,
-        pool: int = 1,
-        out_projection: bool | None = None,
-        bias: bool = True,
-        projection: Callable[[int, int], nn.Module] | None = None,
-        similarity: Literal["dot", "l2"] = "dot",
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        one_of(("dot", "l2"), similarity=similarity)
-        at_least_one(channels=channels, pool=pool)
-        qk_channels = max(1, channels // 8) if qk_channels is None else qk_channels
-        value_channels = channels if value_channels is None else value_channels
-        at_least_one(qk_channels=qk_channels, value_channels=value_channels)
-        if out_projection is None:
-            out_projection = value_channels != channels
-        if not out_projection and value_channels != channels:
-            raise ValueError(
-                f"without an output projection value_channels must equal channels ({channels}), got {value_channels}"
-            )
-        if similarity == "l2" and pool != 1:
-            raise ValueError(
-                f'similarity="l2" needs pool=1, got {pool}: its Lipschitz bound holds only if every query is also a key'
-            )
-        if projection is None:
-            projection = _conv1x1 if bias else _conv1x1_without_bias
-        elif not bias:
-            raise ValueError("bias=False has no effect on a projection of your own: build it without a bias")
+    spatial_dims = 2
 
-        self.channels = channels
-        self.pool = pool
-        self.similarity = similarity
-        with on_device(device):
-            self.query: nn.Module = projection(channels, qk_channels)
-            if similarity == "dot":
-                self.key: nn.Module = projection(channels, qk_channels)
-            self.value: nn.Module = projection(channels if similarity == "dot" else qk_channels, value_channels)
-            self.out: nn.Module = projection(value_channels, channels) if out_projection else nn.Identity()
-            self.gamma: nn.Parameter = nn.Parameter(torch.zeros(1))
-        if dtype is not None:
-            self.to(dtype)
 
-    @classmethod
-    def paper(
-        cls, channels: int, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
-    ) -> SelfAttention2d:
-        """The layer of the paper's text: value = C // 8 (at least 1), then the output projection back to C."""
-        value_channels = max(1, channels // 8)
-        return cls(channels, value_channels=value_channels, out_projection=True, device=device, dtype=dtype)
+class SelfAttention3d(SelfAttention):
+    """Self-attention for volumes, a drop-in layer: (B, C, D, H, W) in, (B, C, D, H, W) out.
 
-    @classmethod
-    def official(
-        cls, channels: int, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
-    ) -> SelfAttention2d:
-        """The layer of the paper's released code: keys and values max-pooled 2×2, value = C // 2 (at least 1),
-        output projection, no biases."""
-        value_channels = max(1, channels // 2)
-        return cls(
-            channels, value_channels=value_channels, pool=2, out_projection=True, bias=False, device=device, dtype=dtype
-        )
+    The layer of :class:`SelfAttention2d` with D·H·W positions: the same equation, arguments, attributes and errors. Its
+    projections are convolutions of three dimensions, and ``pool`` pools in all three. Every position attends to the
+    whole volume: the attention matrix of 32×32×32 positions has 2³⁰ entries, 4 GiB, and is not materialized.
 
-    @overload
-    def forward(self, x: Tensor, *, return_attention: Literal[False] = False) -> Tensor: ...
+    >>> import torch
+    >>> from torch_sagan import SelfAttention3d
+    >>> layer = SelfAttention3d(16)
+    >>> x = torch.randn(1, 16, 12, 12, 12)
+    >>> torch.equal(layer(x), x)
+    True
+    """
 
-    @overload
-    def forward(self, x: Tensor, *, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
-
-    def forward(self, x: Tensor, *, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Apply attention to a feature map.
-
-        Args:
-            x: (B, C, H, W).
-            return_attention: also return the attention map, whose memory grows with N·M.
-
-        Returns:
-            y (B, C, H, W); with ``return_attention`` the pair of y and the attention map (B, N, M). N = H·W counts the
-            query positions and M the keys left after pooling, both in row-major order; each row of the map sums to 1.
-        """
-        features = _check_feature_map(x, self.channels)  # (B, C, H, W)
-        if self.similarity == "l2":
-            projected = self.query(features)  # (B, D, H, W)
-            value = self.value(projected).flatten(2)  # (B, E, N)
-            attended, attention = _attend_by_distance(_flatten_query(projected, x), value, return_attention)
-        else:
-            query, key, value = self._project(features)  # (B, D, H, W), (B, D, H, W), (B, E, H, W)
-            query = _flatten_query(query, x)  # (B, D, N)
-            key = _flatten_pooled(key, self.pool)  # (B, D, M)
-            value = _flatten_pooled(value, self.pool)  # (B, E, M)
-            attended, attention = _attend(query, key, value, return_attention)  # (B, E, N), (B, N, M) or None
-        o = self.out(attended.unflatten(2, x.shape[2:]))  # (B, C, H, W)
-        return _output(_add(x, self.gamma, o), attention)  # (B, C, H, W)
-
-    def _project(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value: one convolution if all three are plain 1×1 convolutions (faster), else three calls."""
-        projections: tuple[Any, ...] = (self.query, self.key, self.value)
-        # torch.fx traces with a Proxy for x, and its graph should name the three modules.
-        together = isinstance(x, Tensor) and all(map(_is_plain_1x1_convolution, projections))
-        if not together or len({projection.bias is None for projection in projections}) > 1:
-            query, key, value = (projection(x) for projection in projections)
-            return query, key, value
-        # Each weight is read once, because reading it may run a power iteration.
-        weights = [projection.weight for projection in projections]
-        bias = None if projections[0].bias is None else torch.cat([projection.bias for projection in projections])
-        projected = F.conv2d(x, torch.cat(weights), bias)  # (B, 2D + E, H, W)
-        query, key, value = projected.split([len(weight) for weight in weights], dim=1)
-        return query, key, value
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Make this a new layer again: ``gamma`` is zero, and the modules of the projections reset their parameters.
-
-        A layer that was built on the meta device needs it after ``to_empty``. Parametrized weights are included, and u
-        and v of a spectral norm are drawn and warmed up.
-
-        Raises:
-            ValueError: for a weight that a hook computes, such as PyTorch's older ``spectral_norm``.
-        """
-        for module in list(self.modules())[1:]:
-            if hasattr(module, "reset_parameters"):
-                _reset(module)
-        self.gamma.zero_()
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, pool={self.pool}, similarity={self.similarity!r}"
+    spatial_dims = 3
 
 
 class AttentionRecord(NamedTuple):
@@ -238,15 +291,20 @@ class AttentionRecord(NamedTuple):
 
     Attributes:
         attention: the attention map (B, N, M), detached; each row sums to 1.
-        query_size: (height, width) of the queries, N of them.
-        key_size: (height, width) of the keys, M of them.
+        query_size: the size of the feature map, as (height, width), whose N positions are the queries.
+        key_size: the size of that of the keys, M of them; smaller where the layer pools.
         gamma: the layer's ``gamma`` during the call, of shape (1,), detached; None where it is not known.
     """
 
     attention: torch.Tensor
-    query_size: tuple[int, int]
-    key_size: tuple[int, int]
+    query_size: tuple[int, ...]
+    key_size: tuple[int, ...]
     gamma: torch.Tensor | None = None
+
+
+def expected_shape(channels: int | str, spatial_dims: int) -> str:
+    """A feature map as errors name it: ``(B, 64, H, W)``."""
+    return f"(B, {channels}, {SIZES[spatial_dims]})"
 
 
 # torch.fx cannot trace branches on shapes or on return_attention. The functions below hold those branches, and are
@@ -254,11 +312,11 @@ class AttentionRecord(NamedTuple):
 
 
 @torch.fx.wrap
-def _check_feature_map(x: Tensor, channels: int) -> Tensor:
+def _check_feature_map(x: Tensor, channels: int, spatial_dims: int) -> Tensor:
     if not isinstance(x, Tensor):
-        raise TypeError(f"expected a tensor (B, {channels}, H, W), got {type(x).__name__}")
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"expected a feature map (B, {channels}, H, W), got {tuple(x.shape)}")
+        raise TypeError(f"expected a tensor {expected_shape(channels, spatial_dims)}, got {type(x).__name__}")
+    if x.ndim != spatial_dims + 2 or x.shape[1] != channels:
+        raise ValueError(f"expected a feature map {expected_shape(channels, spatial_dims)}, got {tuple(x.shape)}")
     return plain_tensor(x)
 
 
@@ -278,7 +336,7 @@ def _flatten_pooled(projected: Tensor, pool: int) -> Tensor:
             raise ValueError(
                 f"a feature map of {tuple(projected.shape[2:])} is smaller than pool={pool}: no key is left"
             )
-        projected = F.max_pool2d(projected, pool)  # (B, ·, H // pool, W // pool)
+        projected = MAX_POOL[projected.ndim - 2](projected, pool)  # (B, ·, H // pool, …)
     return projected.flatten(2)  # (B, ·, M)
 
 
@@ -303,7 +361,7 @@ def _add(x: Tensor, gamma: Tensor, o: Tensor) -> Tensor:
     gamma = gamma.to(o.dtype)  # under autocast o, and perhaps x, is in half precision; a float32 γ would make y float32
     if _may_be_zero_times_infinity(gamma, o):
         o = o.masked_fill((gamma == 0) & ~o.isfinite(), 0)
-    y = torch.addcmul(x, gamma, o).to(x.dtype)  # (B, C, H, W)
+    y = torch.addcmul(x, gamma, o).to(x.dtype)
     if y.stride() != x.stride() and runs_custom_operations():  # those of o, where x has dimensions of size 1
         like_x = torch.empty_like(x)
         y = y if y.stride() == like_x.stride() else like_x.copy_(y)
@@ -322,56 +380,3 @@ def _may_be_zero_times_infinity(gamma: Tensor, o: Tensor) -> bool:
 @torch.fx.wrap
 def _output(y: Tensor, attention: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     return y if attention is None else (y, attention)
-
-
-# What a call of a convolution runs. PyTorch has no public names for hooks.
-METHODS = {name: getattr(nn.Conv2d, name) for name in ("__call__", "_call_impl", "forward", "_conv_forward")}
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def _is_plain_1x1_convolution(module: nn.Module) -> bool:
-    """Whether calling the module computes a 1×1 convolution and nothing else. Its weight may be parametrized."""
-    return (
-        isinstance(module, nn.Conv2d)
-        and (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
-        # No methods of the instance, of a subclass, or that somebody has put into PyTorch's classes.
-        and all(getattr(getattr(module, name), "__func__", None) is method for name, method in METHODS.items())
-        and not any(getattr(module, hooks) or getattr(module_hooks, f"_global{hooks}") for hooks in HOOKS)
-        # A quantized or sharded weight may have no concatenation.
-        and (parametrize.is_parametrized(module) or type(module.weight) in (nn.Parameter, Tensor))
-    )
-
-
-def _reset(module: Any) -> None:
-    """Its ``reset_parameters``, also where weights are parametrized, which that method cannot write to."""
-    if not parametrize.is_parametrized(module):
-        if isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters:
-            raise ValueError(f"a hook computes the weight of {module}: call reset_parameters before it is registered")
-        module.reset_parameters()
-        return
-    plain = copy.deepcopy(module)
-    plain.__class__ = type(module).__base__  # that before PyTorch gave the module a class with properties
-    del plain.parametrizations
-    for name in module.parametrizations:
-        plain.register_parameter(name, nn.Parameter(torch.empty_like(getattr(module, name))))
-    plain.reset_parameters()
-    for name, chain in module.parametrizations.items():
-        for path, vector in chain.named_buffers():
-            if path.endswith(("._u", "._v")):  # of a spectral norm, ours or PyTorch's
-                vector.normal_()
-        setattr(module, name, getattr(plain, name).detach())
-        training = chain.training
-        chain.train()
-        for _ in range(WARM_UP_READS):  # each runs a power iteration
-            getattr(module, name)
-        chain.train(training)
-    for name, parameter in module.named_parameters(recurse=False):
-        parameter.copy_(getattr(plain, name))
-
-
-def _conv1x1(in_channels: int, out_channels: int) -> nn.Module:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=1)
-
-
-def _conv1x1_without_bias(in_channels: int, out_channels: int) -> nn.Module:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)

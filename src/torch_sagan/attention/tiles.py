@@ -27,7 +27,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torch_sagan.attention.second_derivative import as_base, in_float32, register_derivatives
+from torch_sagan.attention.plain import in_float32, scaled
+from torch_sagan.attention.second_derivative import as_base, register_derivatives
 
 __all__ = ["backward_bytes", "tiled_attention"]
 
@@ -42,18 +43,19 @@ TILE_KEYS = 512
 SAFE_EXPONENT = 100.0
 
 
-def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def tiled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
     """Attention as :func:`torch_sagan.functional.attention` defines it, for tensors on the CPU.
 
     Args:
         query: (B, D, N).
         key: (B, D, M).
         value: (B, E, M).
+        scale: what logits are multiplied by.
 
     Returns:
         (B, E, N).
     """
-    results: tuple[Tensor, Tensor, Tensor] = _tiled(query, key, value)
+    results: tuple[Tensor, Tensor, Tensor] = _tiled(query, key, value, scale)
     return results[0]  # (B, E, N)
 
 
@@ -72,10 +74,11 @@ def backward_bytes(batch: int, d: int, e: int, n: int, m: int, itemsize: int) ->
 
 @torch.library.custom_op("torch_sagan::tiled_attention", mutates_args=())
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
-def _tiled(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _tiled(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The result (B, E, N), and for the backward two numbers for each query (B, 1, N): the maximum that was subtracted
     from its logits (0 if none was), and the sum of its weights."""
     q, k, v = in_float32(query, key, value)
+    q = scaled(q, scale)
     # If there are more threads than samples, the queries of each sample are split into several parts. From here on, B
     # counts the parts of all samples, and N the queries of one part.
     parts = _parts_per_sample(len(q), q.shape[2])
@@ -118,10 +121,18 @@ def _tiled(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, T
 @torch.library.custom_op("torch_sagan::tiled_attention_backward", mutates_args=())
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def _tiled_backward(
-    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, subtracted: Tensor, total: Tensor
+    d_attended: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    attended: Tensor,
+    subtracted: Tensor,
+    total: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, each in its own dtype."""
     d_o, q, k, v, o = in_float32(d_attended, query, key, value, attended)
+    q = scaled(q, scale)
     parts = _parts_per_sample(len(q), q.shape[2])  # as in the forward
     subtract_max = bool(subtracted.any())  # if all are 0, there is nothing to subtract
     if subtract_max:
@@ -158,14 +169,14 @@ def _tiled_backward(
         if m.stop == keys.shape[2]:
             d_query[b, :, n] = d_query_block
     return (
-        _join(d_query, len(query)).to(query.dtype),
+        scaled(_join(d_query, len(query)), scale).to(query.dtype),
         _sum_repeats(d_key, parts).to(key.dtype),
         _sum_repeats(d_value, parts).to(value.dtype),
     )
 
 
 @_tiled.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     attended = value.new_empty(value.shape[0], value.shape[1], query.shape[2])
     subtracted, total = (in_float32(query)[0].new_empty(query.shape[0], 1, query.shape[2]) for _ in range(2))
     return attended, subtracted, total
@@ -173,7 +184,14 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 @_tiled_backward.register_fake
 def _(
-    d_attended: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, subtracted: Tensor, total: Tensor
+    d_attended: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    attended: Tensor,
+    subtracted: Tensor,
+    total: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torch_sagan.attention.layer import AttentionRecord
-from torch_sagan.maps.overlay import MARKS, RAMP, check_images, check_weights, keys_extent, map_size
+from torch_sagan.maps.overlay import MARKS, RAMP, check_images, check_weights, drawn_size, keys_extent, map_size
 
 __all__ = ["AttentionExplorer", "explore_attention"]
 
@@ -76,8 +76,8 @@ def explore_attention(images: Tensor, records: Records, *, max_bytes: int = 32_0
 
     Raises:
         ValueError: for images of another shape, of integers or not finite, empty records, maps of another shape or
-            batch size, weights that are negative or not finite, a gamma that is not finite, and for a page above
-            ``max_bytes``.
+            batch size, a record of a volume, weights that are negative or not finite, a gamma that is not finite, and
+            for a page above ``max_bytes``.
         TypeError: for one map or record that is not in a list.
 
     >>> import torch
@@ -144,12 +144,12 @@ def _layers(images: Tensor, records: Records) -> Iterator[tuple[str, AttentionRe
         check_weights(attention, f"{name}: ")
         record = call if isinstance(call, AttentionRecord) else None
         image_size = (images.shape[2], images.shape[3])
-        query_size = map_size(shape[1], record and record.query_size, image_size, "query_size")
-        key_size = map_size(shape[2], record and record.key_size, image_size, "key_size")
+        query_size = map_size(shape[1], record and drawn_size(record.query_size), image_size, "query_size")
+        key_size = map_size(shape[2], record and drawn_size(record.key_size), image_size, "key_size")
         yield name, AttentionRecord(attention, query_size, key_size, record and record.gamma)
 
 
-def _distances(query_size: tuple[int, int], key_size: tuple[int, int]) -> Tensor:
+def _distances(query_size: tuple[int, ...], key_size: tuple[int, ...]) -> Tensor:
     """(N, M) from the middle of each query position to that of each key, in query positions."""
     extent = keys_extent(query_size, key_size)
     queries, keys = (

@@ -47,6 +47,9 @@ def attention_overlay(
     a uniform attention map, whose weights are 1 / M, pale. Rows and columns of the feature map that pooling left
     without a key stay gray.
 
+    The attention of a :class:`SelfAttention1d` is drawn as a strip, over the width of the image and its whole height:
+    over a spectrogram, for example. That of a volume has no image; take a slice, as the guide shows.
+
     Enlarge small images first, to 192 pixels or more: a mark of a few pixels can hardly be seen.
 
     Args:
@@ -66,7 +69,7 @@ def attention_overlay(
     Raises:
         ValueError: for images or maps of other shapes, images of integers or that are not finite, weights of the query
             that are negative or not finite, a query outside the image, a strength outside [0, 1], sizes that do not
-            multiply to N and M, or sizes given together with a record.
+            multiply to N and M, sizes given together with a record, or a record of a volume.
 
     >>> import torch
     >>> from torch_sagan import attention_overlay
@@ -81,7 +84,8 @@ def attention_overlay(
     if isinstance(attention, AttentionRecord):
         if query_size is not None or key_size is not None:
             raise ValueError("a record knows its sizes: give neither query_size nor key_size")
-        query_size, key_size, attention = attention.query_size, attention.key_size, attention.attention
+        query_size, key_size = drawn_size(attention.query_size), drawn_size(attention.key_size)
+        attention = attention.attention
     shape = tuple(getattr(attention, "shape", ()))
     if len(shape) != 3 or shape[0] != len(images):
         received = shape or f"a {type(attention).__name__}"
@@ -152,6 +156,16 @@ def check_weights(weights: Tensor, where: str = "") -> None:
         raise ValueError(f"{where}attention weights must be finite and not negative")
 
 
+def drawn_size(size: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) in which the positions of a recorded feature map are drawn: those of a sequence are one row."""
+    if len(size) > 2:
+        raise ValueError(
+            f"attention in a volume of {'×'.join(map(str, size))} positions cannot be drawn over an image: draw a "
+            'slice of it, as the documentation shows under "Visualise attention"'
+        )
+    return (1, size[0]) if len(size) == 1 else (size[0], size[1])
+
+
 def map_size(
     n_positions: int, given: tuple[int, int] | None, image_size: tuple[int, int], name: str
 ) -> tuple[int, int]:
@@ -164,12 +178,13 @@ def map_size(
     return given
 
 
-def keys_extent(query_size: tuple[int, int], key_size: tuple[int, int]) -> tuple[int, int]:
+def keys_extent(query_size: tuple[int, ...], key_size: tuple[int, ...]) -> tuple[int, ...]:
     """How many rows and columns of the query positions the keys cover: all but those that pooling dropped."""
-    pool = min(query // key for query, key in zip(query_size, key_size, strict=True))
-    if pool == 0 or key_size != tuple(query // pool for query in query_size):
+    # What is a single row may be a sequence, which is pooled along that row.
+    pool = min((query // key for query, key in zip(query_size, key_size, strict=True) if query > 1), default=1)
+    if pool == 0 or key_size != tuple(max(1, query // pool) for query in query_size):
         return query_size  # the keys do not come from pooling
-    return key_size[0] * pool, key_size[1] * pool
+    return tuple(min(query, key * pool) for query, key in zip(query_size, key_size, strict=True))
 
 
 def _rgb(images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_sagan.attention.layer import AttentionRecord, SelfAttention2d
+from torch_sagan.attention.layer import AttentionRecord, SelfAttention
 
 __all__ = ["record_attention"]
 
@@ -22,7 +22,9 @@ _open: ContextVar[frozenset[object]] = ContextVar("open", default=frozenset())
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionRecord]]]:
-    """Record the attention map of every :class:`SelfAttention2d` that runs inside the ``with`` block.
+    """Record the attention map of every attention layer that runs inside the ``with`` block.
+
+    That is every :class:`SelfAttention1d`, :class:`SelfAttention2d` and :class:`SelfAttention3d`.
 
     Call the model as always. Its outputs differ by rounding at most, because the layers now materialize their attention
     maps, whose memory grows with N·M. Afterwards nothing is left in the model.
@@ -33,8 +35,8 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionRecor
     (with torch 2.5 they run compiled, and are not recorded).
 
     Args:
-        model: any module, with layers that it was built with or that were inserted; or a
-            :class:`SelfAttention2d` itself, whose path is ``""``.
+        model: any module, with layers that it was built with or that were inserted; or a layer itself, whose path is
+            ``""``.
 
     Yields:
         A dictionary from the layer's dotted path to a list of records, one for each call, oldest first. A layer that
@@ -53,9 +55,9 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionRecor
     >>> record.attention.shape, record.query_size, record.key_size
     (torch.Size([2, 96, 24]), (8, 12), (4, 6))
     """
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, SelfAttention2d)}
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, SelfAttention)}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no SelfAttention2d to record")
+        raise ValueError(f"{type(model).__name__} has no self-attention layer to record")
     if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
         raise ValueError("DataParallel runs its replicas in threads, which are not recorded: record its .module")
     records: dict[str, list[AttentionRecord]] = {path: [] for path in layers}
@@ -68,14 +70,14 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[AttentionRecor
         asked[path] = kwargs.get("return_attention", False)
         return args, kwargs | {"return_attention": True}
 
-    def keep(path: str, layer: SelfAttention2d, args: Any, output: tuple[Tensor, Tensor]) -> Any:
+    def keep(path: str, layer: SelfAttention, args: Any, output: tuple[Tensor, Tensor]) -> Any:
         if block not in _open.get():
             return None
         y, attention = output
-        height, width = y.shape[2:]
-        key_size = (height // layer.pool, width // layer.pool)
+        query_size = tuple(y.shape[2:])
+        key_size = tuple(size // layer.pool for size in query_size)
         gamma = layer.gamma.detach().clone()  # a copy, since training changes it
-        records[path].append(AttentionRecord(attention.detach(), (height, width), key_size, gamma))
+        records[path].append(AttentionRecord(attention.detach(), query_size, key_size, gamma))
         return output if asked[path] else y
 
     handles = []

@@ -7,26 +7,17 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from torch_sagan._modes import evaluation_mode
-from torch_sagan._torch import is_autocast
+from torch_sagan.surgery.feature_maps import FeatureMap, described, has_channels_second
 
-__all__ = ["ExampleInput", "FeatureMap", "outputs_of_a_pass"]
+__all__ = ["ExampleInput", "outputs_of_a_pass"]
 
 ExampleInput: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
-
-
-class FeatureMap(NamedTuple):
-    """A tensor (B, C, H, W) that a module returned, without its content, and whether autocast was on then."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    autocast: bool
 
 
 def outputs_of_a_pass(
@@ -48,13 +39,21 @@ def outputs_of_a_pass(
     args, kwargs = (example_input, {}) if isinstance(example_input, tuple) else ((), dict(example_input))
     outputs: dict[str, list[FeatureMap | str]] = {}
 
+    sequence: torch.Size | None = None  # the last shape that was (B, C, L) beyond doubt
+
+    def note_sequence(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal sequence
+        if isinstance(output, Tensor) and output.ndim == 3:
+            sequence = output.shape
+
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        outputs.setdefault(name, []).append(_described(output))
+        outputs.setdefault(name, []).append(described(module, output, sequence))
 
     # Evaluation mode keeps the statistics of norms; all other changes to buffers are made to copies.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    handles = [module.register_forward_hook(partial(note, name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(note_sequence) for module in filter(has_channels_second, model.modules())]
+    handles += [module.register_forward_hook(partial(note, name)) for name, module in modules.items()]
     try:
         with evaluation_mode(model), _random_states_kept((*tensors, *model.parameters(), *model.buffers())):
             torch.func.functional_call(model, buffers, args, kwargs)
@@ -75,11 +74,3 @@ def _random_states_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
         random.setstate(states[0])
         if numpy:
             numpy.random.set_state(states[1])
-
-
-def _described(output: Any) -> FeatureMap | str:
-    if isinstance(output, Tensor) and output.ndim == 4:
-        return FeatureMap(output.shape, output.dtype, output.device, is_autocast(output.device.type))
-    if isinstance(output, Tensor):
-        return f"a tensor {tuple(output.shape)}"
-    return f"a {type(output).__name__}" + (f" of {len(output)}" if isinstance(output, (tuple, list)) else "")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from torch_sagan._checks import nearest_names
-from torch_sagan.attention.layer import SelfAttention2d
-from torch_sagan.surgery.example_pass import ExampleInput, FeatureMap, outputs_of_a_pass
+from torch_sagan.attention.layer import SelfAttention, SelfAttention1d, expected_shape
+from torch_sagan.surgery.example_pass import ExampleInput, outputs_of_a_pass
+from torch_sagan.surgery.feature_maps import LAYERS, FeatureMap, check_certain, declared, feature_maps
 from torch_sagan.surgery.inserted_layer import NAME, attach, detach, inserted_layer, prepare
 
 __all__ = ["insert_self_attention", "remove_self_attention"]
@@ -23,14 +24,14 @@ def insert_self_attention(
     after: str | Iterable[str],
     *,
     example_input: ExampleInput | None = None,
-    attention: Callable[[int], nn.Module] = SelfAttention2d,
+    attention: Callable[[int], nn.Module] | None = None,
 ) -> M:
     """Put a new attention layer after one or several modules of a model, in place.
 
     The layer becomes the child ``inserted_attention`` of the module that it follows, and everything that calls this
     module receives the layer's output; what calls its ``forward`` directly does not. No name or class in the model
     changes: its own state-dict keys stay. A checkpoint from before the insertion still loads, with ``strict=True`` too,
-    and makes the layer new again. A new :class:`SelfAttention2d` is the identity, so the model's outputs stay the same
+    and makes the layer new again. A new attention layer is the identity, so the model's outputs stay the same
     until it is trained.
 
     The layer stays when modules are converted afterwards, as by ``SyncBatchNorm.convert_sync_batchnorm``. Where a
@@ -41,28 +42,35 @@ def insert_self_attention(
     ``torch.compile`` or ``DistributedDataParallel``. A module that a model uses several times has one layer, which runs
     each time.
 
+    The layer has the dimension of the feature map: (B, C, L), (B, C, H, W) or (B, C, D, H, W). Three dimensions may
+    also be (B, N, C), as in transformers. They are taken as (B, C, L) after modules of PyTorch that return nothing else
+    (``Conv1d``, ``BatchNorm1d``, ``MaxPool1d``, ``GroupNorm`` and the like), and after any other module whose output
+    has the shape of the last of these, if C and L differ. Elsewhere ``attention=SelfAttention1d`` says so.
+
     Args:
         model: any module.
         after: dotted path of a submodule, as ``model.named_modules()`` gives it, or several. The submodule has to
-            return a feature map (B, C, H, W): a convolution, a norm, an activation, a block, a ``Sequential``.
+            return a feature map: a convolution, a norm, an activation, a block, a ``Sequential``.
         example_input: what the model can be called with, a tensor, a tuple of arguments or a mapping of keyword
             arguments. One pass of it in evaluation mode shows what each module returns; buffers stay as they are, and
             so do the random states of PyTorch, NumPy and Python. It is needed where a module does not declare its
             channels. Convolutions and norms do, and so does a ``Sequential`` that ends in one of them, with or without
             activations after it.
-        attention: ``attention(channels) -> Module``, called once for each path. The result takes the mode of the module
-            that it follows, and the device and dtype of the feature map that the example gives; without an example, or
-            under autocast, those of the module's parameters, or else of the model's.
+        attention: ``attention(channels) -> Module``, called once for each path. Default: the :class:`SelfAttention1d`,
+            :class:`SelfAttention2d` or :class:`SelfAttention3d` that fits. The result takes the mode of the module that
+            it follows, and the device and dtype of the feature map that the example gives; without an example, or under
+            autocast, those of the module's parameters, or else of the model's.
 
     Returns:
         The model itself.
 
     Raises:
         ValueError: for a path that does not exist (the message lists the nearest ones) or is named twice; for a module
-            that has an inserted layer already, or whose channels are not known without ``example_input``; for one that
-            the model does not call with this example, or that returns no feature map (the message says what it
-            returns) or several with different channels, dtypes or devices; for a ``Sequential`` that has a ``forward``
-            of its own; for a model that is compiled or wrapped for parallel training. The model is then as it was.
+            that has an inserted layer already, or whose channels or dimension are not known without ``example_input``;
+            for one that the model does not call with this example, or that returns no feature map (the message says
+            what it returns) or several of different dimensions, channels, dtypes or devices; for an ``attention`` of
+            another dimension; for a ``Sequential`` that has a ``forward`` of its own; for a model that is compiled or
+            wrapped for parallel training. The model is then as it was.
         TypeError: when ``after`` contains anything but paths, ``example_input`` is neither a tensor nor a tuple nor
             a mapping, or ``attention`` is not a function or does not return a module.
 
@@ -81,23 +89,20 @@ def insert_self_attention(
     ['1.inserted_attention']
     """
     check_insertable(model)
-    if isinstance(attention, nn.Module) or not callable(attention):  # a layer can be called too, but not with channels
+    # A layer can be called too, but not with channels.
+    if attention is not None and (isinstance(attention, nn.Module) or not callable(attention)):
         raise TypeError(f"attention takes channels and returns a module, got {type(attention).__name__}")
     targets = _find(model, after)
-    maps: dict[str, FeatureMap] = {}
-    if example_input is None:
-        channels = {path: _declared_channels(path, module) for path, module in targets.items()}
-    else:
-        maps = _maps_of_a_pass(model, targets, example_input)
-        channels = {path: map.shape[1] for path, map in maps.items()}
+    maps = {} if example_input is None else _maps_of_a_pass(model, targets, example_input)
     layers = {}
     for path, module in targets.items():
-        with torch.device("cpu"):  # for values to begin with, also where everything is made on the meta device
-            layer = attention(channels[path])
-        if not isinstance(layer, nn.Module):
-            raise TypeError(f"attention must return a module, got {type(layer).__name__}")
+        map = maps.get(path)
+        channels, dims = declared(path, module, model) if map is None else (map.channels, len(map.size))
+        layer = _new_layer(path, attention, channels, dims)
+        if map is not None and not (attention and isinstance(layer, SelfAttention1d)):
+            check_certain(path, map)
         prepare(layer)
-        layers[path] = layer.to(*_device_and_dtype(model, module, maps.get(path))).train(module.training)
+        layers[path] = layer.to(*_device_and_dtype(model, module, map)).train(module.training)
     for path, module in targets.items():  # nothing fails from here on
         attach(model, module, layers[path])
     return model
@@ -178,35 +183,25 @@ def _kinds(module: nn.Module) -> set[str]:
     return {kind.__name__ for kind in type(module).__mro__}
 
 
-# Modules that return as many channels as they receive.
-KEEP_CHANNELS = (
-    nn.Identity, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
-    nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Softplus, nn.Dropout, nn.Dropout2d, nn.Upsample, nn.MaxPool2d,
-    nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d,
-    nn.InstanceNorm2d,  # whose num_features need not be the number of channels
-)  # fmt: skip
-
-
-def _declared_channels(path: str, module: nn.Module) -> int:
-    """The channels that a module says it returns, so that the usual layers need no example."""
-    last = module
-    while isinstance(last, nn.Sequential) and len(last):
-        last = next((child for child in reversed(last) if not isinstance(child, KEEP_CHANNELS)), nn.Identity())
-    channels: int | None = None
-    if isinstance(last, (nn.Conv2d, nn.ConvTranspose2d)):
-        channels = last.out_channels
-    elif isinstance(last, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-        channels = last.num_features
-    elif isinstance(last, nn.GroupNorm):
-        channels = last.num_channels
-    elif isinstance(last, SelfAttention2d):
-        channels = last.channels
-    if not channels:  # 0 in a lazy module that has not run
+def _new_layer(path: str, attention: Callable[[int], nn.Module] | None, channels: int, dims: int | None) -> nn.Module:
+    """The layer for a module that returns so many channels, and a feature map of this dimension where it is known."""
+    if attention is None:
+        if dims is None:
+            raise ValueError(
+                f"{path!r} does not declare the dimension of its feature map: give an example_input that the model "
+                "can be called with, or an attention such as SelfAttention2d"
+            )
+        attention = LAYERS[dims]
+    with torch.device("cpu"):  # for values to begin with, also where everything is made on the meta device
+        layer = attention(channels)
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"attention must return a module, got {type(layer).__name__}")
+    if isinstance(layer, SelfAttention) and dims not in (None, layer.spatial_dims):
         raise ValueError(
-            f"{path!r} ({type(module).__name__}) does not declare how many channels it returns: give an "
-            "example_input that the model can be called with"
+            f"{path!r} returns a feature map {expected_shape('C', dims)}, but attention makes a "
+            f"{type(layer).__name__}, which expects {expected_shape('C', layer.spatial_dims)}"
         )
-    return channels
+    return layer
 
 
 def _maps_of_a_pass(
@@ -218,21 +213,8 @@ def _maps_of_a_pass(
         if path not in outputs:
             inside = ", but perhaps the modules inside it" if any(module.children()) else ""
             raise ValueError(f"{path!r} is not reached: with this example_input the model does not call it{inside}")
-    return {path: feature_maps(path, outputs[path])[0] for path in targets}
-
-
-def feature_maps(path: str, outputs: Sequence[FeatureMap | str]) -> list[FeatureMap]:
-    """All outputs of a module, if one layer can serve them."""
-    maps = [output for output in outputs if isinstance(output, FeatureMap)]
-    for output in outputs:
-        if isinstance(output, str):
-            raise ValueError(f"{path!r} returns {output}, expected a feature map (B, C, H, W)")
-    autocast = any(map.autocast for map in maps)  # then dtypes may differ, and a layer takes them all
-    kinds = {f"{map.shape[1]} channels on {map.device}" + ("" if autocast else f" in {map.dtype}") for map in maps}
-    if len(kinds) > 1:
-        listed = " and ".join(sorted(kinds))
-        raise ValueError(f"{path!r} runs {len(maps)} times, with {listed}: one layer cannot serve them all")
-    return maps
+    # Of several maps one that is in doubt.
+    return {path: min(feature_maps(path, outputs[path]), key=lambda map: map.certain) for path in targets}
 
 
 def _device_and_dtype(

@@ -15,21 +15,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torch_sagan.attention import cuda, tiles
 from torch_sagan.attention.equation import SMALL_MATRIX
-from torch_sagan.attention.layer import SelfAttention2d
-from torch_sagan.surgery.example_pass import ExampleInput, FeatureMap, outputs_of_a_pass
-from torch_sagan.surgery.insert import check_insertable, check_target, feature_maps
+from torch_sagan.attention.layer import SelfAttention
+from torch_sagan.surgery.example_pass import ExampleInput, outputs_of_a_pass
+from torch_sagan.surgery.feature_maps import FeatureMap, check_certain, feature_maps
+from torch_sagan.surgery.insert import check_insertable, check_target
 
 __all__ = ["InsertionPoint", "InsertionPoints", "insertion_points"]
 
 
 class InsertionPoint(NamedTuple):
-    """A module after which attention can be inserted, and the costs of a :class:`SelfAttention2d` there.
+    """A module after which attention can be inserted, and the costs of a layer there.
 
     Attributes:
         path: the module's dotted path, for :func:`insert_self_attention`.
         type: the name of its class.
-        channels: C of the feature map (B, C, H, W) that it returns.
-        size: (H, W); the largest, if its calls return several.
+        channels: C of the feature map that it returns.
+        size: that of the feature map, (L,), (H, W) or (D, H, W); the largest, if its calls return several.
         calls: how often it runs in one pass.
         operations: floating-point operations of the layer's forward passes; a multiplication and its addition
             count as two, as in :class:`torch.utils.flop_counter.FlopCounterMode`.
@@ -40,7 +41,7 @@ class InsertionPoint(NamedTuple):
     path: str
     type: str
     channels: int
-    size: tuple[int, int]
+    size: tuple[int, ...]
     calls: int
     operations: int
     memory: int
@@ -71,8 +72,8 @@ class InsertionPoints(list[InsertionPoint]):
         rows = [("path", "module", "channels", "size", "calls", "operations", "", "memory, here", "memory, plain")]
         for point in self:
             share = f"+{point.operations / self.operations:.0%}" if self.operations else ""
-            height, width = point.size
-            where = (point.path, point.type, str(point.channels), f"{height}x{width}", str(point.calls))
+            size = "x".join(map(str, point.size))
+            where = (point.path, point.type, str(point.channels), size, str(point.calls))
             rows.append(
                 (*where, _operations(point.operations), share, _bytes(point.memory), _bytes(point.plain_memory))
             )
@@ -86,15 +87,15 @@ class InsertionPoints(list[InsertionPoint]):
 
 
 def insertion_points(model: nn.Module, example_input: ExampleInput) -> InsertionPoints:
-    r"""Every module after which :func:`insert_self_attention` can put attention, with the costs of a
-    :class:`SelfAttention2d` there.
+    r"""Every module after which :func:`insert_self_attention` can put attention, with the costs of a layer there.
 
-    These are the modules that return a feature map (B, C, H, W), always with the same number of channels; those inside
-    a :class:`SelfAttention2d` or a parametrization are left out. The example is passed through the model once, in
-    evaluation mode, and leaves modes, buffers, hooks and the random states of PyTorch, NumPy and Python as they were.
-    Costs are proportional to the batch of the example, so give it the size that you train with.
+    These are the modules that return a feature map, always of the same dimension and with the same number of channels:
+    (B, C, H, W), (B, C, D, H, W), or (B, C, L) where that function is certain of it. Modules inside an attention layer
+    or a parametrization are left out. The example is passed through the model once, in evaluation mode, and leaves
+    modes, buffers, hooks and the random states of PyTorch, NumPy and Python as they were. Costs are proportional to the
+    batch of the example, so give it the size that you train with.
 
-    For B maps with N = H·W positions, C channels of the value and D = C // 8 of query and key, a layer takes
+    For B maps with N positions, C channels of the value and D = C // 8 of query and key, a layer takes
 
     .. math::
         2 B N C (2 D + C) + 2 B N^2 (D + C)
@@ -154,7 +155,10 @@ def insertion_points(model: nn.Module, example_input: ExampleInput) -> Insertion
     points, refused = [], []
     for path, returned in outputs.items():
         try:
-            points.append(_insertion_point(path, type(modules[path]).__name__, feature_maps(path, returned)))
+            maps = feature_maps(path, returned)
+            for map in maps:
+                check_certain(path, map)
+            points.append(_insertion_point(path, type(modules[path]).__name__, maps))
         except ValueError as error:
             refused.append(str(error))
     return InsertionPoints(points, counter.get_total_flops(), sum(kept.values()), refused)
@@ -164,7 +168,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     """The modules after which a layer may be inserted, as far as is known before they return something."""
     inside: set[nn.Module] = set()
     for module in model.modules():
-        if isinstance(module, SelfAttention2d):
+        if isinstance(module, SelfAttention):
             inside |= set(module.modules()) - {module}
         if isinstance(module, ParametrizationList):  # where a tensor (B, C, H, W) is a weight
             inside |= set(module.modules())
@@ -178,17 +182,16 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _insertion_point(path: str, kind: str, maps: list[FeatureMap]) -> InsertionPoint:
-    channels = maps[0].shape[1]
+    channels = maps[0].channels
     costs = [
-        _costs(map.shape[0], channels, map.shape[2] * map.shape[3], map.dtype.itemsize, map.device.type == "cpu")
-        for map in maps
+        _costs(map.shape[0], channels, map.size.numel(), map.dtype.itemsize, map.device.type == "cpu") for map in maps
     ]
-    largest = max(maps, key=lambda map: map.shape[2] * map.shape[3])
+    largest = max(maps, key=lambda map: map.size.numel())
     return InsertionPoint(
         path,
         kind,
         channels,
-        (largest.shape[2], largest.shape[3]),
+        tuple(largest.size),
         len(maps),
         sum(cost.operations for cost in costs),
         # Every call keeps what its backward pass needs; the backward passes run one after the other.
