@@ -2,7 +2,7 @@
 
     python benchmarks/average_drift.py runs/faces   # a run's folder, or a checkpoint
 
-Sigma is the exact largest singular value of the normalised weights, the smallest and the largest of all layers. The gap
+Sigma is the exact largest singular value of the normalized weights, the smallest and the largest of all layers. The gap
 is the mean absolute difference between images in evaluation mode and images with the statistics of their own batch, as
 in training; pixels are in [-1, 1].
 """

@@ -13,7 +13,7 @@ the same number of steps. They differ in one thing, a layer in G and one in D:
 
 so the local arm has the same number of parameters, all of them in use, and lacks only the view of other positions. (No
 layer at all would mean fewer parameters, and a softmax over one position would leave f and g without a gradient.) What
-is measured: how often the two eyes, earrings and cheeks, and headband and shirt, differ in colour
+is measured: how often the two eyes, earrings and cheeks, and headband and shirt, differ in color
 (evaluation/color_agreement.py), and the sliced Wasserstein distance to faces that were not trained on.
 
 At 32 pixels, an element of D's last map sees 22 of them, and the logit is linear in these elements. So without
@@ -286,7 +286,7 @@ def chart(summary: dict[str, Any]) -> str:
     def y(percent: float) -> float:
         return HEIGHT - BELOW - percent / 100 * (HEIGHT - BELOW - ABOVE)
 
-    parts = [f'<text x="{LEFT}" y="14">generated faces in which the two differ in colour, %</text>']
+    parts = [f'<text x="{LEFT}" y="14">generated faces in which the two differ in color, %</text>']
     for i, (name, text) in enumerate(
         zip(COLORS, ("attention", "without attention", "chance", "real faces"), strict=True)
     ):

@@ -32,7 +32,7 @@ QUERIES = ((0.15, 0.5), (0.52, 0.63), (0.05, 0.05))  # the headband, an eye, the
 
 
 def portraits(hair: tuple[int, int, int], first: int) -> Tensor:
-    """Faces that differ in everything but the colour of their hair: (N, 3, 32, 32) in [-1, 1]."""
+    """Faces that differ in everything but the color of their hair: (N, 3, 32, 32) in [-1, 1]."""
     people = faces.traits(PEOPLE, first=first)._replace(hair=np.tile(np.array(hair, np.float32), (PEOPLE, 1)))
     return torch.from_numpy(faces.render(people, size=32)).float() / 127.5 - 1
 
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for network in plain:  # removed now, not left out before, so that every choice trains on the same batches
         remove_self_attention(network)
 
-    train(*networks, dark, fair, args.steps - args.steps // 5, "after")  # its new optimisers know the layers
+    train(*networks, dark, fair, args.steps - args.steps // 5, "after")  # its new optimizers know the layers
     for name, network in zip(("to fair", "to dark", "is fair", "is dark"), networks, strict=True):
         if network not in plain:
             print("gamma of", name, *(f"{p.item():+.4f}" for n, p in network.named_parameters() if n.endswith("gamma")))

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     after = generator(z), discriminator(images[:32])
     print("unchanged by the insertion:", all(map(torch.equal, before, after)))
 
-    train(generator, discriminator, images, args.steps - args.steps // 8, "after")  # its new optimisers know the layers
+    train(generator, discriminator, images, args.steps - args.steps // 8, "after")  # its new optimizers know the layers
     print("gamma of G", *(f"{p.item():+.4f}" for name, p in generator.named_parameters() if name.endswith("gamma")))
     print("gamma of D", *(f"{p.item():+.4f}" for name, p in discriminator.named_parameters() if name.endswith("gamma")))
     with record_attention(generator.eval()) as records, torch.no_grad():

@@ -105,7 +105,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="held-out",
         help="training: against training images, as published FIDs are (default: held-out where there are some)",
     )
-    score.add_argument("--crop", help="centre crop, as the trainer's (default: that of the generator's run)")
+    score.add_argument("--crop", help="center crop, as the trainer's (default: that of the generator's run)")
     score.add_argument("--inception", type=given_path, metavar="PATH", help="its weights (default: torch.hub's)")
     return parser.parse_args(arguments)
 

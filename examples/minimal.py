@@ -39,7 +39,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 class ImageFolder(Dataset[Tensor]):
-    """Images (3, S, S) in [-1, 1]: the largest centre square, resized, mirrored half of the time."""
+    """Images (3, S, S) in [-1, 1]: the largest center square, resized, mirrored half of the time."""
 
     def __init__(self, root: Path, size: int, out: Path) -> None:
         found = {path for path in root.resolve().rglob("*") if path.suffix.lower() in SUFFIXES}

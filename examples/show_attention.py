@@ -4,7 +4,7 @@
     python examples/show_attention.py runs/faces/checkpoint.pt --query 33,24 --query 0.92,0.5 --samples 6 --seed 3
 
 The figure shows samples with query positions on them, and beside each sample what the positions attend to, framed in
-their colours. The page, an HTML file beside it, shows what any position attends to, in every layer.
+their colors. The page, an HTML file beside it, shows what any position attends to, in every layer.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def evaluate_average(state: TrainingState, evaluate: Evaluate) -> bool:
 
 
 def sigmas(state: TrainingState) -> dict[str, dict[str, float]]:
-    """The exact largest singular value of every normalised weight."""
+    """The exact largest singular value of every normalized weight."""
     if state.device.type == "mps":  # it has no float64
         return {}
     return {"sigma_G": spectral_norms(state.generator), "sigma_D": spectral_norms(state.discriminator)}

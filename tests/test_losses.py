@@ -127,7 +127,7 @@ def test_relativistic_losses_need_pairs(loss: Callable[[Tensor, Tensor], Tensor]
         loss(torch.zeros(4), torch.zeros(1))
 
 
-# --- zero-centred penalty ------------------------------------------------------------------------------------------
+# --- zero-centerd penalty ------------------------------------------------------------------------------------------
 
 
 def test_zero_centered_penalty_is_the_mean_squared_norm_at_the_images() -> None:

@@ -12,7 +12,7 @@ from torch_sagan import SAGANDiscriminator, SAGANGenerator, hinge_discriminator_
 
 
 class PlainAttention(nn.Module):
-    """The plain equation of the layer: the N×N attention matrix is materialised and saved for the backward."""
+    """The plain equation of the layer: the N×N attention matrix is materialized and saved for the backward."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,16 +1,16 @@
 """Whether distant parts of generated faces have the same color, as those of procedural_faces.py have.
 
-A procedural face has two eyes of one colour, two earrings, two cheeks, and a shirt of the headband's colour, and
-nothing near one part shows the colour of the other. A classifier of a small window around each part (linear
-discriminant analysis) is fitted to real faces, whose colours are known. For each pair of parts, on a set of generated
+A procedural face has two eyes of one color, two earrings, two cheeks, and a shirt of the headband's color, and
+nothing near one part shows the color of the other. A classifier of a small window around each part (linear
+discriminant analysis) is fitted to real faces, whose colors are known. For each pair of parts, on a set of generated
 faces:
 
-    disagreement = fraction of faces whose two parts are classified as different colours
-    chance       = the same for parts of two different faces of the set: Σ over colours of p_one (1 − p_other)
+    disagreement = fraction of faces whose two parts are classified as different colors
+    chance       = the same for parts of two different faces of the set: Σ over colors of p_one (1 − p_other)
     relative     = disagreement / chance: 0 if all pairs agree, 1 if the two parts are independent
 
-The last number is the fair one: a generator that draws all eyes in one colour never disagrees, but not by chance
-either. (Hair and brows share a colour too, but the fringe comes down to the brows, so they are not far apart.)
+The last number is the fair one: a generator that draws all eyes in one color never disagrees, but not by chance
+either. (Hair and brows share a color too, but the fringe comes down to the brows, so they are not far apart.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FIRST_REAL = 1_000_000  # number of the first face for the classifiers, far from
 
 
 class Pair(NamedTuple):
-    """Two windows that show one trait's colour: their centres and half their side, in the faces' coordinates."""
+    """Two windows that show one trait's color: their centers and half their side, in the faces' coordinates."""
 
     name: str
     trait: str
@@ -55,12 +55,12 @@ class Reading(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """Disagreement / chance, or 1 in a set with a single colour, which shows no agreement."""
+        """Disagreement / chance, or 1 in a set with a single color, which shows no agreement."""
         return self.disagreement / self.chance if self.chance > 0 else 1.0
 
 
 class ColorClassifiers:
-    """Classify the colours of faces of `size` × `size` pixels; fitted to `count` real faces."""
+    """Classify the colors of faces of `size` × `size` pixels; fitted to `count` real faces."""
 
     def __init__(self, size: int, *, count: int = 2000, seed: int = 0) -> None:
         people = faces.traits(count, seed=seed, first=FIRST_REAL)
@@ -77,7 +77,7 @@ class ColorClassifiers:
                 self.readers[pair.name] = _fit(here, truth), _fit(there, truth)
 
     def colors(self, images: Images, pair: Pair) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The indices (n,) in the palette of the colours of the one part and of the other."""
+        """The indices (n,) in the palette of the colors of the one part and of the other."""
         reader, other_reader = self.readers[pair.name]
         here, there = windows(images, pair)
         return reader.predict(here), other_reader.predict(there)

@@ -1,6 +1,6 @@
 """Improved precision and recall: do generated images look real, and do they cover what real images look like?
 
-The real images' manifold is the union of balls around their features, each reaching to its K-th nearest neighbour:
+The real images' manifold is the union of balls around their features, each reaching to its K-th nearest neighbor:
 
     precision = share of generated images inside the real images' manifold
     recall    = share of real images inside the generated images' manifold
@@ -22,7 +22,7 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """Precision and recall of features (N, F) and (M, F).
 
     Raises:
-        ValueError: if there are too few images for a third neighbour.
+        ValueError: if there are too few images for a third neighbor.
     """
     if min(len(real), len(fake)) <= NEIGHBOR:
         raise ValueError(f"expected more than {NEIGHBOR} images of each kind, got {len(real)} and {len(fake)}")

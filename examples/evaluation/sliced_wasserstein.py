@@ -3,20 +3,20 @@ r"""The sliced Wasserstein distance between two sets of images: how far apart th
     from evaluation.sliced_wasserstein import sliced_wasserstein
     sliced_wasserstein(real, fake)    # {"64": 8.1, "32": 9.4, "16": 14.0, "mean": 10.5}
 
-Images are split into the bands of a Laplacian pyramid, down to 16 pixels. In each band, 7×7 patches p are normalised
+Images are split into the bands of a Laplacian pyramid, down to 16 pixels. In each band, 7×7 patches p are normalized
 per channel and projected on random unit vectors w, and the distance is the mean over w of the Wasserstein distance of
 the two sets of numbers, which in one dimension is the mean difference of the sorted values:
 
     SWD = 1000 · mean_w mean_i |sort(wᵀ p_real)_i − sort(wᵀ p_fake)_i|
 
-It needs no network and no download. It is sensitive to textures (fine bands), shapes and colours (the last band), but
+It needs no network and no download. It is sensitive to textures (fine bands), shapes and colors (the last band), but
 not to relations between distant positions. For two sets of one distribution it is not 0: compare with two sets of real
 images.
 
 Source: Karras et al., arXiv:1710.10196, section 5 (7×7 patches, bands down to 16 pixels, 4 × 128 directions, ×1000).
 Departures from their code: 32 patches of an image in each of 4 rounds, not 128 in all rounds, and 4 × 64 directions. A
 round's positions are the same for every image, so the order of the images has no effect; another round has other
-positions. Both sets are normalised by the mean and deviation of the real one; theirs takes each set's own, and so
+positions. Both sets are normalized by the mean and deviation of the real one; theirs takes each set's own, and so
 cannot see a wrong brightness or contrast. Numbers of different implementations are not comparable, nor are those of
 different set sizes.
 """
@@ -39,7 +39,7 @@ PATCHES = 32  # positions in a round
 DIRECTIONS = 64  # in a round
 ROUNDS = 4
 CHUNK = 128  # images at a time
-NOTHING = 1e-5  # smaller deviations are rounding errors of a constant channel, which is not normalised
+NOTHING = 1e-5  # smaller deviations are rounding errors of a constant channel, which is not normalized
 
 Scale = tuple[Tensor, Tensor]  # mean and standard deviation of each channel, (1, C, 1, 1) both
 
@@ -80,7 +80,7 @@ def distances(real: Slices, fake: Slices) -> dict[str, float]:
 def slices(
     images: Tensor, *, like: Slices | None = None, seed: int = 0, device: torch.device | str | None = None
 ) -> Slices:
-    """Sorted projections of the patches of images (N, C, H, W), normalised as those of `like`, or by themselves."""
+    """Sorted projections of the patches of images (N, C, H, W), normalized as those of `like`, or by themselves."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images) or min(images.shape[2:]) < COARSEST:
         raise ValueError(f"expected images (N, 1 or 3, H, W) of {COARSEST} pixels or more, got {tuple(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():

@@ -3,7 +3,7 @@
 `dcgan` and `resnet` are the library's own (see `SAGANGenerator`). `mnist` is the TensorFlow tutorial's system for
 28-pixel digits: `dcgan` with an attention layer whose projections are 4×4 convolutions, followed by batch norm and ReLU
 in G. In D they are followed by ReLU alone, with spectral norm instead of the batch norm: with batch norm, D wins before
-G has learnt anything.
+G has learned anything.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def build_generator(
     eps: float = 1e-12,
     **arguments: Any,
 ) -> SAGANGenerator:
-    """The generator, spectrally normalised with `eps`; further arguments are those of `SAGANGenerator`."""
+    """The generator, spectrally normalized with `eps`; further arguments are those of `SAGANGenerator`."""
     if architecture != "mnist":
         arguments["architecture"] = architecture
     else:
@@ -46,7 +46,7 @@ def build_discriminator(
     eps: float = 1e-12,
     **arguments: Any,
 ) -> SAGANDiscriminator:
-    """The discriminator, spectrally normalised (with `eps`) if `normalize`; further arguments are
+    """The discriminator, spectrally normalized (with `eps`) if `normalize`; further arguments are
     `SAGANDiscriminator`'s."""
     norm = partial(spectral_norm, eps=eps) if normalize else None
     if architecture != "mnist":

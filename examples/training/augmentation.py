@@ -28,7 +28,7 @@ def color(images: Tensor) -> Tensor:
 
 
 def translation(images: Tensor) -> Tensor:
-    """Shift by up to an eighth of the size in each direction, by whole pixels, and fill with zero, a mid grey."""
+    """Shift by up to an eighth of the size in each direction, by whole pixels, and fill with zero, a mid gray."""
     size = images.shape[-1]
     reach = round(size / 8)
     shift = torch.randint(-reach, reach + 1, (2, len(images), 1), device=images.device)  # rows, columns
@@ -40,7 +40,7 @@ def translation(images: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor) -> Tensor:
-    """Set a square of half the size to zero; its centre is anywhere in the image."""
+    """Set a square of half the size to zero; its center is anywhere in the image."""
     size = images.shape[-1]
     center = torch.randint(0, size, (2, len(images), 1), device=images.device)
     offset = torch.arange(size, device=images.device) - center + size // 4  # (2, B, S)

@@ -45,7 +45,7 @@ def slerp(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
 
 
 def walk(stops: Tensor, frames: int, *, closed: bool) -> Tensor:
-    """Latent vectors from each of the stops (k, D) towards the next: (legs, frames, D), without the last end point."""
+    """Latent vectors from each of the stops (k, D) toward the next: (legs, frames, D), without the last end point."""
     ends = torch.cat([stops[1:], stops[:1]]) if closed else stops[1:]
     shares = torch.arange(frames) / frames
     return torch.stack([slerp(a, b, shares) for a, b in zip(stops[: len(ends)], ends, strict=True)])

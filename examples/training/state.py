@@ -222,7 +222,7 @@ def build_networks(
 
 
 def adam(model: nn.Module, lr: float, config: Config) -> torch.optim.Adam:
-    """The optimiser of one network."""
+    """The optimizer of one network."""
     return torch.optim.Adam(model.parameters(), lr=lr, betas=(config.beta1, config.beta2), fused=True)
 
 

@@ -40,7 +40,7 @@ def no_augmentation(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """The losses that the two networks minimise."""
+    """The losses that the two networks minimize."""
 
     discriminator_loss: Callable[[Tensor, Tensor], Tensor]  # logits (B,) of real and of generated images -> scalar
     generator_loss: Callable[[Tensor, Callable[[], Tensor]], Tensor]  # logits of generated, and of real ones on demand
@@ -69,7 +69,7 @@ def training_step(gan: GAN, batches: Iterator[Sequence[Piece]], *, d_steps: int 
     """
     for turn in range(d_steps):
         batch = next(batches)
-        # G does not change during D's steps, so it can learn from the images that D has just learnt from. With several
+        # G does not change during D's steps, so it can learn from the images that D has just learned from. With several
         # pieces they are generated again; otherwise the graphs of all pieces would be in memory at once.
         reuse = len(batch) == 1 and turn == d_steps - 1
         fakes = list(generate(gan, batch, learn=True)) if reuse else generate(gan, batch, learn=False)
@@ -94,7 +94,7 @@ def discriminator_step(gan: GAN, batch: Sequence[Piece], fakes: Iterable[Tensor]
         images = gan.objective.augment(torch.cat([piece.real, fake.detach()]))  # (2B, C, S, S)
         labels = None if piece.labels is None else piece.labels.repeat(2)  # (2B,)
         with no_sync_unless(gan.discriminator, i == len(batch)):
-            # One pass for both kinds, so that the weights are normalised once.
+            # One pass for both kinds, so that the weights are normalized once.
             logits = score(gan, gan.discriminator, images, labels)  # (2B,)
             loss = gan.objective.discriminator_loss(*logits.chunk(2))
             # Outside autocast: a gradient of a gradient needs full precision.

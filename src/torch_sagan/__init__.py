@@ -1,4 +1,4 @@
-"""Self-attention and spectral normalisation for GANs (arXiv:1805.08318)."""
+"""Self-attention and spectral normalization for GANs (arXiv:1805.08318)."""
 
 from torch_sagan import functional
 from torch_sagan.attention.layer import AttentionRecord, SelfAttention1d, SelfAttention2d, SelfAttention3d

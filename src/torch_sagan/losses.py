@@ -102,7 +102,7 @@ def gradient_penalty(
     *,
     target: float = 1.0,
 ) -> Tensor:
-    r"""Gradient penalty of WGAN-GP: pull the norm of D's gradient towards ``target``.
+    r"""Gradient penalty of WGAN-GP: pull the norm of D's gradient toward ``target``.
 
     .. math::
         \operatorname{mean}\,(\lVert \nabla_{\hat x} D(\hat x) \rVert_2 - t)^2

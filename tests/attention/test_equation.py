@@ -213,7 +213,7 @@ def test_a_result_that_the_backward_needs_is_not_changed_unnoticed(path: str, mo
 
 
 def test_a_large_attention_matrix_is_not_materialized(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small one is materialised, and so is one that is returned. This tests the choice, not the arithmetic."""
+    """A small one is materialized, and so is one that is returned. This tests the choice, not the arithmetic."""
     taken = []
     monkeypatch.setitem(equation.KERNELS, "cpu", lambda *tensors: (taken.append(1), tiles.tiled_attention(*tensors))[1])
     layer = SelfAttention2d(8)
@@ -241,7 +241,7 @@ def test_an_export_holds_plain_operators() -> None:
 
 
 def test_flops_of_a_network_are_proportional_to_the_batch() -> None:
-    """The attention matrix of one sample is materialised, those of a batch are not."""
+    """The attention matrix of one sample is materialized, those of a batch are not."""
     side = 20
     assert side**4 < equation.SMALL_MATRIX["cpu"] < 8 * side**4
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), SelfAttention2d.official(8), SelfAttention2d(8))

@@ -51,4 +51,4 @@ def test_the_notebook_has_no_stored_outputs() -> None:
 def test_the_generator_that_ships_is_what_its_card_says() -> None:
     generator, card = load(DOCS / "models" / "faces.safetensors")
     assert card["data"] == "faces"
-    assert abs(generator.get_submodule("attention.16").gamma.item()) > 0.05  # it has learnt to attend
+    assert abs(generator.get_submodule("attention.16").gamma.item()) > 0.05  # it has learned to attend

@@ -58,7 +58,7 @@ def test_trains_and_resumes(
     assert last["step"] == 3
     for name in ("generator", "discriminator"):
         steps = {int(state["step"]) for state in last[f"{name[0]}_optimizer"]["state"].values()}
-        assert steps == {3}, "the optimisers went on, and did not begin anew"
+        assert steps == {3}, "the optimizers went on, and did not begin anew"
         moved = [not torch.equal(value, first[name][key]) for key, value in last[name].items()]
         assert sum(moved) > len(moved) / 2
 

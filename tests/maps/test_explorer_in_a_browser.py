@@ -53,7 +53,7 @@ def test_a_link_shows_the_row_of_its_query(page: Page, case: tuple[Tensor, Atten
         wanted = expected(weights[row * columns + column].view(record.key_size), weights.shape[1])
         torch.testing.assert_close(shown(page, *record.key_size, covered(record)), wanted, **CLOSE)
     if covered(record) != (1, 1):
-        assert (shown(page, *record.query_size)[-1] - 0.1).abs().max() < 2 / 255  # no key there: the grey of black
+        assert (shown(page, *record.query_size)[-1] - 0.1).abs().max() < 2 / 255  # no key there: the gray of black
 
 
 def test_a_link_shows_the_column_of_its_key(page: Page, case: tuple[Tensor, AttentionRecord, str]) -> None:

@@ -1,4 +1,4 @@
-"""``attention_overlay``: colour on what the query attends to, and the query marked."""
+"""``attention_overlay``: color on what the query attends to, and the query marked."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch_sagan import (
     mark_queries,
 )
 
-# The ramp of colours, from no attention to full level, written down a second time.
+# The ramp of colors, from no attention to full level, written down a second time.
 VIOLET, ORANGE, YELLOW = torch.tensor([[0.45, 0.08, 0.43], [0.95, 0.45, 0.15], [0.99, 1.0, 0.75]])
 
 
 def colored(gray: Tensor, levels: Tensor, strength: float = 0.9) -> Tensor:
-    """A grey image (1, H, W) under levels (H, W): the ramp's colour at each level, as opaque as the level is high."""
+    """A gray image (1, H, W) under levels (H, W): the ramp's color at each level, as opaque as the level is high."""
     low, high = (2 * levels).clamp(max=1), (2 * levels - 1).clamp(min=0)
     ramp = VIOLET[:, None, None] + low * (ORANGE - VIOLET)[:, None, None] + high * (YELLOW - ORANGE)[:, None, None]
     return gray + strength * levels * (ramp - gray)  # (3, H, W)
@@ -136,7 +136,7 @@ def test_range_and_shape(channels: int, batch: int, scale: float, strength: floa
 
 
 def test_image_shows_through() -> None:
-    """White stays brighter than black, left stays left, and a grey image is that of three equal channels."""
+    """White stays brighter than black, left stays left, and a gray image is that of three equal channels."""
     images = -torch.ones(1, 1, 32, 32)
     images[..., :16] = 1
     attention = torch.full((1, 16, 16), 1 / 16)
@@ -156,7 +156,7 @@ def test_strength_zero_is_the_gray_image(channels: int) -> None:
 
 
 def test_a_uniform_map_is_unremarkable() -> None:
-    """Every weight is 1 / M, a quarter of 4 / M: one pale colour everywhere."""
+    """Every weight is 1 / M, a quarter of 4 / M: one pale color everywhere."""
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     uniform = torch.full((2, 64, 64), 1 / 64)
     gray = attention_overlay(images, uniform, (5, 5), strength=0.0, mark=False)
@@ -261,7 +261,7 @@ def test_several_queries_are_each_one_of_them(mark: bool) -> None:
     for i, query in enumerate(queries):
         alone = attention_overlay(images, attention, query, mark=mark)
         differ = (overlay[:, i] != alone).any(1).any(0)
-        assert not differ.any() or (mark and i > 0)  # only the colour of ring and frame may differ
+        assert not differ.any() or (mark and i > 0)  # only the color of ring and frame may differ
         near = torch.hypot(torch.arange(48.0)[:, None] - query[0], torch.arange(64.0) - query[1]) < 4
         near[0], near[-1], near[:, 0], near[:, -1] = True, True, True, True
         assert not (differ & ~near).any()
@@ -283,7 +283,7 @@ def test_queries_may_be_lists_and_tensors() -> None:
 
 @pytest.mark.parametrize("size", [(128, 128), (64, 96), (32, 48)])
 def test_marks_have_colors_of_their_own(size: tuple[int, int]) -> None:
-    """Every ring is around its query, in another colour than the rest; the image is unchanged elsewhere."""
+    """Every ring is around its query, in another color than the rest; the image is unchanged elsewhere."""
     height, width = size
     images = torch.rand(2, 3, height, width) * 2 - 1
     unit = max(1.0, min(size) / 64)
@@ -397,7 +397,7 @@ def test_pooled_keys_lie_where_they_were_pooled(queries: tuple[int, int], pool: 
 def test_nothing_is_seen_beyond_the_last_pooled_key() -> None:
     attention = looks_at(1, 49, 9, 0, 8)  # the last of 3×3 keys, which ends one cell before the border
     overlay = attention_overlay(-torch.ones(1, 3, 28, 28), attention, (0, 0), mark=False)
-    assert torch.equal(overlay[..., 24:, :], torch.full((1, 3, 4, 28), 0.1))  # the grey of black
+    assert torch.equal(overlay[..., 24:, :], torch.full((1, 3, 4, 28), 0.1))  # the gray of black
     assert torch.equal(overlay[..., :, 24:], torch.full((1, 3, 28, 4), 0.1))
     assert overlay[..., 22, 22].max() > 0.5
 

@@ -1,4 +1,4 @@
-"""``SAGANDiscriminator``: sizes, layers, maps, what is normalised, errors."""
+"""``SAGANDiscriminator``: sizes, layers, maps, what is normalized, errors."""
 
 from __future__ import annotations
 

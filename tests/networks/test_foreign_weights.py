@@ -170,7 +170,7 @@ def biggan_block(*, u_scale: float = 1.0) -> tuple[dict[str, Tensor], dict[str, 
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("u_scale", [1.0, 7.0])
 def test_official_attention_with_the_buffers_of_its_spectral_norm(normalized: bool, u_scale: float) -> None:
-    """Whether our projections are normalised or plain, the output is that of weights divided by those sigmas."""
+    """Whether our projections are normalized or plain, the output is that of weights divided by those sigmas."""
     state, sigmas = biggan_block(u_scale=u_scale)
     layer = SelfAttention2d.official(64).double()
     expected = copy.deepcopy(layer)

@@ -297,7 +297,7 @@ def test_attention_elsewhere(
             load_reference_state_dict(network, weights)
 
 
-def test_attention_at_two_sizes_is_recognised(generator_weights: Weights, discriminator_weights: Weights) -> None:
+def test_attention_at_two_sizes_is_recognized(generator_weights: Weights, discriminator_weights: Weights) -> None:
     """Each attention layer shifts the numbers of the blocks behind it."""
 
     def with_second(weights: Weights, position: int) -> Weights:

@@ -1,4 +1,4 @@
-"""``SAGANGenerator``: sizes, layers, maps, what is normalised, errors."""
+"""``SAGANGenerator``: sizes, layers, maps, what is normalized, errors."""
 
 from __future__ import annotations
 

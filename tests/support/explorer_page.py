@@ -43,7 +43,7 @@ def expected(weights: Tensor, n_keys: int, gray: float = 0.1) -> Tensor:
     return gray + levels[..., None] * (ramp(levels) - gray)
 
 
-# Of a level, a byte loses at most 2 / 255, where the weight is that of the full level; colour ramp and opacity together
+# Of a level, a byte loses at most 2 / 255, where the weight is that of the full level; color ramp and opacity together
 # change at most 1.5 times as fast as the level. Canvas and table round to bytes, half of one each.
 CLOSE = {"rtol": 0, "atol": 5 / 255}
 

@@ -105,7 +105,7 @@ def largest_singular_value(weight: Tensor, dim: int = 0) -> float:
 
 
 def power_iteration_by_numpy(matrix: Tensor, u: Tensor, v: Tensor, n_iterations: int = 1) -> tuple[Tensor, Tensor]:
-    """v = normalise(Wᵀu), u = normalise(Wv), repeated; ``v`` is there only to have the library's signature."""
+    """v = normalize(Wᵀu), u = normalize(Wv), repeated; ``v`` is there only to have the library's signature."""
     w, left = matrix.detach().double().numpy(), u.double().numpy()
     right = v.double().numpy()
     for _ in range(n_iterations):

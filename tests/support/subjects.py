@@ -30,7 +30,7 @@ class Subject(NamedTuple):
 
 SUBJECTS = {
     "attention": Subject(lambda: SelfAttention2d(16), (16, 6, 5)),
-    # So many positions that the attention matrix is not materialised.
+    # So many positions that the attention matrix is not materialized.
     "attention in tiles": Subject(lambda: SelfAttention2d(8), (8, 33, 33)),
     "official attention": Subject(lambda: SelfAttention2d.official(16), (16, 6, 5)),
     "attention in a sequence": Subject(lambda: SelfAttention1d.official(16), (16, 31)),

@@ -28,7 +28,7 @@ EARRINGS = ((250, 205, 30), (60, 220, 190), (245, 90, 170), (70, 110, 245), (240
 BANDS = ((214, 48, 60), (48, 118, 210), (245, 190, 50), (56, 158, 96), (150, 82, 190), (246, 244, 238))
 CHEEKS = ((242, 120, 120), (246, 150, 96), (214, 104, 160))
 HAIR = ((38, 28, 30), (88, 52, 30), (150, 92, 40), (226, 182, 92), (186, 72, 32), (150, 148, 156))
-HAIR_COLORS = ("black", "brown", "chestnut", "blond", "red", "grey")  # in the order of HAIR
+HAIR_COLORS = ("black", "brown", "chestnut", "blond", "red", "gray")  # in the order of HAIR
 SKIN = ((255, 226, 200), (244, 202, 166), (226, 172, 128), (190, 130, 88), (146, 94, 62), (108, 68, 46))
 
 EYE_CENTER = (0.255, 0.04)  # of the right-hand eye before the pose; the other one is its mirror image
@@ -37,7 +37,7 @@ LIPS = np.array([[112, 10, 28]], np.float32)  # added to a share of the skin's c
 
 
 class Traits(NamedTuple):
-    """What distinguishes n faces. Colours are (n, 3) in 0 … 255, everything else (n,)."""
+    """What distinguishes n faces. Colors are (n, 3) in 0 … 255, everything else (n,)."""
 
     eyes: Floats
     earrings: Floats
@@ -86,7 +86,7 @@ def traits(count: int, *, seed: int = 0, first: int = 0) -> Traits:
         return (196 + 40 * np.cos(hue)).astype(np.float32)
 
     def blend(palette: tuple[tuple[int, int, int], ...]) -> Floats:
-        position = next(columns) * (len(palette) - 1)  # anywhere between two neighbours of the palette
+        position = next(columns) * (len(palette) - 1)  # anywhere between two neighbors of the palette
         left = position.astype(int)
         colors = np.array(palette, np.float32)
         low, high = np.take(colors, left, axis=0), np.take(colors, left + 1, axis=0)

@@ -72,7 +72,7 @@ class InfiniteBatchSampler(Sampler[Indices]):
             yield batch
 
     def _epoch(self, epoch: int) -> Indices:
-        # numpy hashes the two numbers, so that neighbouring seeds and epochs have nothing in common.
+        # numpy hashes the two numbers, so that neighboring seeds and epochs have nothing in common.
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self.count).tolist()
         flips = rng.random(self.count) < 0.5 if self.flip else np.zeros(self.count, bool)

@@ -1,4 +1,4 @@
-r"""The derivative of attention's backward, in blocks of queries: the attention matrix is never materialised.
+r"""The derivative of attention's backward, in blocks of queries: the attention matrix is never materialized.
 
 A gradient penalty differentiates attention twice, which neither the CPU tiles nor the fused CUDA kernels do alone. For
 one query q with all keys K and values V, and with the gradient d of its result, the backward computes

@@ -1,4 +1,4 @@
-"""Exact softmax attention on the CPU, forward and backward, in tiles: the N×M matrix is never materialised.
+"""Exact softmax attention on the CPU, forward and backward, in tiles: the N×M matrix is never materialized.
 
 PyTorch's fused CPU kernel needs query, key and value to have equally many channels. Here the attention matrix is
 computed in tiles of queries × keys that stay in the processor's cache, and computed again in the backward (the idea of
@@ -8,7 +8,7 @@ Four techniques keep it from costing more:
 * The weight exp(x) is computed as exp2(x · log2(e)), since exp takes twice as long as exp2. The factor log2(e) is
   multiplied into the query, which is smaller than the logits.
 * The forward saves the sum of each row. The backward appends ``-log2`` of that sum to the query as one more channel,
-  and a one to the key. The exponential of their product is then a normalised weight, without a division.
+  and a one to the key. The exponential of their product is then a normalized weight, without a division.
 * The maximum of a row is subtracted only if exp2 could overflow. A bound on the logits, computed from the norms of
   queries and keys, decides this. Where the maximum is subtracted, the first two techniques change. Logits are
   multiplied by log2(e) after the subtraction: before it, large ones would lose digits to rounding. And nothing is

@@ -161,7 +161,7 @@ def drawn_size(size: tuple[int, ...]) -> tuple[int, int]:
     if len(size) > 2:
         raise ValueError(
             f"attention in a volume of {'×'.join(map(str, size))} positions cannot be drawn over an image: draw a "
-            'slice of it, as the documentation shows under "Visualise attention"'
+            'slice of it, as the documentation shows under "Visualize attention"'
         )
     return (1, size[0]) if len(size) == 1 else (size[0], size[1])
 

@@ -75,7 +75,7 @@ class SAGANGenerator(Stages):
         attention_resolutions: sizes of the feature maps that get attention, () for none. Default of ``"dcgan"``: those
             of 16 to 32 pixels, or the largest map where there are none; of ``"resnet"``: 32, or the largest below.
         attention: ``attention(channels) -> Module``. Default: the architecture's own.
-        spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalises, or
+        spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalizes, or
             None to disable. An ``attention`` of your own is not changed.
         output_activation: makes the last activation. The default, tanh, gives images in [-1, 1].
         device: where the parameters are made; default: PyTorch's default device.

@@ -16,7 +16,7 @@ __all__ = ["divide_by_sigma", "divisor", "power_iteration", "spectral_normalize"
 def power_iteration(
     matrix: Tensor, u: Tensor, v: Tensor, *, n_iterations: int = 1, eps: float = 1e-12
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Turn u and v towards the first singular vectors: :math:`v = W^\top u / \lVert W^\top u \rVert`,
+    r"""Turn u and v toward the first singular vectors: :math:`v = W^\top u / \lVert W^\top u \rVert`,
     :math:`u = W v / \lVert W v \rVert`, ``n_iterations`` times.
 
     A product that is not finite, or whose norm is at most ``eps``, has no direction: the old vector is kept. A weight

@@ -35,7 +35,7 @@ class InsertionPoint(NamedTuple):
         operations: floating-point operations of the layer's forward passes; a multiplication and its addition
             count as two, as in :class:`torch.utils.flop_counter.FlopCounterMode`.
         memory: the most bytes that a training step needs for the layer, with this library's attention.
-        plain_memory: the same with the plain attention equation, which materialises the attention matrix.
+        plain_memory: the same with the plain attention equation, which materializes the attention matrix.
     """
 
     path: str

@@ -130,7 +130,7 @@ def test_fid_has_its_closed_form() -> None:
     for mean, deviation in ((0.0, 0.3), (0.25, 0.3), (0.0, 0.15)):
         scores = evaluate(Painter(mean, deviation), 2)
         expected = 2 * mean**2 + 2 * (deviation - 0.3) ** 2
-        # The mean of 2000 numbers is good to 0.3 / √2000 = 0.007, and colours beyond white and black are cut off.
+        # The mean of 2000 numbers is good to 0.3 / √2000 = 0.007, and colors beyond white and black are cut off.
         assert scores["fid"] == pytest.approx(expected, rel=0.1, abs=3e-4)
         assert list(scores) == ["fid", "kid", "inception_score", "precision", "recall", "swd"]
 

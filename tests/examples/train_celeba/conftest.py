@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         x, y = 50 * i, 20 * i
         crop = Image.fromarray(photographs[i % 2][y : y + 218, x : x + 178])
         crop.save(root / ("a/b" if i % 3 else "a" if i % 2 else ".") / f"{i:03d}.jpg", quality=90)
-    Image.fromarray(photographs[0][:90, :120]).convert("L").save(root / "grey.png")
+    Image.fromarray(photographs[0][:90, :120]).convert("L").save(root / "gray.png")
     Image.fromarray(photographs[1][:200, :100]).save(root / "a" / "narrow.JPEG")
     whole = (root / "000.jpg").read_bytes()
     (root / "a" / "cut-off.jpg").write_bytes(whole[: len(whole) // 2])

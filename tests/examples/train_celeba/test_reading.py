@@ -59,7 +59,7 @@ def test_the_center_is_cropped(tmp_path: Path) -> None:
     Image.fromarray(image).save(tmp_path / "face.png")
     ((image,), _) = ImageFolder(tmp_path, size=32, crop=160).pixels([0])
     assert np.unique(image.reshape(3, -1).T, axis=0).tolist() == [[200, 100, 50]]
-    ((image,), _) = ImageFolder(tmp_path, size=32, crop=0).pixels([0])  # the largest centred square: all of the width
+    ((image,), _) = ImageFolder(tmp_path, size=32, crop=0).pixels([0])  # the largest centerd square: all of the width
     assert (image[:, :, 0] == 0).all()
 
 

@@ -258,7 +258,7 @@ def state(*arguments: str, classes: dict[str, int] | None = None) -> TrainingSta
 
 
 def advance(run: TrainingState, labels: Tensor | None = None) -> Tensor:
-    """One step, on mid-grey images."""
+    """One step, on mid-gray images."""
     z = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     return run.advance(iter([[Piece(torch.zeros(4, 3, 16, 16), z, labels)]] * 9))
 
@@ -348,13 +348,13 @@ def test_eps_reaches_every_spectral_norm() -> None:
             assert set(found) == {1e-4}
 
 
-@pytest.mark.parametrize("synchronised", [True, False])
-def test_batch_norm_is_synchronised_unless_told_otherwise(synchronised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("synchronized", [True, False])
+def test_batch_norm_is_synchronised_unless_told_otherwise(synchronized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[nn.Module] = []
     ranks = type(state_module.SINGLE_PROCESS)
     monkeypatch.setattr(ranks, "synchronized_batch_norm", lambda self, network: asked.append(network) or network)
-    run = state(*([] if synchronised else ["--no-sync-batch-norm"]))
-    assert len(asked) == int(synchronised)
+    run = state(*([] if synchronized else ["--no-sync-batch-norm"]))
+    assert len(asked) == int(synchronized)
     assert isinstance(run.discriminator, SAGANDiscriminator)
 
 

@@ -115,7 +115,7 @@ def test_labels_reach_every_pass() -> None:
     ours = gan(objective("relativistic", 1.0, identity))
     ((_, _, y),) = next(batches(1))
     training_step(ours, batches(1))
-    assert [torch.equal(asked, y) for asked in ours.generator.asked] == [True]  # one pass, learnt from twice
+    assert [torch.equal(asked, y) for asked in ours.generator.asked] == [True]  # one pass, learned from twice
     asked = [labels for _, labels in ours.discriminator.seen]
     # D's step: both kinds at once, R1, R2; G's step: generated, then real images.
     assert [len(labels) for labels in asked] == [16, 8, 8, 8, 8]

@@ -1,4 +1,4 @@
-"""The procedural faces: paired parts have one colour, and face number i is always the same image."""
+"""The procedural faces: paired parts have one color, and face number i is always the same image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PALETTES = [faces.EYES, faces.EARRINGS, faces.BANDS]
 
 
 def color_in(images: np.ndarray, palette: tuple, center: tuple[float, float], reach: float) -> np.ndarray:
-    """Which of the palette's colours fills most of the window around (x, y), for each image; -1 for none."""
+    """Which of the palette's colors fills most of the window around (x, y), for each image; -1 for none."""
     size = images.shape[-1]
     (left, right), (top, bottom) = [(int((c - reach + 1) / 2 * size), int((c + reach + 1) / 2 * size)) for c in center]
     window = images[:, :, top:bottom, left:right].astype(float)  # (n, 3, h, w)
@@ -34,7 +34,7 @@ def test_distant_parts_share_a_color(palette, one, other, reach):
     here, there = color_in(images, palette, one, reach), color_in(images, palette, other, reach)
     assert (here >= 0).mean() > 0.95  # the part is visible in every pose
     assert (here == there).mean() > 0.95
-    assert set(here) >= set(range(len(palette)))  # and every colour occurs
+    assert set(here) >= set(range(len(palette)))  # and every color occurs
 
 
 @pytest.mark.parametrize("palette", PALETTES)

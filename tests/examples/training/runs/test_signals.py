@@ -154,11 +154,11 @@ def test_signals_of_the_last_step_and_after_it_change_nothing(
     for name in ("save_and_rotate", "draw"):
         original = getattr(train_celeba, name)
 
-        def signalled(*arguments: object, original: Callable[..., object] = original, **more: object) -> object:
+        def signaled(*arguments: object, original: Callable[..., object] = original, **more: object) -> object:
             signal.raise_signal(signal.SIGTERM)
             return original(*arguments, **more)
 
-        monkeypatch.setattr(train_celeba, name, signalled)
+        monkeypatch.setattr(train_celeba, name, signaled)
     assert train(tmp_path, "--steps", "2") == 0
     assert "next " in capsys.readouterr().out.splitlines()[-3]
 
