@@ -161,6 +161,7 @@ def test_not_a_number_is_not_hidden() -> None:
     assert y[..., [0, 2, 3]].isfinite().all()
 
 
+@pytest.mark.exhaustive  # a compiler
 # The compiler's own modules use parts of torch that torch has deprecated.
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_compiled_without_a_graph_break() -> None:
@@ -177,6 +178,7 @@ def test_compiled_without_a_graph_break() -> None:
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.exhaustive  # a compiler
 # PyTorch's own check reads the gradients of intermediate tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_operators_keep_pytorchs_contract() -> None:

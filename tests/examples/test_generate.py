@@ -409,7 +409,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (["{model}", "--count", "0"], r"--count must be at least 1, got 0"),
         (["{model}", "--interpolate", "--stops", "1"], r"--stops must be at least 2, got 1"),
         (["{model}", "--truncation", "0"], r"--truncation must be above 0, got 0"),
-        (["{model}", "--crop", "-1"], r"--crop -1: expected auto, or a number of pixels"),
+        (["{model}", "--crop", "-1"], r"--crop -1: expected auto, pad, or a number of pixels"),
         (["{model}", "--seed", str(2**63)], r"--seed must be from 0 .*got 9223372036854775808"),
         (["{model}", "--truncation", "nan"], r"--truncation must be above 0, got nan"),
         (["{model}", "--video", "webp", "--fps", "1e-9"], r"--fps must be from 0\.01 to 100, got 1e-09"),

@@ -111,6 +111,7 @@ def test_a_resumed_run_stays_in_its_folder(resume: str, tmp_path: Path, monkeypa
     assert [path.name for path in Path("runs").iterdir()] == [folder.name]
 
 
+@pytest.mark.exhaustive  # several runs
 def test_nothing_is_asked_of_a_dry_run_or_a_run_that_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +150,7 @@ def test_other_images_are_refused_before_anything_is_trained(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.exhaustive  # several runs
 def test_the_checkpoint_and_the_grid_depend_on_the_seed_alone(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,6 +278,7 @@ def test_it_compiles_in_one_graph_and_exports() -> None:
     assert [len(calls) for calls in records.values()] == [1, 1, 1]
 
 
+@pytest.mark.exhaustive  # a compiler
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own modules
 def test_a_converted_model_compiles_in_one_graph_and_exports() -> None:
     model = attentive(["conv", "bn"]).eval()

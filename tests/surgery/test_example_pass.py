@@ -65,6 +65,7 @@ def test_no_random_state_advances() -> None:
     assert states() != before
 
 
+@pytest.mark.exhaustive  # a fresh process that imports torch
 def test_numpy_is_not_needed() -> None:
     """Where NumPy is not loaded, as without it PyTorch works too, it is neither loaded nor asked."""
     code = """

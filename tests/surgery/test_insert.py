@@ -295,5 +295,6 @@ def test_without_an_example_a_layer_is_where_its_host_or_the_model_is() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1, device="meta"), nn.GroupNorm(1, 4, affine=False))
     insert_self_attention(model, ["0", "1"])
     assert [layer.gamma.device.type for layer in inserted(model)] == ["meta", "meta"]
-    model = insert_self_attention(nn.Sequential(nn.GroupNorm(1, 4, affine=False)), "0")  # nothing tells
+    model = nn.Sequential(nn.GroupNorm(1, 4, affine=False))  # nothing tells
+    insert_self_attention(model, "0", attention=SelfAttention2d)
     assert [layer.gamma.device.type for layer in inserted(model)] == ["cpu"]

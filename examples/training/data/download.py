@@ -143,6 +143,7 @@ def _receive(file: RemoteFile, part: Path, have: int, bar: tqdm) -> None:
                 if not chunk:
                     return
                 target.write(chunk)
+                target.flush()  # after a kill, the next run goes on from here
                 have += len(chunk)
                 bar.update(len(chunk))
 

@@ -163,6 +163,7 @@ def test_signals_of_the_last_step_and_after_it_change_nothing(
     assert "next " in capsys.readouterr().out.splitlines()[-3]
 
 
+@pytest.mark.exhaustive  # a terminal and a process of its own
 @pytest.mark.slow  # starts a process
 @pytest.mark.parametrize("nohup", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_closed_terminal_ends_a_run_in_order_unless_it_runs_under_nohup(nohup: bool, tmp_path: Path) -> None:
