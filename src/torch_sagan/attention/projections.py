@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 __all__ = ["pointwise_convolution", "project", "reset"]
 
 # By the number of spatial dimensions.
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 # What a call of a convolution runs. PyTorch has no public names for hooks.
@@ -58,7 +58,9 @@ def _is_plain_1x1_convolution(module: nn.Module, spatial_dims: int) -> bool:
     )
 
 
-ORIGINAL = {(kind, name): getattr(kind, name) for kind in CONVOLUTIONS.values() for name in METHODS}
+ORIGINAL: dict[tuple[type[nn.Module], str], object] = {
+    (kind, name): getattr(kind, name) for kind in CONVOLUTIONS.values() for name in METHODS
+}
 
 
 def reset(module: Any) -> None:
