@@ -49,6 +49,7 @@ from evaluation.color_agreement import PAIRS, ColorClassifiers
 from evaluation.evaluator import evaluation_mode
 from evaluation.sliced_wasserstein import sliced_wasserstein
 from measurement.intervals import paired_difference
+from measurement.summary_chart import draw
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d
 from training.average import recalibrated, update_average
 from training.data import procedural_faces as faces
@@ -351,22 +352,10 @@ def read_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace,
     return args, Settings(**{setting.name: getattr(args, setting.name) for setting in fields(Settings)})
 
 
-def draw(summary: Path) -> int:
-    """Write the chart of a summary beside it."""
-    path = summary.with_suffix(".svg")
-    try:
-        text = chart(json.loads(summary.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        fail(f"{summary}: it cannot be read as a summary ({error!r})")
-    write_text(path, text)
-    print(path)
-    return 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     args, settings = read_arguments(arguments)
     if args.draw:
-        return draw(args.draw)
+        return draw(args.draw, chart)
     out: Path = args.out
     try:
         networks("local", settings)
@@ -395,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_text(out / "table.md", text)
     print(text, end="")
     write_json(out / "summary.json", summarize(found, marks, settings))
-    draw(out / "summary.json")
+    draw(out / "summary.json", chart)
     print(f"results, table and images are in {out}")
     return 0
 

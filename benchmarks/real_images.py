@@ -48,6 +48,7 @@ from measurement.dot_chart import Panel, dot_chart
 from measurement.intervals import paired_difference
 from measurement.plain_dcgan import Z_DIM, train
 from measurement.stopwatch import Stopwatch
+from measurement.summary_chart import draw
 from recipe_costs import gan_and_batch, read_recipe
 from torch_sagan import record_attention
 from training.data.sources import InfiniteBatchSampler, open_data, open_held_out
@@ -262,18 +263,6 @@ def chart(summary: Result) -> str:
     return dot_chart(panels)
 
 
-def draw(summary: Path) -> int:
-    """Write the chart of a summary beside it."""
-    path = summary.with_suffix(".svg")
-    try:
-        text = chart(json.loads(summary.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        fail(f"{summary}: it cannot be read as a summary ({error!r})")
-    write_text(path, text)
-    print(path)
-    return 0
-
-
 # -------------------------------------------------------------------------------------------------------------- main
 
 
@@ -307,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.plain:
         return plain(args.plain, args.seed, out)
     if args.draw:
-        return draw(args.draw)
+        return draw(args.draw, chart)
     collected = partial(collect, out, args.arms, args.settings, equal_time=args.equal_time)
     found = collected()
     if not args.report:

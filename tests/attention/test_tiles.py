@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention_paths import TILE, inputs
@@ -67,6 +68,16 @@ def test_rows_of_very_different_logits_keep_their_precision() -> None:
     )
 
 
+def tiled_and_exact(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor) -> list[list[Tensor]]:
+    """The result and the gradients in tiles and float32, and by the plain equation in float64."""
+    results = []
+    for attention, dtype in (tiled, torch.float32), (plain, torch.float64):
+        tensors = [t.to(dtype).requires_grad_() for t in (query, key, value)]
+        y = attention(*tensors)
+        results.append([y, *torch.autograd.grad(y, tensors, gradient.to(dtype))])
+    return results
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("offset", [2.0**21, -(2.0**21), 2.0**23])
 def test_logits_with_a_huge_offset_in_common(offset: float) -> None:
@@ -77,11 +88,7 @@ def test_logits_with_a_huge_offset_in_common(offset: float) -> None:
     query, key = (step * (t / step).round().clamp(-4, 4) for t in (query, key))
     query[:, 0], key[:, 0] = 1.0, offset
     gradient = torch.randn(2, 4, 2 * TILE + 3)
-    results = []
-    for attention, dtype in (tiled, torch.float32), (plain, torch.float64):
-        tensors = [t.to(dtype).requires_grad_() for t in (query, key, value)]
-        y = attention(*tensors)
-        results.append([y, *torch.autograd.grad(y, tensors, gradient.to(dtype))])
+    results = tiled_and_exact(query, key, value, gradient)
     # float32's rounding (6e-8) of sums of some dozens; the gradient of the query is a sum over keys as large as these.
     scales = [1.0, abs(offset), 1.0, 1.0]
     for mine, exact, scale in zip(*results, scales, strict=True):
@@ -220,11 +227,7 @@ def test_logits_around_the_largest_that_exp2_takes(largest: float) -> None:
     query, key, value = (t.detach() for t in inputs(2, 3, 4, 2 * TILE + 1, TILE + 1, dtype=torch.float32))
     query *= largest / (query.mT @ key).amax()
     gradient = torch.randn(2, 4, 2 * TILE + 1)
-    results = []
-    for attention, dtype in (tiled, torch.float32), (plain, torch.float64):
-        tensors = [t.to(dtype).requires_grad_() for t in (query, key, value)]
-        y = attention(*tensors)
-        results.append([y, *torch.autograd.grad(y, tensors, gradient.to(dtype))])
+    results = tiled_and_exact(query, key, value, gradient)
     for mine, exact in zip(*results, strict=True):
         # float32 rounds such a logit by 3e-5, and so the weights; gradients are sums of some dozens.
         torch.testing.assert_close(mine.double(), exact, rtol=1e-3, atol=1e-3 * float(exact.detach().abs().max()))
