@@ -40,6 +40,21 @@ class Config:
     architecture: str = option("dcgan", "networks", "resnet is the paper's, mnist a tutorial's", choices=ARCHITECTURES)
     z_dim: int = option(128, "networks", "length of the latent vector", least=1)
     base_channels: int = option(64, "networks", "channels of the largest feature map, doubled at each smaller one")
+    g_widths: str = option(
+        "auto", "networks", "channels of each of G's feature maps, smallest first; auto: by --base-channels", fixed=True
+    )
+    d_widths: str = option(
+        "auto", "networks", "channels of each of D's blocks, from the image on; auto: by --base-channels", fixed=True
+    )
+    d_downsampling_blocks: str = option(
+        "auto",
+        "networks",
+        "how many of resnet's D blocks halve the map; auto: down to 4 to 7 pixels",
+        choices=("auto", *map(str, range(1, 10))),
+        fixed=True,
+    )
+    normalize_classes: bool = option(False, "networks", "spectral norm of G's scales and shifts of classes", fixed=True)
+    norm_eps: float = option(1e-5, "networks", "what batch norms add to the variance", least=0, fixed=True)
     conditioning: str = option(
         "batch_norm",
         "networks",
@@ -134,6 +149,8 @@ def check(config: Config, processes: int) -> None:
         fail("--conditioning latent: with --classes none there is no class that could be joined to the latent vector")
     if config.upsampling == "transposed" and config.architecture == "resnet":
         fail("--upsampling transposed: --architecture resnet has nearest alone")
+    if config.normalize_classes and (config.classes == "none" or config.conditioning == "latent"):
+        fail("--normalize-classes: batch norms have no classes without --classes, or with --conditioning latent")
     if config.lr_decay == "none" and config.decay_from:
         fail(f"--decay-from {config.decay_from}: nothing decays without --lr-decay linear")
     if config.lr_decay == "linear" and config.decay_from >= config.steps:

@@ -204,8 +204,13 @@ def resolve_config(settings: type[Settings], given: dict[str, Any], stored: dict
 
 def resolutions(name: str, text: str) -> list[int] | None:
     """Turn 16,32 into [16, 32], none into [], and auto into None, which leaves the choice to the network."""
-    if text in ("auto", "none"):
-        return None if text == "auto" else []
-    if not all(size.strip().isdecimal() for size in text.split(",")):
-        fail(f"{flag(name)} {text}: expected sizes of feature maps such as 16 or 16,32, or auto, or none")
-    return [int(size) for size in text.split(",")]
+    return [] if text == "none" else numbers(name, text, "sizes of feature maps such as 16 or 16,32, or auto, or none")
+
+
+def numbers(name: str, text: str, expected: str) -> list[int] | None:
+    """Turn 16,32 into [16, 32], and auto into None."""
+    if text == "auto":
+        return None
+    if not all(number.strip().isdecimal() for number in text.split(",")):
+        fail(f"{flag(name)} {text}: expected {expected}")
+    return [int(number) for number in text.split(",")]

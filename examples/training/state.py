@@ -28,7 +28,7 @@ from training.objectives import objective
 from training.output.logging import Means
 from training.runs.checkpointing import CONTENTS, versions
 from training.runs.distributed import SINGLE_PROCESS, Ranks
-from training.script import resolutions
+from training.script import numbers, resolutions
 from training.step import GAN, Piece, training_step
 
 
@@ -196,11 +196,11 @@ def build_networks(
 ) -> tuple[SAGANGenerator, SAGANDiscriminator]:
     """G and D of a run, untrained, on the CPU."""
     shared: dict[str, Any] = {
-        "base_channels": config.base_channels,
         "image_channels": image_channels,
         "num_classes": num_classes,
         "eps": config.sigma_eps,
     }
+    halvings = config.d_downsampling_blocks
     generator = build_generator(
         config.architecture,
         config.image_size,
@@ -208,6 +208,9 @@ def build_networks(
         conditioning=config.conditioning if num_classes else "batch_norm",
         upsampling=None if config.upsampling == "auto" else config.upsampling,
         attention_resolutions=resolutions("g_attention", config.g_attention),
+        normalize_classes=config.normalize_classes,
+        norm_eps=config.norm_eps,
+        **_widths(config, "g_widths"),
         **shared,
     )
     discriminator = build_discriminator(
@@ -216,9 +219,17 @@ def build_networks(
         attention_resolutions=resolutions("d_attention", config.d_attention),
         # WGAN-GP's penalty pulls gradients to norm 1, spectral norm keeps them far below: use only one of the two.
         normalize=config.loss != "wgan-gp",
+        **_widths(config, "d_widths"),
+        downsampling_blocks=None if halvings == "auto" else int(halvings),
         **shared,
     )
     return generator, discriminator
+
+
+def _widths(config: Config, name: str) -> dict[str, Any]:
+    """The argument for the channels of one network."""
+    widths = numbers(name, getattr(config, name), "numbers of channels such as 256,256,256,256, or auto")
+    return {"base_channels": config.base_channels} if widths is None else {"widths": widths}
 
 
 def adam(model: nn.Module, lr: float, config: Config) -> torch.optim.Adam:

@@ -17,8 +17,9 @@ from torch_sagan.maps.overlay import attention_overlay, mark_queries
 from torch_sagan.maps.record import record_attention
 from torch_sagan.networks.conditional import ConditionalBatchNorm2d, ProjectionHead
 from torch_sagan.networks.discriminator import SAGANDiscriminator
-from torch_sagan.networks.foreign_weights import load_reference_state_dict
 from torch_sagan.networks.generator import SAGANGenerator
+from torch_sagan.networks.published.loading import load_published
+from torch_sagan.networks.sharing import load_generator, save_generator
 from torch_sagan.spectral.legacy import convert_legacy_spectral_norm
 from torch_sagan.spectral.models import (
     apply_spectral_norm,
@@ -56,7 +57,8 @@ __all__ = [
     "hinge_generator_loss",
     "insert_self_attention",
     "insertion_points",
-    "load_reference_state_dict",
+    "load_generator",
+    "load_published",
     "mark_queries",
     "recalibrate",
     "record_attention",
@@ -65,6 +67,7 @@ __all__ = [
     "remove_self_attention",
     "remove_spectral_norm",
     "reset_power_iteration",
+    "save_generator",
     "spectral_norm",
     "spectral_norms",
     "wasserstein_discriminator_loss",

@@ -405,7 +405,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (["{tmp}/file"], r"file: it cannot be read as a checkpoint"),
         (["{tmp}/other.pt"], r"other\.pt: it is not a checkpoint of this trainer"),
         (["{diverged}"], r"the generator's images hold infinities or NaN: its training has diverged"),
-        (["{model}", "--export", "{tmp}/model.pt"], r"model\.pt: the name has to end in \.safetensors"),
+        (["{model}", "--export", "{tmp}/model.pt"], r"model\.pt: expected a name that ends in \.safetensors"),
         (["{model}", "--count", "0"], r"--count must be at least 1, got 0"),
         (["{model}", "--interpolate", "--stops", "1"], r"--stops must be at least 2, got 1"),
         (["{model}", "--truncation", "0"], r"--truncation must be above 0, got 0"),

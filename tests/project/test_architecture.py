@@ -102,8 +102,11 @@ def test_the_check_sees_imports_in_every_form(tmp_path: Path) -> None:
 
 
 def test_torch_is_the_only_requirement() -> None:
+    """But for the files of safetensors, for whose reading it is imported then and no earlier."""
     needed = {module.split(".")[0] for path in MODULES.values() for module, _ in imports(path)}
-    assert needed - sys.stdlib_module_names == {"torch", "torch_sagan"}
+    assert needed - sys.stdlib_module_names == {"torch", "torch_sagan", "safetensors"}
+    code = "import sys, torch_sagan; sys.exit('safetensors' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_no_module_for_leftovers() -> None:
@@ -187,7 +190,7 @@ def test_names_that_are_promised() -> None:
         "SelfAttention2d", "SpectralNorm", "spectral_norm", "remove_spectral_norm", "apply_spectral_norm",
         "reset_power_iteration", "spectral_norms", "SAGANGenerator", "SAGANDiscriminator", "hinge_discriminator_loss",
         "hinge_generator_loss", "wasserstein_discriminator_loss", "wasserstein_generator_loss", "gradient_penalty",
-        "ConditionalBatchNorm2d", "ProjectionHead", "attention_overlay", "load_reference_state_dict", "functional",
+        "ConditionalBatchNorm2d", "ProjectionHead", "attention_overlay", "load_published", "functional",
         "insert_self_attention", "remove_self_attention", "record_attention", "mark_queries", "AttentionRecord",
         "convert_legacy_spectral_norm", "explore_attention",
     }  # fmt: skip

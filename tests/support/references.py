@@ -6,8 +6,10 @@ Nothing here imports ``torch_sagan``. Numbers are float64, attention is three ne
 from __future__ import annotations
 
 import itertools
+import json
 import zlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,13 +140,13 @@ def fill(name: str, shape: tuple[int, ...]) -> Tensor:
     last = name.rsplit(".", 1)[-1]
     if last == "num_batches_tracked":
         return torch.zeros(shape, dtype=torch.long)
-    if last == "gamma":
+    if last in ("gamma", "sigma"):
         n = np.full(shape, 0.5)
     elif last in ("weight_u", "weight_v"):
         n = n / np.sqrt(np.sum(n**2))
-    elif last == "running_var":
+    elif last in ("running_var", "stored_var"):
         n = 1 + 0.1 * abs(n)
-    elif last in ("running_mean", "bias"):
+    elif last in ("running_mean", "stored_mean", "bias"):
         n = 0.1 * n
     elif len(shape) == 1:
         n = 1 + 0.1 * n
@@ -165,6 +167,12 @@ def filled_with_settled_vectors(shapes: Shapes, prefix: str) -> dict[str, Tensor
             v_name, matrix = f"{name[:-1]}v", as_matrix(weights[f"{name[:-1]}orig"])
             weights[name], weights[v_name] = power_iteration_by_numpy(matrix, weights[name], weights[v_name], 30)
     return weights
+
+
+def stored_shapes(arrays: Mapping[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
+    """A whole state dict in its order: names and shapes, each of them JSON, or arrays of such."""
+    names, shapes = (json.loads(str(arrays[f"{prefix}/{what}"])) for what in ("names", "shapes"))
+    return {name: tuple(shape) for name, shape in zip(names, shapes, strict=True)}
 
 
 def attention_shapes(channels: int, prefix: str = "") -> dict[str, tuple[int, ...]]:

@@ -1,14 +1,12 @@
-"""Save and load a generator on its own: one safetensors file, with a card that describes its weights.
+"""Save and load a generator of the trainer on its own: one safetensors file, with a card that describes its weights.
 
     save(weights, card, Path("faces.safetensors"))              # writes it, and a copy of the card as faces.json
-    generator, card = load(Path("faces.safetensors"))           # a SAGANGenerator in evaluation mode
-    weights, card = from_checkpoint(Path("runs/faces"))         # the same two from the trainer's checkpoint
+    generator, card = open_generator(Path("faces.safetensors"))  # a SAGANGenerator in evaluation mode
+    weights, card = from_checkpoint(Path("runs/faces"))         # the two from the trainer's checkpoint
 
-The card's entry `generator` holds the arguments of `build_generator` in architectures.py (apart from `mnist` they are
-those of `SAGANGenerator`), `classes` the names of the classes with their numbers of images; the rest is information. It
-is in the metadata of the file, as JSON, beside the SHA-256 of the weights: a generator is one file, which is written
-completely or not at all, and cannot execute code. The copy is for people and other programs; `weights` in it are the
-name and SHA-256 of the file. Files of earlier versions have their card in the copy alone.
+The file is that of `torch_sagan.save_generator`. The card's entry `generator` holds the arguments of `build_generator`
+in architectures.py (apart from `mnist` they are those of `SAGANGenerator`), `classes` the names of the classes with
+their numbers of images. The copy is for people and other programs; its `weights` are the file's name and SHA-256.
 """
 
 from __future__ import annotations
@@ -22,18 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as read_tensors
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 import torch_sagan
-from torch_sagan import SAGANGenerator
+from torch_sagan import SAGANGenerator, load_generator, load_published, save_generator
 from training.architectures import build_generator
 from training.average import recalibrated
-from training.output.mmgeneration import published_generator
 from training.runs import checkpointing
-from training.runs.atomic_files import write, write_json
+from training.runs.atomic_files import write_json
 from training.runs.folder import FILES
 from training.runs.memory import out_of_memory
 from training.runs.tensor_files import read
@@ -42,7 +36,6 @@ Card = dict[str, Any]
 Weights = Mapping[str, Tensor]
 
 SUFFIX = ".safetensors"
-CARD, SHA256 = "card", "sha256"  # entries of its metadata
 
 
 def save(weights: Weights, card: Card, path: Path) -> None:
@@ -52,21 +45,17 @@ def save(weights: Weights, card: Card, path: Path) -> None:
         ValueError: for another suffix, for weights that do not fit the network that the card describes, and where the
             copy would replace a file that is no card.
     """
-    if path.suffix != SUFFIX:
-        raise ValueError(f"{path}: the name has to end in {SUFFIX}")
-    build(weights, card)
     copy = path.with_suffix(".json")
     if copy.exists() and not _is_card(copy):
         raise ValueError(f"{copy}: expected nothing or the card of a generator there, which it would replace")
     card = {name: value for name, value in card.items() if name != "weights"}
-    # Without NaN, which is no JSON, and in ASCII: a class may have the name of a folder that is not UTF-8.
-    metadata = {CARD: json.dumps(card, allow_nan=False)}
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    metadata[SHA256] = hashlib.sha256(_data(tensor_bytes(tensors))).hexdigest()
-    content = tensor_bytes(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, lambda file: file.write(content))
-    write_json(copy, card | {"weights": {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}})
+    try:
+        save_generator(path, build(weights, card), card=card, build=build_generator)
+    except OSError as error:
+        raise SystemExit(f"cannot save {path}: {error}") from None
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    write_json(copy, card | {"weights": {"file": path.name, "sha256": sha256}})
 
 
 def _is_card(path: Path) -> bool:
@@ -76,60 +65,16 @@ def _is_card(path: Path) -> bool:
         return False
 
 
-def _header_length(content: bytes) -> int:
-    """The bytes before the data: a length of 8 bytes, and so many bytes of JSON."""
-    return 8 + int.from_bytes(content[:8], "little")
-
-
-def _data(content: bytes) -> bytes:
-    """The tensors in the bytes of a safetensors file."""
-    return content[_header_length(content) :]
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file, which the library reads from paths alone."""
-    found = json.loads(content[8 : _header_length(content)]).get("__metadata__", {})
-    return found if isinstance(found, dict) else {}
-
-
 def load(path: Path) -> tuple[SAGANGenerator, Card]:
     """The generator of `path`, in evaluation mode, and its card.
 
     Raises:
-        ValueError: if the file is missing or damaged, or has no card, neither in it nor beside it.
+        ValueError: if the file is missing or damaged, or has no card.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    content = path.read_bytes()
-    try:
-        weights, metadata = read_tensors(content), _metadata(content)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: it cannot be read as safetensors ({error})") from None
-    if CARD not in metadata:
-        card = _card_beside(path, content)
-    else:
-        if hashlib.sha256(_data(content)).hexdigest() != metadata.get(SHA256):
-            raise ValueError(f"{path}: damaged, its weights are not those that were written")
-        try:
-            card = json.loads(metadata[CARD])
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}: damaged, its card cannot be read") from None
-    return build(weights, card), card
-
-
-def _card_beside(path: Path, content: bytes) -> Card:
-    """The card of a file from an earlier version."""
-    beside = path.with_suffix(".json")
-    if not beside.is_file():
-        raise ValueError(f"{beside}: no such file, and {path.name} has no card in it")
-    try:
-        card: Card = json.loads(beside.read_text(encoding="utf-8"))
-        digest = card["weights"]["sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{beside}: it cannot be read as the card of a generator") from None
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError(f"{path}: damaged, or not the file that {beside.name} describes")
-    return card
+    generator = load_generator(path, build=build_generator)
+    return generator, generator.card
 
 
 def build(weights: Weights, card: Card) -> SAGANGenerator:
@@ -214,19 +159,22 @@ def output_folder(model: Path) -> Path:
 
 def open_generator(path: Path, *, average: bool = True) -> tuple[SAGANGenerator, Card]:
     """The generator in a .safetensors file, in a checkpoint of the trainer, in the newest checkpoint of a folder, or in
-    a file that mmgeneration has published.
+    a file that `torch_sagan.load_published` reads.
 
     The average of a checkpoint is recalibrated, as the trainer draws and scores it.
     """
     if path.suffix == SUFFIX:
         return load(path)
     file, state = _read(path)
-    if isinstance(state, Mapping) and "state_dict" in state:
+    if isinstance(state, Mapping) and "config" not in state:
         try:
-            generator, arguments = published_generator(state["state_dict"], average=average)
+            generator = load_published(file, averaged=average)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        return generator, {"generator": arguments, "averaged": average, "classes": {}, "source": file.name}
+            reason = str(error).removeprefix(f"{file}: ")
+            raise ValueError(
+                f"{file}: it is not a checkpoint of this trainer, and as a published file: {reason}"
+            ) from None
+        return generator, {"generator": generator.arguments, "classes": {}, **generator.card}
     weights, card = _trained(file, state, average=average)
     generator = build(weights, card)
     return (recalibrated(generator, list(card["classes"].values())) if average else generator), card
@@ -238,17 +186,27 @@ def image_channels(weights: Weights) -> int:
     return len(bias)
 
 
+def _widths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The argument for the channels of the generator."""
+    widths = config.get("g_widths", "auto")
+    if widths == "auto":
+        return {"base_channels": config["base_channels"]}
+    return {"widths": [int(width) for width in widths.split(",")]}
+
+
 def _arguments(config: Mapping[str, Any], weights: Weights, classes: Mapping[str, int]) -> dict[str, Any]:
     """The arguments that build a generator with these weights."""
     return {
         "architecture": config["architecture"],
         "image_size": config["image_size"],
         "z_dim": config["z_dim"],
-        "base_channels": config["base_channels"],
+        **_widths(config),
         "image_channels": image_channels(weights),
         "num_classes": len(classes) or None,
         "conditioning": config.get("conditioning", "batch_norm") if classes else "batch_norm",
         "upsampling": None if (upsampling := config.get("upsampling", "auto")) == "auto" else upsampling,
+        "normalize_classes": config.get("normalize_classes", False),
+        "norm_eps": config.get("norm_eps", 1e-5),
         # The setting may be auto, so read them from the weights.
         "attention_resolutions": sorted({int(name.split(".")[1]) for name in weights if name.startswith("attention.")}),
     }

@@ -1,4 +1,4 @@
-"""The blocks of the two networks, and functions for the number, width and size of a network's blocks.
+"""The blocks of the two networks.
 
 Up blocks and heads are called as ``block(x, labels)``, with labels None in a network without classes, and down blocks
 as ``block(x)``.
@@ -6,7 +6,7 @@ as ``block(x)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
@@ -14,35 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_sagan.attention.layer import SelfAttention2d
-from torch_sagan.networks.conditional import ConditionalBatchNorm2d, ProjectionHead
+from torch_sagan.networks.conditional import ProjectionHead
 
 __all__ = [
     "UPSAMPLING",
+    "BatchNormFactory",
     "DCGANHead",
     "DCGANProjectionHead",
     "DownBlock",
     "FirstResidualDownBlock",
     "LatentBlock",
+    "Normalizer",
     "PooledConv2d",
     "ResidualDownBlock",
     "ResidualHead",
     "ResidualUpBlock",
-    "Stages",
     "UpBlock",
     "UpsampledConv2d",
-    "feature_map_sizes",
-    "residual_resolutions",
     "spectral_norm_attention",
-    "stage_widths",
     "to_image",
 ]
 
 Normalizer = Callable[[nn.Module], nn.Module]
-AttentionFactory = Callable[[int], nn.Module]
+BatchNormFactory = Callable[[int], nn.Module]  # of a number of channels; called as norm(x), or norm(x, labels)
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
-
-# The widest stage has 16 times the base width, as in the paper's network; only images above 128 pixels reach it.
-WIDEST = 16
 
 
 # The DCGAN blocks of the PyTorch reference.
@@ -52,12 +47,12 @@ class UpBlock(nn.Module):
     """A convolution that makes the map larger, batch norm, ReLU."""
 
     def __init__(
-        self, conv: nn.Conv2d | nn.ConvTranspose2d, num_classes: int | None, spectral_norm: Normalizer
+        self, conv: nn.Conv2d | nn.ConvTranspose2d, batch_norm: BatchNormFactory, spectral_norm: Normalizer
     ) -> None:
         super().__init__()
         channels = conv.out_channels
         self.conv: nn.Module = spectral_norm(conv)
-        self.norm: nn.Module = _batch_norm(channels, num_classes)
+        self.norm: nn.Module = batch_norm(channels)
         self.activation: nn.Module = nn.ReLU()
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
@@ -153,11 +148,13 @@ class PooledConv2d(nn.Conv2d):
 class ResidualUpBlock(nn.Module):
     """Twice the size: norm, ReLU, nearest ×2, 3×3, norm, ReLU, 3×3. The shortcut is nearest ×2, 1×1."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_classes: int | None, spectral_norm: Normalizer) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, batch_norm: BatchNormFactory, spectral_norm: Normalizer
+    ) -> None:
         super().__init__()
-        self.norm1: nn.Module = _batch_norm(in_channels, num_classes)
+        self.norm1: nn.Module = batch_norm(in_channels)
         self.conv1: nn.Module = spectral_norm(_xavier(UpsampledConv2d(in_channels, out_channels, 3, padding=1)))
-        self.norm2: nn.Module = _batch_norm(out_channels, num_classes)
+        self.norm2: nn.Module = batch_norm(out_channels)
         self.conv2: nn.Module = spectral_norm(_conv3x3(out_channels, out_channels))
         self.shortcut: nn.Module = spectral_norm(_xavier(UpsampledConv2d(in_channels, out_channels, 1)))
 
@@ -168,16 +165,35 @@ class ResidualUpBlock(nn.Module):
 
 
 class ResidualDownBlock(nn.Module):
-    """Half the size: ReLU, 3×3, ReLU, 3×3, mean of 2×2. The shortcut is 1×1, mean of 2×2."""
+    """Half the size: ReLU, 3×3, ReLU, 3×3, mean of 2×2. The shortcut is 1×1, mean of 2×2.
 
-    def __init__(self, in_channels: int, out_channels: int, spectral_norm: Normalizer) -> None:
+    Without ``downsample`` the size stays, no mean is taken, and where the width stays, too, the shortcut is x itself.
+    With ``shortcut_after_relu`` the shortcut gets what the first ReLU returns: in networks whose ReLU works in place,
+    nothing else is left of x by then.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        spectral_norm: Normalizer,
+        *,
+        downsample: bool = True,
+        shortcut_after_relu: bool = False,
+    ) -> None:
         super().__init__()
+        last = PooledConv2d if downsample else nn.Conv2d
+        self.shortcut_after_relu = shortcut_after_relu
         self.conv1: nn.Module = spectral_norm(_conv3x3(in_channels, out_channels))
-        self.conv2: nn.Module = spectral_norm(_xavier(PooledConv2d(out_channels, out_channels, 3, padding=1)))
-        self.shortcut: nn.Module = spectral_norm(_xavier(PooledConv2d(in_channels, out_channels, 1)))
+        self.conv2: nn.Module = spectral_norm(_xavier(last(out_channels, out_channels, 3, padding=1)))
+        self.shortcut: nn.Module = nn.Identity()
+        if downsample or in_channels != out_channels:
+            self.shortcut = spectral_norm(_xavier(last(in_channels, out_channels, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(F.relu(self.conv1(F.relu(x)))) + self.shortcut(x)  # (B, out, H/2, W/2)
+        activated = F.relu(x)  # (B, in, H, W)
+        y = self.conv2(F.relu(self.conv1(activated)))  # (B, out, H/2, W/2), or (B, out, H, W)
+        return y + self.shortcut(activated if self.shortcut_after_relu else x)
 
 
 class FirstResidualDownBlock(ResidualDownBlock):
@@ -190,18 +206,26 @@ class FirstResidualDownBlock(ResidualDownBlock):
         return self.conv2(F.relu(self.conv1(x))) + self.shortcut(x)  # (B, out, H/2, W/2)
 
 
-class ResidualHead(nn.Module):
-    """The logit of a feature map: a residual block of the same size and width, ReLU, and the sum over positions in a
+class ResidualHead(ResidualDownBlock):
+    """The logit of a feature map: a residual block of the same size, ReLU, and the sum over positions in a
     :class:`torch_sagan.ProjectionHead`."""
 
-    def __init__(self, channels: int, num_classes: int | None, spectral_norm: Normalizer) -> None:
-        super().__init__()
-        self.conv1: nn.Module = spectral_norm(_conv3x3(channels, channels))
-        self.conv2: nn.Module = spectral_norm(_conv3x3(channels, channels))
-        self.projection: ProjectionHead = ProjectionHead(channels, num_classes, spectral_norm=spectral_norm)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int | None,
+        spectral_norm: Normalizer,
+        *,
+        shortcut_after_relu: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, spectral_norm, downsample=False, shortcut_after_relu=shortcut_after_relu
+        )
+        self.projection: ProjectionHead = ProjectionHead(out_channels, num_classes, spectral_norm=spectral_norm)
 
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        x = x + self.conv2(F.relu(self.conv1(F.relu(x))))  # (B, C, H, W)
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = super().forward(x)  # (B, out, H, W)
         return self.projection(F.relu(x).sum(dim=(2, 3)), labels)  # (B,)
 
 
@@ -215,107 +239,10 @@ def spectral_norm_attention(channels: int, spectral_norm: Normalizer) -> SelfAtt
     return layer
 
 
-def to_image(in_channels: int, image_channels: int, spectral_norm: Normalizer) -> nn.Sequential:
+def to_image(in_channels: int, image_channels: int, spectral_norm: Normalizer, *, norm_eps: float) -> nn.Sequential:
     """Batch norm, ReLU, 3×3 to the image."""
-    return nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(), spectral_norm(_conv3x3(in_channels, image_channels)))
-
-
-# Sizes, widths and attention of the stages.
-
-
-class Stages(nn.Module):
-    """What both networks are: blocks in a row, and attention behind those whose feature map has one of the named sizes.
-
-    Args:
-        blocks: called as ``block(x, *labels)``.
-        sizes: S of each block's feature map (B, width, S, S). It is given because that of a traced tensor is no number.
-        widths: its channels.
-        resolutions: which sizes get attention.
-        attention: ``attention(channels) -> Module``.
-        num_classes: classes of a conditional network, or None.
-
-    Raises:
-        ValueError: for a resolution that does not occur; the message lists those that do.
-    """
-
-    def __init__(
-        self,
-        blocks: Iterable[nn.Module],
-        sizes: Sequence[int],
-        widths: Sequence[int],
-        resolutions: Iterable[int],
-        attention: AttentionFactory,
-        num_classes: int | None,
-    ) -> None:
-        super().__init__()
-        resolutions = tuple(resolutions)
-        unknown = [resolution for resolution in resolutions if resolution not in sizes]
-        if unknown:
-            raise ValueError(
-                f"attention_resolutions {unknown} do not occur: its feature maps have the sizes {list(sizes)}"
-            )
-        self.num_classes = num_classes
-        self.sizes: list[int] = list(sizes)
-        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
-        self.attention: nn.ModuleDict = nn.ModuleDict(
-            {str(size): attention(width) for size, width in zip(sizes, widths, strict=True) if size in resolutions}
-        )
-
-    def run_stages(self, x: Tensor, maps: list[Tensor] | None, *labels: Tensor | None) -> Tensor:
-        """The last feature map. Attention maps (B, N, M) are appended to ``maps``, or not computed when it is None."""
-        for size, block in zip(self.sizes, self.blocks, strict=True):
-            x = block(x, *labels)  # (B, width, size, size)
-            if str(size) not in self.attention:
-                continue
-            if maps is None:
-                x = self.attention[str(size)](x)  # (B, width, size, size)
-            else:
-                x, attention_map = self.attention[str(size)](x, return_attention=True)  # and (B, N, M)
-                maps.append(attention_map)
-        return x
-
-
-def feature_map_sizes(image_size: int) -> list[int]:
-    """The sizes of the feature maps between the latent and the image, smallest first.
-
-    >>> feature_map_sizes(64)
-    [4, 8, 16, 32]
-    >>> feature_map_sizes(28)
-    [7, 14]
-
-    Raises:
-        ValueError: when the image size is not 4, 5, 6 or 7 times a power of two (2 at least).
-    """
-    sizes: list[int] = []
-    size = image_size
-    while size > 7 and size % 2 == 0:
-        size //= 2
-        sizes.insert(0, size)
-    if not sizes or size not in (4, 5, 6, 7):
-        raise ValueError(
-            "image_size must be 4, 5, 6 or 7 doubled at least once (8, 10, 12, 14, 16, ... 28, 32, 48, 64, 96, 128, "
-            f"256, ...), got {image_size}"
-        )
-    return sizes
-
-
-def stage_widths(base_channels: int, n_stages: int) -> list[int]:
-    """The channels of each feature map, smallest map first: the base width next to the image, twice as many in each
-    smaller map, at most 16 times the base width.
-
-    >>> stage_widths(64, 4)
-    [512, 256, 128, 64]
-    """
-    return [base_channels * min(2**i, WIDEST) for i in reversed(range(n_stages))]
-
-
-def residual_resolutions(sizes: Iterable[int]) -> list[int]:
-    """Where the residual networks have attention: at 32 pixels, or at the largest feature map below."""
-    return [max(size for size in sizes if size <= 32)]
-
-
-def _batch_norm(channels: int, num_classes: int | None) -> nn.Module:
-    return nn.BatchNorm2d(channels) if num_classes is None else ConditionalBatchNorm2d(channels, num_classes)
+    norm = nn.BatchNorm2d(in_channels, eps=norm_eps)
+    return nn.Sequential(norm, nn.ReLU(), spectral_norm(_conv3x3(in_channels, image_channels)))
 
 
 def _apply_norm(norm: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +26,21 @@ class ConditionalBatchNorm2d(nn.Module):
     The statistics are those of the whole batch, whatever its classes, as in the paper's released code. It starts with
     :math:`\gamma = 1` and :math:`\beta = 0`, and is not spectrally normalized.
 
+    With ``spectral_norm`` it is as in mmgeneration and PyTorch-StudioGAN: :math:`\gamma = 1 + W_{SN}` and
+    :math:`\beta = V_{SN}` come from two normalized embeddings, which start Xavier-uniform.
+
     Args:
         channels: the number of channels, C.
         num_classes: how many classes there are.
         eps: added to the variance.
         momentum: weight of a new batch in the running statistics.
+        spectral_norm: ``spectral_norm(module) -> module`` for the two embeddings, or None for plain parameters.
         device: where the parameters are made; default: PyTorch's default device.
         dtype: of the parameters; default: PyTorch's default dtype.
 
     Attributes:
-        gamma: the scale of each class, (num_classes, C).
-        beta: the shift of each class, (num_classes, C).
+        gamma, beta: the scale and the shift of each class, (num_classes, C); without ``spectral_norm``.
+        scale, shift: the embeddings W and V, (num_classes, C); with ``spectral_norm``.
         norm: the batch norm without an affine part, which ``SyncBatchNorm.convert_sync_batchnorm`` finds.
 
     Raises:
@@ -58,6 +63,7 @@ class ConditionalBatchNorm2d(nn.Module):
         *,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        spectral_norm: Callable[[nn.Module], nn.Module] | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,26 +71,40 @@ class ConditionalBatchNorm2d(nn.Module):
         at_least_one(channels=channels, num_classes=num_classes)
         with on_device(device):
             self.norm: nn.BatchNorm2d = nn.BatchNorm2d(channels, eps=eps, momentum=momentum, affine=False)
-            self.gamma: nn.Parameter = nn.Parameter(torch.ones(num_classes, channels))
-            self.beta: nn.Parameter = nn.Parameter(torch.zeros(num_classes, channels))
+            self.size: tuple[int, int] = (channels, num_classes)
+            self.normalized: bool = spectral_norm is not None
+            if spectral_norm is not None:
+                self.scale: nn.Module = spectral_norm(_xavier_embedding(num_classes, channels))
+                self.shift: nn.Module = spectral_norm(_xavier_embedding(num_classes, channels))
+            else:
+                self.gamma: nn.Parameter = nn.Parameter(torch.ones(num_classes, channels))
+                self.beta: nn.Parameter = nn.Parameter(torch.zeros(num_classes, channels))
         if dtype is not None:
             self.to(dtype)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """Normalize x (B, C, H, W), each sample with the scale and shift of its class; labels is (B,), of integers."""
-        check_labels(labels, len(self.gamma), x)
-        gamma, beta = F.embedding(labels, self.gamma), F.embedding(labels, self.beta)  # (B, C)
+        check_labels(labels, self.size[1], x)
+        if self.normalized:
+            gamma, beta = 1 + self.scale(labels), self.shift(labels)  # (B, C)
+        else:
+            gamma, beta = F.embedding(labels, self.gamma), F.embedding(labels, self.beta)  # (B, C)
         normalized = self.norm(x)  # (B, C, H, W)
         return torch.addcmul(beta[:, :, None, None], gamma[:, :, None, None], normalized)  # (B, C, H, W)
 
     def reset_parameters(self) -> None:
-        """Make this a new layer again: every gamma is 1, every beta 0, and the running statistics start over."""
+        """Make this a new layer again, with parameters and running statistics as at its start."""
         self.norm.reset_parameters()
-        nn.init.ones_(self.gamma)
-        nn.init.zeros_(self.beta)
+        if self.normalized:
+            for embedding in (self.scale, self.shift):
+                weight = torch.empty_like(cast(Tensor, embedding.weight))
+                embedding.weight = nn.init.xavier_uniform_(weight)
+        else:
+            nn.init.ones_(self.gamma)
+            nn.init.zeros_(self.beta)
 
     def extra_repr(self) -> str:
-        return "{1}, num_classes={0}".format(*self.gamma.shape)
+        return "{}, num_classes={}".format(*self.size)
 
 
 class ProjectionHead(nn.Module):
@@ -132,9 +152,7 @@ class ProjectionHead(nn.Module):
             self.linear: nn.Module = spectral_norm(linear)
             self.num_classes = num_classes
             if num_classes is not None:
-                embedding = nn.Embedding(num_classes, channels)
-                nn.init.xavier_uniform_(embedding.weight)
-                self.embedding: nn.Module = spectral_norm(embedding)
+                self.embedding: nn.Module = spectral_norm(_xavier_embedding(num_classes, channels))
         if dtype is not None:
             self.to(dtype)
 
@@ -145,3 +163,9 @@ class ProjectionHead(nn.Module):
         if labels is not None:
             logits = logits + (self.embedding(labels) * features).sum(dim=1)  # (B,)
         return logits
+
+
+def _xavier_embedding(num_classes: int, channels: int) -> nn.Embedding:
+    embedding = nn.Embedding(num_classes, channels)
+    nn.init.xavier_uniform_(embedding.weight)
+    return embedding

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Literal, overload
@@ -14,7 +14,6 @@ from torch_sagan._checks import at_least_one, one_of
 from torch_sagan._torch import on_device
 from torch_sagan.attention.layer import SelfAttention2d
 from torch_sagan.networks.blocks import (
-    AttentionFactory,
     DCGANHead,
     DCGANProjectionHead,
     DownBlock,
@@ -22,13 +21,17 @@ from torch_sagan.networks.blocks import (
     Normalizer,
     ResidualDownBlock,
     ResidualHead,
-    Stages,
-    feature_map_sizes,
-    residual_resolutions,
     spectral_norm_attention,
-    stage_widths,
 )
 from torch_sagan.networks.labels import check_labels
+from torch_sagan.networks.stages import (
+    AttentionFactory,
+    Stages,
+    block_widths,
+    feature_map_sizes,
+    residual_resolutions,
+    stage_widths,
+)
 from torch_sagan.spectral.grouped import iterate_together
 from torch_sagan.spectral.norm import spectral_norm
 
@@ -59,14 +62,24 @@ class SAGANDiscriminator(Stages):
     features (:class:`ProjectionHead`, normalized). The features are the last map, flattened, in ``"dcgan"``, whose last
     convolution covers it whole, and its sum over positions in ``"resnet"``.
 
+    The usual residual network for CIFAR-10 has four blocks of 128 channels, of which two halve the map:
+    ``SAGANDiscriminator(32, widths=(128,) * 4, downsampling_blocks=2, num_classes=10, architecture="resnet")``.
+
     Args:
         image_size, base_channels, image_channels, num_classes, architecture, attention, device, dtype: as those of
             :class:`SAGANGenerator`.
+        widths: channels of each block, instead of ``base_channels``, from the image on. In ``"resnet"`` the last one is
+            the block at the logit, which keeps the size.
+        downsampling_blocks: how many blocks of ``"resnet"`` halve the size; those that follow keep it. Default: as many
+            as it takes to reach 4 to 7 pixels.
         attention_resolutions: sizes of the feature maps that get attention, () for none. Default of ``"dcgan"``: the
             last two; of ``"resnet"``: 32, or the largest below.
         spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalizes, or
             None for no normalization, as :func:`gradient_penalty` needs it. An ``attention`` of your own is not
             changed.
+        shortcut_after_relu: give the shortcuts of ``"resnet"`` their input after the ReLU, from the second block on.
+            That is what a ReLU that works in place does to them in PyTorch-StudioGAN and in some of mmgeneration's
+            files (``wReLUinplace``); without it such weights give other logits.
 
     Raises:
         ValueError, TypeError: as :class:`SAGANGenerator` does; in ``forward`` also for images of another shape.
@@ -86,45 +99,59 @@ class SAGANDiscriminator(Stages):
         self,
         image_size: int = 64,
         *,
-        base_channels: int = 64,
+        base_channels: int | None = None,
+        widths: Sequence[int] | None = None,
+        downsampling_blocks: int | None = None,
         image_channels: int = 3,
         num_classes: int | None = None,
         architecture: Literal["dcgan", "resnet"] = "dcgan",
         attention_resolutions: Iterable[int] | None = None,
         attention: AttentionFactory | None = None,
         spectral_norm: Normalizer | None = spectral_norm,
+        shortcut_after_relu: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        at_least_one(base_channels=base_channels, image_channels=image_channels, num_classes=num_classes)
+        at_least_one(image_channels=image_channels, num_classes=num_classes, downsampling_blocks=downsampling_blocks)
         one_of(("dcgan", "resnet"), architecture=architecture)
-        spectral_norm = spectral_norm or (lambda module: module)
+        residual = architecture == "resnet"
+        if not residual and (downsampling_blocks is not None or shortcut_after_relu):
+            raise ValueError("downsampling_blocks and shortcut_after_relu are for architecture 'resnet'")
+        normalize = spectral_norm or (lambda module: module)
         sizes = feature_map_sizes(image_size)[::-1]
-        widths = stage_widths(base_channels, len(sizes))[::-1]
+        if residual:
+            sizes = _residual_sizes(sizes, widths, downsampling_blocks)
+        channels = block_widths(widths, base_channels, sizes, partial(_default_widths, len(sizes), residual))
 
         with on_device(device):
-            if architecture == "dcgan":
+            if not residual:
                 blocks: list[nn.Module] = [
-                    DownBlock(narrow, wide, spectral_norm) for narrow, wide in pairwise([image_channels, *widths])
+                    DownBlock(narrow, wide, normalize) for narrow, wide in pairwise([image_channels, *channels])
                 ]
                 # Without the norm, the convolution would outgrow the class's part of the logit, which is normalized.
                 head: nn.Module = (
-                    DCGANHead(widths[-1], sizes[-1])
+                    DCGANHead(channels[-1], sizes[-1])
                     if num_classes is None
-                    else DCGANProjectionHead(widths[-1], sizes[-1], num_classes, spectral_norm)
+                    else DCGANProjectionHead(channels[-1], sizes[-1], num_classes, normalize)
                 )
                 default_resolutions = sizes[-2:]
                 default_attention: AttentionFactory = SelfAttention2d
             else:
-                blocks = [FirstResidualDownBlock(image_channels, widths[0], spectral_norm)]
-                blocks += [ResidualDownBlock(narrow, wide, spectral_norm) for narrow, wide in pairwise(widths)]
-                head = ResidualHead(widths[-1], num_classes, spectral_norm)
+                *pairs, last = pairwise(channels)
+                sizes, channels = sizes[:-1], channels[:-1]  # of the blocks that attention can follow
+                blocks = [FirstResidualDownBlock(image_channels, channels[0], normalize)]
+                for pair, (before, after) in zip(pairs, pairwise(sizes), strict=True):
+                    down, quirk = after < before, shortcut_after_relu
+                    blocks.append(ResidualDownBlock(*pair, normalize, downsample=down, shortcut_after_relu=quirk))
+                head = ResidualHead(*last, num_classes, normalize, shortcut_after_relu=shortcut_after_relu)
                 default_resolutions = residual_resolutions(sizes)
-                default_attention = partial(spectral_norm_attention, spectral_norm=spectral_norm)
+                default_attention = partial(spectral_norm_attention, spectral_norm=normalize)
 
             if attention_resolutions is None:
                 attention_resolutions = default_resolutions
-            super().__init__(blocks, sizes, widths, attention_resolutions, attention or default_attention, num_classes)
+            super().__init__(
+                blocks, sizes, channels, attention_resolutions, attention or default_attention, num_classes
+            )
             self.image_shape: tuple[int, int, int] = (image_channels, image_size, image_size)
             self.to_logit: nn.Module = head
         if dtype is not None:
@@ -163,3 +190,23 @@ class SAGANDiscriminator(Stages):
         x = self.run_stages(images, maps)  # the last feature map
         logits = self.to_logit(x, labels)  # (B,)
         return logits if maps is None else (logits, maps)
+
+
+def _residual_sizes(halved: list[int], widths: Sequence[int] | None, downsampling_blocks: int | None) -> list[int]:
+    """The size of each block's feature map, that of the block at the logit included, from the sizes of all halvings."""
+    n_blocks = len(widths) if widths is not None else len(halved) + 1
+    if downsampling_blocks is None:
+        return [*halved, halved[-1]]
+    if downsampling_blocks > len(halved) or downsampling_blocks >= n_blocks:
+        raise ValueError(
+            f"downsampling_blocks: expected at most {min(len(halved), n_blocks - 1)}, by image size and number "
+            f"of blocks, of which the last keeps the size, got {downsampling_blocks}"
+        )
+    halved = halved[:downsampling_blocks]
+    return halved + halved[-1:] * (n_blocks - downsampling_blocks)
+
+
+def _default_widths(n_blocks: int, residual: bool, base_channels: int) -> list[int]:
+    """Those of :func:`stage_widths`, reversed; the block at the logit is as wide as the one before."""
+    widths = stage_widths(base_channels, n_blocks - residual)[::-1]
+    return [*widths, widths[-1]] if residual else widths

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,23 @@ from torch_sagan._torch import on_device
 from torch_sagan.attention.layer import SelfAttention2d
 from torch_sagan.networks.blocks import (
     UPSAMPLING,
-    AttentionFactory,
     LatentBlock,
     Normalizer,
     ResidualUpBlock,
-    Stages,
     UpBlock,
-    feature_map_sizes,
-    residual_resolutions,
     spectral_norm_attention,
-    stage_widths,
     to_image,
 )
+from torch_sagan.networks.conditional import ConditionalBatchNorm2d
 from torch_sagan.networks.labels import check_labels
+from torch_sagan.networks.stages import (
+    AttentionFactory,
+    Stages,
+    block_widths,
+    feature_map_sizes,
+    residual_resolutions,
+    stage_widths,
+)
 from torch_sagan.spectral.grouped import iterate_together
 from torch_sagan.spectral.norm import spectral_norm
 
@@ -55,12 +59,16 @@ class SAGANGenerator(Stages):
     before they are normalized.
 
     Other sizes have as many stages as they need. The first map is 4, 5, 6 or 7 pixels wide. The map next to the image
-    has ``base_channels`` channels, and each map before it twice as many, up to 16 times ``base_channels``.
+    has ``base_channels`` channels, and each map before it twice as many, up to 16 times ``base_channels``. With
+    ``widths`` the channels are given one by one. The usual residual network for CIFAR-10 is 256 channels wide
+    throughout: ``SAGANGenerator(32, widths=(256,) * 4, num_classes=10, architecture="resnet")``.
 
     Args:
         image_size: S, the width and height of the images: 4, 5, 6 or 7 doubled at least once.
         z_dim: length of the latent vector.
-        base_channels: channels of the largest feature map.
+        base_channels: channels of the largest feature map. Default: 64.
+        widths: channels of each feature map, smallest map first, instead of ``base_channels``. In ``"resnet"`` the last
+            map is as large as the image.
         image_channels: channels of the images.
         num_classes: classes of a conditional network; None for an unconditional one.
         conditioning: where the class enters. ``"batch_norm"``, as in the paper: each batch norm has a scale and shift
@@ -77,13 +85,21 @@ class SAGANGenerator(Stages):
         attention: ``attention(channels) -> Module``. Default: the architecture's own.
         spectral_norm: ``spectral_norm(module) -> module``, applied to each layer that the architecture normalizes, or
             None to disable. An ``attention`` of your own is not changed.
+        normalize_classes: apply ``spectral_norm`` to the scales and shifts of the classes, too, as mmgeneration and
+            PyTorch-StudioGAN do (see :class:`ConditionalBatchNorm2d`). They are embeddings then.
+        norm_eps: added to the variance in every batch norm. Those two frameworks have 1e-4.
         output_activation: makes the last activation. The default, tanh, gives images in [-1, 1].
         device: where the parameters are made; default: PyTorch's default device.
         dtype: of the parameters; default: PyTorch's default dtype.
 
+    Attributes:
+        card: what is known of its weights: a dictionary that :func:`load_generator` and :func:`load_published` fill,
+            and that :func:`save_generator` writes. Empty in a new network.
+
     Raises:
-        ValueError: for a size that cannot be built, an unknown architecture, and attention resolutions that do not
-            occur (the message lists those that do); in ``forward`` for a z of another shape.
+        ValueError: for a size that cannot be built, an unknown architecture, widths that do not fit, arguments that
+            exclude each other, and attention resolutions that do not occur (the message lists those that do); in
+            ``forward`` for a z of another shape.
         ValueError, TypeError: in ``forward``, for labels that are missing or given when not wanted, or of another
             shape, type, device or range.
 
@@ -108,7 +124,8 @@ class SAGANGenerator(Stages):
         image_size: int = 64,
         *,
         z_dim: int = 128,
-        base_channels: int = 64,
+        base_channels: int | None = None,
+        widths: Sequence[int] | None = None,
         image_channels: int = 3,
         num_classes: int | None = None,
         conditioning: Literal["batch_norm", "latent"] = "batch_norm",
@@ -117,11 +134,13 @@ class SAGANGenerator(Stages):
         attention_resolutions: Iterable[int] | None = None,
         attention: AttentionFactory | None = None,
         spectral_norm: Normalizer | None = spectral_norm,
+        normalize_classes: bool = False,
+        norm_eps: float = 1e-5,
         output_activation: Callable[[], nn.Module] = nn.Tanh,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        at_least_one(z_dim=z_dim, base_channels=base_channels, image_channels=image_channels, num_classes=num_classes)
+        at_least_one(z_dim=z_dim, image_channels=image_channels, num_classes=num_classes)
         one_of(("dcgan", "resnet"), architecture=architecture)
         one_of(("batch_norm", "latent"), conditioning=conditioning)
         if upsampling is not None:
@@ -130,36 +149,60 @@ class SAGANGenerator(Stages):
             raise ValueError("upsampling 'transposed': architecture 'resnet' has 'nearest' alone")
         if num_classes is None and conditioning == "latent":
             raise ValueError("conditioning 'latent': expected num_classes, the length of the one-hot vector")
-        spectral_norm = spectral_norm or (lambda module: module)
+        if normalize_classes and (num_classes is None or conditioning == "latent"):
+            raise ValueError("normalize_classes: expected num_classes and conditioning 'batch_norm'")
         sizes = feature_map_sizes(image_size)
-        widths = stage_widths(base_channels, len(sizes))
+        residual = architecture == "resnet"
+        maps = [*sizes, image_size] if residual else sizes
+        channels = block_widths(widths, base_channels, maps, partial(_default_widths, len(sizes), residual))
+        normalize = spectral_norm or _unchanged
         joined = num_classes if conditioning == "latent" and num_classes is not None else 0
-        classes = None if joined else num_classes  # of each batch norm
+        batch_norm: Callable[[int], nn.Module] = partial(nn.BatchNorm2d, eps=norm_eps)
+        if num_classes is not None and not joined:
+            batch_norm = partial(
+                ConditionalBatchNorm2d,
+                num_classes=num_classes,
+                eps=norm_eps,
+                spectral_norm=normalize if normalize_classes else None,
+            )
 
         with on_device(device):
-            if architecture == "dcgan":
+            if not residual:
                 doubled = UPSAMPLING[upsampling or "transposed"]
-                first = nn.ConvTranspose2d(z_dim + joined, widths[0], kernel_size=sizes[0])  # of a 1×1 map
-                blocks: list[nn.Module] = [UpBlock(first, classes, spectral_norm)]
-                blocks += [UpBlock(doubled(*pair), classes, spectral_norm) for pair in pairwise(widths)]
-                last: nn.Module = doubled(widths[-1], image_channels)
+                first = nn.ConvTranspose2d(z_dim + joined, channels[0], kernel_size=sizes[0])  # of a 1×1 map
+                blocks: list[nn.Module] = [UpBlock(first, batch_norm, normalize)]
+                blocks += [UpBlock(doubled(*pair), batch_norm, normalize) for pair in pairwise(channels)]
+                last: nn.Module = doubled(channels[-1], image_channels)
                 default_resolutions = [size for size in sizes if 16 <= size <= 32] or sizes[-1:]
                 default_attention: AttentionFactory = SelfAttention2d
             else:
-                sizes, widths = [*sizes, image_size], [widths[0], *widths]
-                blocks = [LatentBlock(z_dim + joined, widths[0], sizes[0], spectral_norm)]
-                blocks += [ResidualUpBlock(wide, narrow, classes, spectral_norm) for wide, narrow in pairwise(widths)]
-                last = to_image(widths[-1], image_channels, spectral_norm)
-                default_resolutions = residual_resolutions(sizes)
-                default_attention = partial(spectral_norm_attention, spectral_norm=spectral_norm)
+                blocks = [LatentBlock(z_dim + joined, channels[0], sizes[0], normalize)]
+                blocks += [ResidualUpBlock(*pair, batch_norm, normalize) for pair in pairwise(channels)]
+                last = to_image(channels[-1], image_channels, normalize, norm_eps=norm_eps)
+                default_resolutions = residual_resolutions(maps)
+                default_attention = partial(spectral_norm_attention, spectral_norm=normalize)
 
-            if attention_resolutions is None:
-                attention_resolutions = default_resolutions
-            super().__init__(blocks, sizes, widths, attention_resolutions, attention or default_attention, num_classes)
+            resolutions = default_resolutions if attention_resolutions is None else list(attention_resolutions)
+            super().__init__(blocks, maps, channels, resolutions, attention or default_attention, num_classes)
             self.z_dim = z_dim
             self.conditioning: str = conditioning
             self.to_image: nn.Module = last
             self.output_activation: nn.Module = output_activation()
+        # The arguments that are not functions: with them save_generator describes the network.
+        self.arguments: dict[str, Any] = {
+            "image_size": image_size,
+            "z_dim": z_dim,
+            "widths": channels,
+            "image_channels": image_channels,
+            "num_classes": num_classes,
+            "conditioning": conditioning,
+            "architecture": architecture,
+            "upsampling": upsampling,
+            "attention_resolutions": resolutions,
+            "normalize_classes": normalize_classes,
+            "norm_eps": norm_eps,
+        }
+        self.card: dict[str, Any] = {}
         if dtype is not None:
             self.to(dtype)
 
@@ -202,3 +245,13 @@ class SAGANGenerator(Stages):
         x = self.run_stages(x, maps, labels)  # (B, base_channels, ·, ·)
         images = self.output_activation(self.to_image(x))  # (B, image_channels, S, S)
         return images if maps is None else (images, maps)
+
+
+def _default_widths(n_stages: int, residual: bool, base_channels: int) -> list[int]:
+    """Those of :func:`stage_widths`; the first two maps of a residual network are equally wide."""
+    widths = stage_widths(base_channels, n_stages)
+    return [widths[0], *widths] if residual else widths
+
+
+def _unchanged(module: nn.Module) -> nn.Module:
+    return module

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import generate
 from references import filled_with_settled_vectors
-from torch_sagan import SAGANGenerator, load_reference_state_dict
+from torch_sagan import SAGANGenerator, load_published
 from training.latents import draw_latents
 from training.output.image_io import row_names
 from training.output.model_card import open_generator
@@ -47,7 +47,7 @@ def test_a_grid_of_a_class(file: Path, weights: dict[str, Tensor], tmp_path: Pat
     out = tmp_path / "out"
     assert generate.main([str(file), "--labels", "3,6", "--columns", "2", "--out", str(out)]) == 0
     network = SAGANGenerator(128, base_channels=8, num_classes=7, architecture="resnet", attention_resolutions=(64,))
-    load_reference_state_dict(network, weights)
+    load_published(weights, network)
     z = draw_latents(2, 128, torch.Generator().manual_seed(0), None).repeat(2, 1)
     with torch.no_grad():
         images = network.eval()(z, torch.tensor([3, 3, 6, 6]))
@@ -72,12 +72,16 @@ def test_card(file: Path) -> None:
     _, card = open_generator(file)
     assert card == {
         "generator": {
-            "architecture": "resnet", "image_size": 128, "z_dim": 128, "base_channels": 8, "num_classes": 7,
-            "attention_resolutions": [64],
+            "architecture": "resnet", "image_size": 128, "z_dim": 128, "widths": [128, 128, 64, 32, 16, 8],
+            "image_channels": 3, "num_classes": 7, "attention_resolutions": [64], "conditioning": "batch_norm",
+            "upsampling": None, "normalize_classes": False, "norm_eps": 1e-5,
         },
         "averaged": True,
         "classes": {},
         "source": "sagan.pth",
+        "framework": "mmgeneration",
+        "channel_order": "rgb",
+        "image_range": [-1, 1],
     }  # fmt: skip
 
 
@@ -97,8 +101,11 @@ def test_it_can_be_exported(file: Path, tmp_path: Path) -> None:
             {"meta": {"best_score": np.float64(12.83)}, "state_dict": {}},
             r"cannot be read as a checkpoint, because it holds a numpy\.\S+ \(see docs/pretrained\.md\)$",
         ),
-        ({"state_dict": {"discriminator.decision.bias": torch.zeros(1)}}, "it has no generator_ema.noise2feat.weight"),
-        ({"state_dict": None}, "it has no state dict of mmgeneration's SAGAN"),
+        (
+            {"state_dict": {"discriminator.decision.bias": torch.zeros(1)}},
+            "as a published file: expected a published generator; this resembles",
+        ),
+        ({"state_dict": None}, "as a published file: expected a state dict of names and tensors"),
     ],
     ids=["a NumPy number", "no generator", "no weights"],
 )
@@ -113,5 +120,5 @@ def test_what_prevents_it_is_said_in_one_line(content: Any, message: str, tmp_pa
 def test_weights_of_another_size_do_not_fit(file: Path, weights: dict[str, Tensor]) -> None:
     state = {f"generator_ema.{name}": value for name, value in weights.items() if "conv_blocks.4" not in name}
     torch.save({"state_dict": state}, file)
-    with pytest.raises(SystemExit, match=r"sagan\.pth: the state dict does not fit SAGANGenerator"):
+    with pytest.raises(SystemExit, match="as a published file: the state dict does not fit SAGANGenerator"):
         generate.main([str(file)])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from torch_sagan import (
     SAGANGenerator,
     SelfAttention2d,
     apply_spectral_norm,
-    load_reference_state_dict,
+    load_published,
 )
 
 UNKNOWN = "no weights that this function knows"
@@ -43,7 +46,7 @@ OUR_DISCRIMINATOR = SAGANDiscriminator(8, base_channels=2)
 STUDIOGAN = ("conv1x1_theta.weight_orig", "conv1x1_phi.weight_orig", "conv1x1_g.weight_orig", "sigma")
 
 FILES: dict[str, tuple[Mapping[str, Tensor], str]] = {
-    "mmgeneration's G": (state_of("noise2feat.bias"), "mmgeneration's generator, for SAGANGenerator(..., archi"),
+    "mmgeneration's G": (state_of("noise2feat.bias"), "mmgeneration's generator"),
     "mmgeneration's G of three": (state_of("generator_ema.noise2feat.bias"), "mmgeneration's generator"),
     "mmgeneration's D": (state_of("module.discriminator.from_rgb.conv_1.conv.bias"), "mmgeneration's discriminator"),
     "our G": (OUR_GENERATOR.state_dict(), "a network of torch-sagan itself, for load_state_dict"),
@@ -54,16 +57,19 @@ FILES: dict[str, tuple[Mapping[str, Tensor], str]] = {
     "rosinality": (projections(nn.Conv1d, ("query", "key", "value"), normalized=True), "one-dimensional convolutions"),
     "fastai": (projections(nn.Conv1d, ("query", "key", "value"), normalized=False), "as fastai's: docs/migrating.md"),
     "fastai in a network": ({"layers.3.query.weight_orig": torch.zeros(4, 8, 1)}, "one-dimensional convolutions"),
-    "StudioGAN": (state_of(*STUDIOGAN), "PyTorch-StudioGAN's attention, alone or in a network, which cannot be loaded"),
+    "StudioGAN": (state_of(*STUDIOGAN), "PyTorch-StudioGAN's attention, for SelfAttention2d.official(C)"),
     "StudioGAN's G": (
         state_of(*(f"blocks.4.0.{key}" for key in STUDIOGAN), "linear0.weight_orig", "linear0.weight_u"),
-        "PyTorch-StudioGAN's attention, alone or in a network",
+        "PyTorch-StudioGAN's attention",
     ),
     "reference's D": (state_of("l1.0.module.bias"), "the PyTorch reference's discriminator"),
     "reference's G": (state_of("l1.0.module.bias", "l1.1.bias"), "the PyTorch reference's generator"),
     "reference's layer": (state_of("query_conv.bias", "gamma"), "the PyTorch reference's attention"),
-    "BigGAN's layer": (state_of("theta.weight", "o.weight", "gamma"), "BigGAN-PyTorch's attention"),
-    "BigGAN's G": (state_of("blocks.0.0.conv1.u0", "blocks.0.0.conv1.sv0"), "a whole network of BigGAN-PyTorch"),
+    "BigGAN's layer": (
+        state_of("theta.weight", "o.weight", "gamma"),
+        "an attention layer as BigGAN-PyTorch's, for SelfAttention2d.official(C)",
+    ),
+    "BigGAN's G": (state_of("blocks.0.0.conv1.u0", "blocks.0.0.conv1.sv0"), "a network of BigGAN-PyTorch"),
     "older norm": (legacy_spectral_norm(nn.Linear(2, 2)).state_dict(), "PyTorch's older spectral norm"),
     "pruned, not normalized": (pruned(), UNKNOWN),
     "a non-local block": (state_of("theta.weight", "phi.weight", "g.weight", "W.weight"), UNKNOWN),
@@ -82,7 +88,7 @@ def test_other_files_get_a_short_error(file: str) -> None:
     for model in (SAGANGenerator(8, base_channels=8), SelfAttention2d.official(16)):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with pytest.raises(ValueError, match=rf"resembles .*{re.escape(resembles)}.*; \d+ keys? differs?") as error:
-            load_reference_state_dict(model, state_dict)
+            load_published(state_dict, model)
         assert len(str(error.value)) < 800  # five keys with their shapes, not hundreds
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -90,7 +96,6 @@ def test_other_files_get_a_short_error(file: str) -> None:
 @pytest.mark.parametrize(
     ("given", "resembles"),
     [
-        ({"meta": {}, "state_dict": {}, "optimizer": {}}, "a whole checkpoint: give its entry 'state_dict'"),
         ({"generator": {}, "discriminator": {}, "step": 3}, "a checkpoint of torch-sagan's trainer"),
         ({"generator": {}}, UNKNOWN),
         ({"noise2feat.bias": 3}, "mmgeneration's generator"),
@@ -98,9 +103,45 @@ def test_other_files_get_a_short_error(file: str) -> None:
 )
 def test_a_checkpoint_is_not_a_state_dict(given: dict[str, object], resembles: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"a state dict of names and tensors; this resembles {resembles}")):
-        load_reference_state_dict(SelfAttention2d(8), given)  # type: ignore[arg-type]
+        load_published(given, SelfAttention2d(8))  # type: ignore[arg-type]
 
 
-def test_a_file_name_is_not_a_state_dict() -> None:
-    with pytest.raises(TypeError, match="expected a state dict, got str"):
-        load_reference_state_dict(SelfAttention2d(8), "sagan.pth")  # type: ignore[arg-type]
+@pytest.mark.parametrize("source", [3, None, torch.zeros(1)])
+def test_what_is_neither_a_file_nor_a_state_dict(source: Any) -> None:
+    with pytest.raises(TypeError, match=f"expected a path or a state dict, got {type(source).__name__}"):
+        load_published(source, SelfAttention2d(8))
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"sagan\.pth"):
+        load_published(tmp_path / "sagan.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pth", b"", r"a\.pth: it cannot be read as a file of PyTorch"),
+        ("a.pth", b"not a file of PyTorch", r"a\.pth: it cannot be read with weights_only=True, because it is damaged"),
+        ("a.safetensors", b"\x08", r"a\.safetensors: it cannot be read as safetensors"),
+    ],
+)
+def test_damaged_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_published(tmp_path / name)
+
+
+def test_a_file_that_holds_other_objects(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "best": np.float64(3)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"because it holds a numpy\.\S+; the guide 'Published weights' says how"):
+        load_published(tmp_path / "a.pth")
+    torch.save([torch.zeros(1)], tmp_path / "b.pth")
+    with pytest.raises(ValueError, match=r"b\.pth: expected a state dict or a checkpoint, got list"):
+        load_published(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith(("mm", "ref"))])
+def test_without_a_network_the_same_is_said(file: str) -> None:
+    state_dict, resembles = FILES[file]
+    with pytest.raises(ValueError, match=rf"resembles .*{re.escape(resembles)}"):
+        load_published(state_dict)

@@ -32,7 +32,7 @@ from torch_sagan import (
     SpectralNorm,
     apply_spectral_norm,
     convert_legacy_spectral_norm,
-    load_reference_state_dict,
+    load_published,
     spectral_norm,
 )
 
@@ -101,7 +101,7 @@ def check_u_and_v(norms: list[SpectralNorm], arrays: Arrays, network: str) -> No
 
 def test_generator(arrays: Arrays, generator_weights: dict[str, Tensor]) -> None:
     network = generator().double()
-    load_reference_state_dict(network, with_after(generator_weights, arrays, "generator"))
+    load_published(with_after(generator_weights, arrays, "generator"), network)
     check_generator(network.eval(), arrays)
     for module in network.modules():
         if isinstance(module, SelfAttention2d):
@@ -110,7 +110,7 @@ def test_generator(arrays: Arrays, generator_weights: dict[str, Tensor]) -> None
 
 def test_generator_iterates_as_the_reference(arrays: Arrays, generator_weights: dict[str, Tensor]) -> None:
     network = generator().double()
-    load_reference_state_dict(network, generator_weights)
+    load_published(generator_weights, network)
     norms = iterate_in_evaluation(network)
     check_generator(network, arrays)
     check_u_and_v(norms, arrays, "generator")
@@ -118,13 +118,13 @@ def test_generator_iterates_as_the_reference(arrays: Arrays, generator_weights: 
 
 def test_discriminator(arrays: Arrays, discriminator_weights: dict[str, Tensor]) -> None:
     network = discriminator().double()
-    load_reference_state_dict(network, with_after(discriminator_weights, arrays, "discriminator"))
+    load_published(with_after(discriminator_weights, arrays, "discriminator"), network)
     check_discriminator(network.eval(), arrays)
 
 
 def test_discriminator_iterates_as_the_reference(arrays: Arrays, discriminator_weights: dict[str, Tensor]) -> None:
     network = discriminator().double()
-    load_reference_state_dict(network, discriminator_weights)
+    load_published(discriminator_weights, network)
     norms = iterate_in_evaluation(network)
     check_discriminator(network, arrays)
     check_u_and_v(norms, arrays, "discriminator")
@@ -132,14 +132,14 @@ def test_discriminator_iterates_as_the_reference(arrays: Arrays, discriminator_w
 
 def test_into_float32(arrays: Arrays, generator_weights: dict[str, Tensor]) -> None:
     network = generator()
-    load_reference_state_dict(network, with_after(generator_weights, arrays, "generator"))
+    load_published(with_after(generator_weights, arrays, "generator"), network)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     check_generator(network.eval(), arrays, atol=1e-4)
 
 
 def test_attention(arrays: Arrays) -> None:
     layer = SelfAttention2d(64).double()
-    load_reference_state_dict(layer, filled(attention_shapes(64)))
+    load_published(filled(attention_shapes(64)), layer)
     y, attention = layer(rand(1, 2, 64, 6, 5), return_attention=True)
     assert_all_close([("y", y, arrays["attention/y"]), ("map", attention, arrays["attention/map"])], atol=1e-10)
 
@@ -147,7 +147,7 @@ def test_attention(arrays: Arrays) -> None:
 def test_official_attention(arrays: Arrays) -> None:
     """Its gamma is a scalar, ours has one entry."""
     layer = SelfAttention2d.official(64).double()
-    load_reference_state_dict(layer, filled(official_attention_shapes(64)))
+    load_published(filled(official_attention_shapes(64)), layer)
     assert layer.gamma.shape == (1,)
     y = layer(rand(5, 2, 64, 8, 6))
     assert_all_close([("y", y, arrays["official_attention/y"])], atol=1e-10)
@@ -176,9 +176,9 @@ def test_official_attention_with_the_buffers_of_its_spectral_norm(normalized: bo
     expected = copy.deepcopy(layer)
     if normalized:
         apply_spectral_norm(layer)
-    load_reference_state_dict(layer, state)
+    load_published(state, layer)
     divided = {f"{name}.weight": state[f"{name}.weight"] / sigma for name, sigma in sigmas.items()}
-    load_reference_state_dict(expected, divided | {"gamma": state["gamma"]})
+    load_published(divided | {"gamma": state["gamma"]}, expected)
     x = rand(5, 2, 64, 8, 6)
     torch.testing.assert_close(layer.eval()(x), expected.eval()(x), rtol=0, atol=1e-10)
 
@@ -186,7 +186,7 @@ def test_official_attention_with_the_buffers_of_its_spectral_norm(normalized: bo
 def test_normalized_projections_need_the_buffers() -> None:
     layer = apply_spectral_norm(SelfAttention2d.official(64))
     with pytest.raises(ValueError, match=r"missing: theta\.u0, phi\.u0, g\.u0, o\.u0$"):
-        load_reference_state_dict(layer, filled(official_attention_shapes(64)))
+        load_published(filled(official_attention_shapes(64)), layer)
 
 
 def test_a_lost_buffer_is_named() -> None:
@@ -194,7 +194,7 @@ def test_a_lost_buffer_is_named() -> None:
     del state["g.u0"]
     layer = apply_spectral_norm(SelfAttention2d.official(64).double())
     with pytest.raises(ValueError, match=r"missing: g\.u0$"):
-        load_reference_state_dict(layer, state)
+        load_published(state, layer)
 
 
 def test_a_lost_buffer_of_a_plain_projection_is_named() -> None:
@@ -202,7 +202,7 @@ def test_a_lost_buffer_of_a_plain_projection_is_named() -> None:
     state, _ = biggan_block()
     del state["g.u0"]
     with pytest.raises(ValueError, match=r"1 key differs, unexpected: g\.sv0$"):
-        load_reference_state_dict(SelfAttention2d.official(64).double(), state)
+        load_published(state, SelfAttention2d.official(64).double())
 
 
 def test_saved_from_data_parallel(
@@ -214,9 +214,9 @@ def test_saved_from_data_parallel(
         return {f"module.{name}": value for name, value in weights.items()}
 
     g, d, layer = generator().double(), discriminator().double(), SelfAttention2d(64).double()
-    load_reference_state_dict(g, wrapped(with_after(generator_weights, arrays, "generator")))
-    load_reference_state_dict(d, wrapped(with_after(discriminator_weights, arrays, "discriminator")))
-    load_reference_state_dict(layer, wrapped(filled(attention_shapes(64))))
+    load_published(wrapped(with_after(generator_weights, arrays, "generator")), g)
+    load_published(wrapped(with_after(discriminator_weights, arrays, "discriminator")), d)
+    load_published(wrapped(filled(attention_shapes(64))), layer)
     check_generator(g.eval(), arrays)
     check_discriminator(d.eval(), arrays)
     assert_all_close([("y", layer(rand(1, 2, 64, 6, 5)), arrays["attention/y"])], atol=1e-10)
@@ -226,7 +226,7 @@ def test_every_entry_arrives(generator_weights: dict[str, Tensor]) -> None:
     """Nothing in the model keeps its initial value: parameters, u, v and running statistics all change."""
     network = generator().double()
     before = copy.deepcopy(network.state_dict())
-    load_reference_state_dict(network, generator_weights)
+    load_published(generator_weights, network)
     kept = [name for name, value in network.state_dict().items() if torch.equal(value, before[name])]
     assert all(name.endswith("num_batches_tracked") for name in kept), kept
     assert len(network.state_dict()) == len(generator_weights)
@@ -237,7 +237,7 @@ def test_the_state_dict_is_left_alone_and_not_shared() -> None:
     names = list(weights)
     before = copy.deepcopy(weights)
     layer = SelfAttention2d(16).double()
-    load_reference_state_dict(layer, weights)
+    load_published(weights, layer)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(1)
@@ -247,7 +247,7 @@ def test_the_state_dict_is_left_alone_and_not_shared() -> None:
 
 def test_training_goes_on_from_there(discriminator_weights: dict[str, Tensor]) -> None:
     network = discriminator()
-    load_reference_state_dict(network, discriminator_weights)
+    load_published(discriminator_weights, network)
     network.train()(torch.randn(2, 3, 64, 64)).sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
@@ -310,7 +310,7 @@ def test_wrong_entries(
     model = build()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises((ValueError, KeyError)) as error:
-        load_reference_state_dict(model, break_(filled(shapes())))
+        load_published(break_(filled(shapes())), model)
     for name in names:
         assert name in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -321,7 +321,7 @@ def test_normalized_along_another_dimension(generator_weights: dict[str, Tensor]
     network = SAGANGenerator(64)
     before = copy.deepcopy(network.state_dict())
     with pytest.raises((ValueError, KeyError), match=re.escape("l1.0.module.weight_u")):
-        load_reference_state_dict(network, generator_weights)
+        load_published(generator_weights, network)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
@@ -329,7 +329,7 @@ def test_normalized_along_another_dimension(generator_weights: dict[str, Tensor]
 def test_models_that_the_reference_does_not_have(build: Callable[[], nn.Module]) -> None:
     model = build()
     with pytest.raises((ValueError, TypeError), match=type(model).__name__):
-        load_reference_state_dict(model, filled(attention_shapes(16)))
+        load_published(filled(attention_shapes(16)), model)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_networks_that_the_reference_does_not_have(
 ) -> None:
     before = copy.deepcopy(network.state_dict())
     with pytest.raises((ValueError, KeyError)):
-        load_reference_state_dict(network, filled(shapes()))
+        load_published(filled(shapes()), network)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
