@@ -63,6 +63,8 @@ intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable", inventory("torch")),
 }
 nitpick_ignore_regex = [
+    # Of the model that a function takes and returns; it is no public name.
+    (r"py:class", r"torch_sagan\..*\.M"),
     # PyTorch's documentation has no page of it.
     (r"py:class", r"torch\.utils\.flop_counter\..*"),
 ]

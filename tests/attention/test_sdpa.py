@@ -233,6 +233,8 @@ def test_logits_are_in_float32(kind: str, dtype: torch.dtype, autocast: bool) ->
     ("given", "error", "message"),
     [
         ({"dropout_p": 0.1}, ValueError, "expected dropout_p=0, got 0.1: dropped weights would have to be stored"),
+        ({"dropout_p": -0.1}, ValueError, "expected dropout_p=0, got -0.1"),
+        ({"dropout_p": float("nan")}, ValueError, "expected dropout_p=0, got nan"),
         ({"attn_mask": torch.ones(L, S), "is_causal": True}, ValueError, "expected attn_mask or is_causal, got both"),
         ({"attn_mask": torch.ones(L, S + 1)}, ValueError, "(2, 3, 7, 5), got (7, 6)"),
         ({"attn_mask": torch.ones(4, B, H, L, S)}, ValueError, "got (4, 2, 3, 7, 5)"),

@@ -54,7 +54,7 @@ def scaled_dot_product_attention(
         ValueError: for shapes that do not match, dropout, or a mask with ``is_causal``.
         TypeError: for integers, or for different dtypes outside of autocast.
     """
-    if dropout_p > 0:
+    if dropout_p != 0:  # NaN too
         raise ValueError(f"expected dropout_p=0, got {dropout_p}: dropped weights would have to be stored")
     if is_causal and attn_mask is not None:
         raise ValueError("expected attn_mask or is_causal, got both: make the mask causal instead")

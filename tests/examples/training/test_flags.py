@@ -69,6 +69,13 @@ def troubles(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["--upsampling", "transposed", "--architecture", "resnet"],
             r"--upsampling transposed: --architecture resnet has nearest alone$",
         ),
+        (["--g-widths", "8,x"], r"--g-widths 8,x: expected numbers of channels such as 256,256,256,256, or auto"),
+        (["--d-widths", "8"], r"widths: expected 2 numbers of channels, of feature maps of the sizes 8, 4, got \(8,\)"),
+        (
+            ["--d-downsampling-blocks", "2"],
+            r"downsampling_blocks and shortcut_after_relu are for architecture 'resnet'",
+        ),
+        (["--normalize-classes"], r"--normalize-classes: batch norms have no classes without --classes"),
         (["--decay-from", "2"], r"--decay-from 2: nothing decays without --lr-decay linear"),
         (
             ["--lr-decay", "linear", "--decay-from", "9", "--steps", "9"],

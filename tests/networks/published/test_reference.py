@@ -108,6 +108,16 @@ def test_generator(arrays: Arrays, generator_weights: dict[str, Tensor]) -> None
             assert module.gamma.item() == 0.5
 
 
+def test_networks_that_are_built_for_the_weights(
+    arrays: Arrays, generator_weights: dict[str, Tensor], discriminator_weights: dict[str, Tensor]
+) -> None:
+    g = load_published(with_after(generator_weights, arrays, "generator"))
+    assert (g.arguments["widths"], g.arguments["attention_resolutions"]) == ([512, 256, 128, 64], [16, 32])
+    check_generator(g, arrays)
+    d = load_published(with_after(discriminator_weights, arrays, "discriminator"), network="discriminator")
+    check_discriminator(d, arrays)
+
+
 def test_generator_iterates_as_the_reference(arrays: Arrays, generator_weights: dict[str, Tensor]) -> None:
     network = generator().double()
     load_published(generator_weights, network)

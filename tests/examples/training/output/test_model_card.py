@@ -56,14 +56,22 @@ def test_export_and_back(arguments: dict[str, Any], tmp_path: Path) -> None:
     assert grid(alone, tmp_path / "after") == before
 
 
-@pytest.mark.parametrize("options", [[], ["--conditioning", "latent", "--upsampling", "nearest"]])
+WIDTHS = [
+    "--architecture", "resnet", "--g-widths", "6,5,4", "--d-widths", "3,5,6", "--d-downsampling-blocks", "1",
+    "--normalize-classes", "--norm-eps", "1e-4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [[], ["--conditioning", "latent", "--upsampling", "nearest"], WIDTHS])
 def test_the_trainers_own_checkpoint(options: list[str], tmp_path: Path) -> None:
     trained, alone = tmp_path / "run", tmp_path / "digits.safetensors"
     assert train(trained, "--classes", "own", "--steps", "1", "--lr-g", "0.01", "--eval-every", "0", *options) == 0
     assert resume(trained, "--steps", "2") == 0
     before = grid(trained, tmp_path / "before", "--labels", "7,3", "--export", str(alone))
     generator, card = model_card.load(alone)
-    assert generator.conditioning == ("latent" if options else "batch_norm")
+    assert generator.conditioning == ("latent" if "latent" in options else "batch_norm")
+    assert generator.arguments["norm_eps"] == (1e-4 if "--norm-eps" in options else 1e-5)
+    assert generator.arguments["widths"] == ([6, 5, 4] if "--g-widths" in options else [8, 4])
     state = torch.load(trained / "checkpoint.pt", weights_only=True)
     for name, tensor in generator.named_parameters():
         assert torch.equal(tensor, state["average"][name])
