@@ -84,7 +84,8 @@ def test_what_the_name_of_a_file_tells(stored: Arrays, name: str, tmp_path: Path
     torch.save({"meta": {"iter": 480000}, "state_dict": state}, tmp_path / name)
     generator = load_published(tmp_path / name)
     assert generator.card == {
-        "source": name, "framework": "mmgeneration", "averaged": False, "channel_order": "rgb", "image_range": [-1, 1],
+        "source": name, "framework": "mmgeneration", "num_classes": 7, "averaged": False, "channel_order": "rgb",
+        "image_range": [-1, 1],
     }  # fmt: skip
     check_images(generator, stored, "sagan32", order)
     discriminator = load_published(tmp_path / name, network="discriminator")

@@ -165,6 +165,7 @@ def load_published(
         model.card = {
             "source": file or dialect.framework,
             "framework": dialect.framework,
+            "num_classes": model.num_classes,
             "averaged": prefix == "generator_ema.",
             "channel_order": "rgb",
             "image_range": [-1, 1],

@@ -80,6 +80,7 @@ def test_card(file: Path) -> None:
         "classes": {},
         "source": "sagan.pth",
         "framework": "mmgeneration",
+        "num_classes": 7,
         "channel_order": "rgb",
         "image_range": [-1, 1],
     }  # fmt: skip
