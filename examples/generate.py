@@ -6,7 +6,7 @@
     python examples/generate.py runs/faces --interpolate --video webp          # walks between latent vectors
     python examples/generate.py runs/faces --score faces --export faces.safetensors
     python examples/generate.py faces.safetensors --seed 7                     # the exported generator needs no run
-    python examples/generate.py sagan.pth --labels 207 --columns 16            # mmgeneration's published SAGAN
+    python examples/generate.py sagan.pth --labels 207 --columns 16            # a published generator (docs/pretrained.md)
 
 On one machine the same command writes the same files, byte for byte; image number i of a seed does not depend on how
 many are made.
@@ -48,7 +48,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="Without any of --grid, --images, --interpolate, --video, --export, --score: a grid.",
     )
     model = parser.add_argument_group("generator")
-    model.add_argument("model", type=given_path, help="a run's folder, checkpoint, .safetensors, mmgeneration's .pth")
+    model.add_argument("model", type=given_path, help="a run's folder, checkpoint, .safetensors, or a published .pth")
     model.add_argument("--no-ema", action="store_true", help="the last weights, not their average (checkpoints only)")
     model.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps … (default: %(default)s)")
 
