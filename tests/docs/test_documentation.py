@@ -249,3 +249,19 @@ def test_commands_have_flags_that_exist(page: Path) -> None:
         given = {word.partition("=")[0].replace("--no-", "--") for word in after if re.match("--[a-z]", word)}
         known = {name.replace("--no-", "--") for name in flags_of(script)}
         assert given <= known, f"{page.name}: {script.name} has no {', '.join(sorted(given - known))}"
+
+
+def test_the_readme_says_how_long_a_run_takes() -> None:
+    """From the recipe's estimate for a GPU, and for a CPU from the measured speed of a step."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    recipe = (ROOT / "examples" / "recipes" / "celeba64.txt").read_text(encoding="utf-8")  # the trainer's defaults
+    (minutes,) = re.findall(r"time: (\d+) min \(\w+\) on one GPU", recipe)
+    assert f"an A100 is estimated to take {minutes} minutes" in readme
+    performance = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    (rate,) = re.findall(r"^\| this library \| \d+ \| (\d+) \| [\d.–]+ \|$", performance, re.MULTILINE)
+    assert f"at {rate} images/s, two days" in readme
+    defaults = Config()
+    for name, value in (("steps", "100000"), ("batch_size", "64"), ("base_channels", "64"), ("lr_d", "4e-4")):
+        assert float(getattr(defaults, name)) == float(value)
+        assert f"--{name.replace('_', '-')} {value}" in recipe
+    assert round(defaults.steps * defaults.batch_size / int(rate) / 86_400, 1) == 2.0
