@@ -18,6 +18,7 @@ from torch_sagan import (
     hinge_discriminator_loss,
     hinge_generator_loss,
     insert_self_attention,
+    insertion_points,
     record_attention,
     spectral_norms,
 )
@@ -25,7 +26,7 @@ from training.data import procedural_faces as faces
 
 PAGE = DOCS / "dcgan.md"
 WIDTH, BATCH = 8, 8
-health: Callable[..., tuple[str, list[str]]] = defined(PAGE, "health")
+health: Callable[..., dict[str, bool]] = defined(PAGE, "health", torch=torch)
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -73,6 +74,19 @@ def test_the_guide_shows_the_networks_of_the_tutorial() -> None:
         assert {k: v.shape for k, v in shown.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
 
 
+def test_the_table_of_all_models_names_places_of_the_tutorial() -> None:
+    text = (DOCS / "existing-models.md").read_text(encoding="utf-8")
+    assert "| DCGAN of PyTorch's tutorial, generator | `main.8`, `main.11` | 128 at 16×16, 64 at 32×32 |" in text
+    assert "| its discriminator | `main.4` (`main.3` is the norm before the activation) | 128 at 16×16 |" in text
+    points = {}
+    with torch.device("meta"):
+        for network, shape in ((TutorialGenerator(), (1, 100, 1, 1)), (TutorialDiscriminator(), (1, 3, 64, 64))):
+            found = insertion_points(network, torch.empty(shape))
+            points |= {(shape[1], point.path): (point.channels, point.size) for point in found}
+    assert points[100, "main.8"] == points[3, "main.4"] == points[3, "main.3"] == (128, (16, 16))
+    assert points[100, "main.11"] == (64, (32, 32))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sigmoid", [True, False], ids=["as it is", "without its Sigmoid"])
 def test_the_health_check_tells_a_dead_generator(sigmoid: bool, images: Tensor) -> None:
@@ -80,21 +94,20 @@ def test_the_health_check_tells_a_dead_generator(sigmoid: bool, images: Tensor) 
     optimizers = adam(networks[0], 1e-4), adam(networks[1], 4e-4)
     for _ in range(100):
         outputs = step(*networks, optimizers, images)
-    said, signs = health(networks[0], *outputs)
-    assert signs == (["no gradient", "outputs within [0, 1]"] if sigmoid else []), said
+    assert health(networks[0], *outputs) == {"no gradient": sigmoid, "within [0, 1]": sigmoid}
 
 
 def test_each_sign_of_the_health_check_stands_for_itself() -> None:
     network = nn.Linear(1, 1)
     for gradient, outputs, expected in (
-        (1.0, (-1.0, 1.0), []),
-        (0.0, (-1.0, 1.0), ["no gradient"]),
-        (1.0, (0.0, 1.0), ["outputs within [0, 1]"]),
-        (1.0, (0.5, 1.1), []),
+        (1.0, (-1.0, 1.0), (False, False)),
+        (0.0, (-1.0, 1.0), (True, False)),
+        (1.0, (0.0, 1.0), (False, True)),
+        (1.0, (0.5, 1.1), (False, False)),
     ):
         network.weight.grad = torch.full((1, 1), gradient)
         network.bias.requires_grad_(False)  # has none
-        assert health(network, *torch.tensor(outputs).split(1))[1] == expected
+        assert tuple(health(network, *torch.tensor(outputs).split(1)).values()) == expected
 
 
 def test_the_health_check_is_the_same_on_both_pages() -> None:
@@ -103,7 +116,7 @@ def test_the_health_check_is_the_same_on_both_pages() -> None:
         for page in (PAGE, DOCS / "how-it-is-trained.md")
     ]
     assert source[0] == source[1]
-    assert len(source[0].splitlines()) == 6  # a docstring and five lines below its name
+    assert len(source[0].splitlines()) == 7  # arguments, a docstring and five lines
 
 
 def test_the_tutorials_loss_from_logits() -> None:

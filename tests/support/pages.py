@@ -43,11 +43,11 @@ def run(page: Path, block: str, namespace: dict[str, Any]) -> None:
     exec(compile(block, str(page), "exec"), namespace)
 
 
-def defined(page: Path, name: str) -> Any:
-    """A function of a page, from the block that defines it; nothing else of the page runs."""
+def defined(page: Path, name: str, **known: Any) -> Any:
+    """A function of a page, with what it knows of the page before it; nothing else of the page runs."""
     (block,) = [block for block in blocks(page) if re.search(rf"^def {name}\b", block, re.MULTILINE)]
     (function,) = [node for node in ast.parse(block).body if isinstance(node, ast.FunctionDef) and node.name == name]
-    namespace: dict[str, Any] = {}
+    namespace = dict(known)
     exec(compile(ast.Module([function], []), str(page), "exec"), namespace)
     return namespace[name]
 
