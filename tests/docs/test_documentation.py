@@ -30,12 +30,12 @@ STAND_INS = {"models": public_networks, "models.networks": public_networks}
 
 def can_run(block: str) -> bool:
     """Whether what a block needs beside torch is installed."""
-    if "torch.onnx" in block and torch.__version__ < "2.7":  # whose exporter does not know all of these operators
+    if "onnx" in block and torch.__version__ < "2.7":  # whose exporter does not know all of these operators
         return False
     if "from training" in block and torch.__version__ < "2.6":  # the scripts refuse to read files with it
         return False
-    needed = {"torch.onnx": "onnxscript", "onnxruntime": "onnxruntime", "safetensors": "safetensors"}
-    return all(find_spec(package) for word, package in needed.items() if word in block)
+    needed = {"onnx": ("onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
+    return all(find_spec(package) for word, packages in needed.items() if word in block for package in packages)
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's exporter uses what torch has deprecated
