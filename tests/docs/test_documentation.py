@@ -50,6 +50,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     namespace: dict[str, object] = {"__name__": "page"}
     for block in filter(can_run, blocks(page)):
         run(page, block, namespace)
+    if page.name == "evaluation.md" and "session" in namespace:
+        check_onnx(namespace, tmp_path)
 
 
 def export_animals(folder: Path) -> None:
@@ -58,7 +60,24 @@ def export_animals(folder: Path) -> None:
     arguments = {"architecture": "dcgan", "image_size": 16, "base_channels": 8, "z_dim": 16, "num_classes": 2}
     arguments |= {"attention_resolutions": [8]}
     card = {"generator": arguments, "classes": {"cat": 3, "dog": 4}}
-    model_card.save(torch_sagan.SAGANGenerator(**arguments).state_dict(), card, folder / "animals.safetensors")
+    generator = torch_sagan.SAGANGenerator(**arguments)
+    with torch.no_grad():
+        for parameter in generator.parameters():  # a new one draws all classes alike
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model_card.save(generator.state_dict(), card, folder / "animals.safetensors")
+
+
+def check_onnx(namespace: dict[str, Any], folder: Path) -> None:
+    """The page names both files, and the exported network draws what the generator does."""
+    assert {path.name for path in folder.glob("*.onnx*")} == {"animals.onnx", "animals.onnx.data"}
+    assert namespace["number"] == 0
+    z, labels = torch.from_numpy(namespace["z"]), torch.zeros(5, dtype=torch.long)
+    with torch.no_grad():
+        expected = namespace["generator"](z, labels)
+        other = namespace["generator"](z, labels + 1)
+    drawn = torch.from_numpy(namespace["images"])
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)  # float32, in another order of summation
+    assert (drawn - other).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.name}")
