@@ -104,7 +104,8 @@ package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/, check t
 
 # By its name, so that pip looks for it as on an index; torch comes from the index, or from PIP_FIND_LINKS.
 rehearsal: EMPTY = build/rehearsal
-rehearsal: package ## install what `package` built into empty environments, as from an index, and run the README's Python
+rehearsal: TORCH_ALONE = get-started dcgan existing-models resume-your-loop visualize how-it-is-trained
+rehearsal: package ## install what `package` built as from an index, and run the README and guides there
 	@echo "==> rehearsal of a release"
 	@rm -rf $(EMPTY)
 	@for kind in sdist wheel; do \
@@ -113,7 +114,7 @@ rehearsal: package ## install what `package` built into empty environments, as f
 		$(EMPTY)/$$kind/bin/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) \
 			--find-links dist $$only "torch-sagan==$$($(BIN)/python -c 'import torch_sagan; print(torch_sagan.__version__)')" || exit 1; \
 	done
-	@$(EMPTY)/wheel/bin/python .ci/run_blocks.py README.md
+	@$(EMPTY)/wheel/bin/python -W ignore::UserWarning:torch .ci/run_blocks.py README.md $(addprefix docs/,$(addsuffix .md,$(TORCH_ALONE)))
 
 coverage: $(VENV)/.stamp-dev ## the tests, with the lines that they leave out
 	@echo "==> tests and docstring examples, with line coverage"
