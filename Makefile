@@ -114,7 +114,7 @@ rehearsal: package ## install what `package` built as from an index, and run the
 		$(EMPTY)/$$kind/bin/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) \
 			--find-links dist $$only "torch-sagan==$$($(BIN)/python -c 'import torch_sagan; print(torch_sagan.__version__)')" || exit 1; \
 	done
-	@$(EMPTY)/wheel/bin/python -W ignore::UserWarning:torch .ci/run_blocks.py README.md $(addprefix docs/,$(addsuffix .md,$(TORCH_ALONE)))
+	@$(EMPTY)/wheel/bin/python -W "ignore:Failed to initialize NumPy:UserWarning" .ci/run_blocks.py README.md $(addprefix docs/,$(addsuffix .md,$(TORCH_ALONE)))
 
 coverage: $(VENV)/.stamp-dev ## the tests, with the lines that they leave out
 	@echo "==> tests and docstring examples, with line coverage"
