@@ -36,7 +36,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check $(if
 .DELETE_ON_ERROR:
 # The checks share two or so cores and print in order.
 .NOTPARALLEL:
-.PHONY: help demo test exhaustive gpu check lint format types docs package coverage clean
+.PHONY: help demo test exhaustive gpu check lint format types docs package rehearsal coverage clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,7 +85,7 @@ types: $(VENV)/.stamp-dev ## mypy, strict
 	@echo "==> types"
 	@$(BIN)/mypy
 
-docs: $(VENV)/.stamp-dev ## build the documentation into docs/_build/html, warnings are errors
+docs: $(VENV)/.stamp-docs ## build the documentation into docs/_build/html, warnings are errors
 	@echo "==> docs"
 	@rm -rf docs/api/*.rst docs/_build/html # the pages of names that may be gone
 	@$(BIN)/sphinx-build -q -E -n -W --keep-going -b html docs docs/_build/html
@@ -97,9 +97,24 @@ package: $(VENV)/.stamp-dev ## build the sdist and the wheel into dist/, check t
 	@$(BIN)/python -m build --outdir dist . > dist.log 2>&1 || { cat dist.log; rm -f dist.log; exit 1; }
 	@rm -f dist.log
 	@$(BIN)/twine check --strict dist/*
+	@$(BIN)/python .ci/verify_description.py dist/*.whl
 	@rm -rf build/wheel
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target build/wheel dist/*.whl
 	@$(BIN)/python .ci/verify_types.py build/wheel
+
+# By its name, so that pip looks for it as on an index; torch comes from the index, or from PIP_FIND_LINKS.
+rehearsal: EMPTY = build/rehearsal
+rehearsal: TORCH_ALONE = get-started dcgan existing-models resume-your-loop visualize how-it-is-trained
+rehearsal: package ## install what `package` built as from an index, and run the README and guides there
+	@echo "==> rehearsal of a release"
+	@rm -rf $(EMPTY)
+	@for kind in sdist wheel; do \
+		$(PYTHON) -m venv $(EMPTY)/$$kind; \
+		if [ $$kind = sdist ]; then only="--no-binary torch-sagan --no-deps"; else only="--only-binary torch-sagan"; fi; \
+		$(EMPTY)/$$kind/bin/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) \
+			--find-links dist $$only "torch-sagan==$$($(BIN)/python -c 'import torch_sagan; print(torch_sagan.__version__)')" || exit 1; \
+	done
+	@$(EMPTY)/wheel/bin/python -W "ignore:Failed to initialize NumPy:UserWarning" .ci/run_blocks.py README.md $(addprefix docs/,$(addsuffix .md,$(TORCH_ALONE)))
 
 coverage: $(VENV)/.stamp-dev ## the tests, with the lines that they leave out
 	@echo "==> tests and docstring examples, with line coverage"
@@ -113,12 +128,18 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, set PYTHON=") if sys.version_info < (3, 10) else None'
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.stamp-examples: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+# What the docs and the tests need includes what comes before it.
+$(VENV)/.stamp-examples: examples/requirements.txt pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "==> set up: the package and what the examples need, into $(VENV) (torch is large: this may take minutes)"
-	@$(PIP_INSTALL) -e '.[examples]'
+	@$(PIP_INSTALL) -e . -r $<
 	@touch $@
 
-$(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+$(VENV)/.stamp-docs: docs/requirements.txt pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "==> set up: the package and what the pages need, into $(VENV) (torch is large: this may take minutes)"
+	@$(PIP_INSTALL) -e . -r $<
+	@touch $@
+
+$(VENV)/.stamp-dev: tests/requirements.txt docs/requirements.txt examples/requirements.txt pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "==> set up: the package and the development tools, into $(VENV) (torch is large: this may take minutes)"
-	@$(PIP_INSTALL) -e '.[dev]'
-	@touch $(VENV)/.stamp-examples $@
+	@$(PIP_INSTALL) -e . -r $<
+	@touch $(VENV)/.stamp-examples $(VENV)/.stamp-docs $@

@@ -2,8 +2,8 @@
 
     python examples/attention_in_dcgan.py            # under two minutes on one CPU core, nothing to download
 
-`networks/dcgan.py` stands for your model: nothing in it knows of attention. An eighth of the training comes before
-the insertion.
+`networks/dcgan.py` stands for your model: nothing in it knows of attention. Its D ends in a Sigmoid, which is taken out
+first. An eighth of the training comes before the insertion.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images = torch.from_numpy(faces.render(faces.traits(PEOPLE), size=32)).float() / 127.5 - 1  # (N, 3, 32, 32)
     z = torch.randn(32, Z_DIM, 1, 1)
     generator, discriminator = Generator(), Discriminator()
+    discriminator.main[-1] = nn.Identity()  # was a Sigmoid: losses take logits
     train(generator, discriminator, images, args.steps // 8, "before")
 
     before = generator(z), discriminator(images[:32])

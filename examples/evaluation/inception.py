@@ -86,4 +86,5 @@ class Precomputed(nn.Module):
 
 def _cannot_import(package: str, error: Exception) -> InceptionUnavailable:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return InceptionUnavailable(f"{package} cannot be imported ({reason}); pip install -e '.[evaluation]' installs it")
+    installs = "pip install -r examples/evaluation/requirements.txt installs it"
+    return InceptionUnavailable(f"{package} cannot be imported ({reason}); {installs}")

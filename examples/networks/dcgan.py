@@ -1,4 +1,7 @@
-"""A DCGAN for images of 32 pixels, as many people have one (Radford et al., arXiv:1511.06434). It has no attention."""
+"""A DCGAN for images of 32 pixels, as many people have one (Radford et al., arXiv:1511.06434). It has no attention.
+
+It is that of PyTorch's tutorial, with half its width, one layer less in each network, and the Sigmoid at the end of D.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,13 @@ class Discriminator(nn.Module):
             nn.Conv2d(3, 32, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True),  # 0 and 1: 16×16
             nn.Conv2d(32, 64, 4, 2, 1, bias=False), nn.BatchNorm2d(64), nn.LeakyReLU(0.2, True),  # 2 to 4: 8×8
             nn.Conv2d(64, 128, 4, 2, 1, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.2, True),  # 5 to 7: 4×4
-            nn.Conv2d(128, 1, 4, 1, 0, bias=False),
+            nn.Conv2d(128, 1, 4, 1, 0, bias=False), nn.Sigmoid(),
         )  # fmt: skip
         self.apply(initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.main(images)  # (B, 1, 1, 1)
-        return logits.flatten()  # (B,)
+        probabilities: Tensor = self.main(images)  # (B, 1, 1, 1)
+        return probabilities.flatten()  # (B,)
 
 
 def initialize(module: nn.Module) -> None:

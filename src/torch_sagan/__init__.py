@@ -32,7 +32,7 @@ from torch_sagan.spectral.recalibration import recalibrate
 from torch_sagan.surgery.insert import insert_self_attention, remove_self_attention
 from torch_sagan.surgery.points import InsertionPoint, InsertionPoints, insertion_points
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
 __all__ = [
     "AttentionExplorer",

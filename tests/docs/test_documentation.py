@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from importlib.util import find_spec
@@ -13,23 +14,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import public_networks
 import torch_sagan
+from pages import COMMANDS, DOCS, ROOT, blocks, commands, fences, indented, is_python, run
 from training.flags import Config
 from training.script import flag
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES, BENCHMARKS = ROOT / "examples", ROOT / "benchmarks"
-PAGES = sorted([ROOT / "README.md", EXAMPLES / "README.md", BENCHMARKS / "README.md", *(ROOT / "docs").glob("*.md")])
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
+PAGES = sorted([ROOT / "README.md", EXAMPLES / "README.md", BENCHMARKS / "README.md", *DOCS.glob("*.md")])
+WITH_CODE = [page for page in PAGES if blocks(page)]
+
+# What a page imports that is neither ours nor installed, and what stands for it here.
+STAND_INS = {"models": public_networks, "models.networks": public_networks}
 
 
 def can_run(block: str) -> bool:
     """Whether what a block needs beside torch is installed."""
-    if "torch.onnx" in block and torch.__version__ < "2.7":  # whose exporter does not know all of these operators
+    if "onnx" in block and torch.__version__ < "2.7":  # whose exporter does not know all of these operators
         return False
-    needed = {"torch.onnx": "onnxscript", "onnxruntime": "onnxruntime", "safetensors": "safetensors"}
-    return all(find_spec(package) for word, package in needed.items() if word in block)
+    if "from training" in block and torch.__version__ < "2.6":  # the scripts refuse to read files with it
+        return False
+    needed = {"onnx": ("onnxscript", "onnxruntime"), "safetensors": ("safetensors",)}
+    return all(find_spec(package) for word, packages in needed.items() if word in block for package in packages)
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's exporter uses what torch has deprecated
@@ -37,13 +43,52 @@ def can_run(block: str) -> bool:
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = page.read_text(encoding="utf-8")
+    for name, module in STAND_INS.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    if page.name == "evaluation.md":
+        export_animals(tmp_path)
     namespace: dict[str, object] = {"__name__": "page"}
-    for block in BLOCK.finditer(text):
-        # As many empty lines as stand above the block, so that a traceback names the page's own line.
-        lines_above = "\n" * text[: block.start(1)].count("\n")
-        if can_run(block.group(1)):
-            exec(compile(lines_above + block.group(1), str(page), "exec"), namespace)
+    for block in filter(can_run, blocks(page)):
+        run(page, block, namespace)
+    if page.name == "evaluation.md" and "session" in namespace:
+        check_onnx(namespace, tmp_path)
+
+
+def export_animals(folder: Path) -> None:
+    """The file of a small generator with classes, as the page's command leaves it."""
+    model_card = pytest.importorskip("training.output.model_card")
+    arguments = {"architecture": "dcgan", "image_size": 16, "base_channels": 8, "z_dim": 16, "num_classes": 2}
+    arguments |= {"attention_resolutions": [8]}
+    card = {"generator": arguments, "classes": {"cat": 3, "dog": 4}}
+    generator = torch_sagan.SAGANGenerator(**arguments)
+    with torch.no_grad():
+        for parameter in generator.parameters():  # a new one draws all classes alike
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model_card.save(generator.state_dict(), card, folder / "animals.safetensors")
+
+
+def check_onnx(namespace: dict[str, Any], folder: Path) -> None:
+    """The page names both files, and the exported network draws what the generator does."""
+    assert {path.name for path in folder.glob("*.onnx*")} == {"animals.onnx", "animals.onnx.data"}
+    assert namespace["number"] == 0
+    z, labels = torch.from_numpy(namespace["z"]), torch.zeros(5, dtype=torch.long)
+    with torch.no_grad():
+        expected = namespace["generator"](z, labels)
+        other = namespace["generator"](z, labels + 1)
+    drawn = torch.from_numpy(namespace["images"])
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)  # float32, in another order of summation
+    assert (drawn - other).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.name}")
+def test_every_block_runs_or_says_why_not(page: Path) -> None:
+    """Blocks of Python, also where they are only indented. Commands have tests of their own, below."""
+    for fence in fences(page):
+        assert fence.language, f"{page.name}: a block without a language: {fence.body[:60]!r}"
+        runs = fence.language == "python" or fence.language in COMMANDS or fence.language.startswith("{")
+        assert runs or fence.why_not, f"{page.name}: neither run nor marked: {fence.body[:60]!r}"
+    for block in indented(page):
+        assert not is_python(block), f"{page.name}: only indented, so it is not run: {block[:60]!r}"
 
 
 def test_the_readme_and_the_guides_have_code() -> None:
@@ -104,10 +149,9 @@ class FastaiPooledAttention(nn.Module):
 )
 def test_weights_of_fastai_load_as_the_guide_says(build: Callable[[int], nn.Module]) -> None:
     """From a checkpoint, before any pass: the older hook has not yet computed the weight that it normalizes."""
-    text = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
     namespace: dict[str, Any] = {"__name__": "page"}
-    for block in BLOCK.findall(text):
-        exec(block, namespace)
+    for block in blocks(DOCS / "migrating.md"):
+        run(DOCS / "migrating.md", block, namespace)
     trained = build(16)
     x = torch.randn(2, 16, 6, 4)
     for _ in range(3):
@@ -201,3 +245,42 @@ def test_commands_name_files_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"(?<![\w/])(?:examples|benchmarks)/[\w/.-]*\w\.(?:py|txt|md)", text):
         assert (ROOT / path).is_file(), f"{page.name} names {path}"
+
+
+def flags_of(script: Path) -> set[str]:
+    """The flags that a script has, its own and, for the trainer's, those of the settings."""
+    source = script.read_text(encoding="utf-8")
+    known = set(re.findall(r'"(--[a-z][a-z0-9-]*)"', source)) | {"--help"}
+    if "short_run_parser" in source:
+        known |= {"--steps", "--out", "--seed"}
+    if script.stem in ("train_celeba", "train_digits"):
+        known |= {flag(setting.name) for setting in fields(Config)} | {"--resume", "--dry-run"}
+    return known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.name}")
+def test_commands_have_flags_that_exist(page: Path) -> None:
+    for command in commands(page):
+        script = next((ROOT / word for word in command if re.fullmatch(r"(examples|benchmarks)/\w+\.py", word)), None)
+        if script is None:
+            continue
+        after = command[command.index(str(script.relative_to(ROOT))) :]
+        given = {word.partition("=")[0].replace("--no-", "--") for word in after if re.match("--[a-z]", word)}
+        known = {name.replace("--no-", "--") for name in flags_of(script)}
+        assert given <= known, f"{page.name}: {script.name} has no {', '.join(sorted(given - known))}"
+
+
+def test_the_readme_says_how_long_a_run_takes() -> None:
+    """From the recipe's estimate for a GPU, and for a CPU from the measured speed of a step."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    recipe = (ROOT / "examples" / "recipes" / "celeba64.txt").read_text(encoding="utf-8")  # the trainer's defaults
+    (minutes,) = re.findall(r"time: (\d+) min \(\w+\) on one GPU", recipe)
+    assert f"an A100 is estimated to take {minutes} minutes" in readme
+    performance = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    (rate,) = re.findall(r"^\| this library \| \d+ \| (\d+) \| [\d.–]+ \|$", performance, re.MULTILINE)
+    assert f"at {rate} images/s, two days" in readme
+    defaults = Config()
+    for name, value in (("steps", "100000"), ("batch_size", "64"), ("base_channels", "64"), ("lr_d", "4e-4")):
+        assert float(getattr(defaults, name)) == float(value)
+        assert f"--{name.replace('_', '-')} {value}" in recipe
+    assert round(defaults.steps * defaults.batch_size / int(rate) / 86_400, 1) == 2.0

@@ -208,7 +208,7 @@ def test_marked_as_typed() -> None:
 
 
 def test_version() -> None:
-    assert torch_sagan.__version__.count(".") == 2
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", torch_sagan.__version__)  # .dev: not released
     newest = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
     assert newest in ("Unreleased", torch_sagan.__version__)
 

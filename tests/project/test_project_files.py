@@ -88,3 +88,66 @@ def test_a_release_publishes_what_has_passed() -> None:
 def test_the_citation_names_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == torch_sagan.__version__
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def test_the_readme_works_wherever_the_repository_is() -> None:
+    """Its links to files, pages and images are relative: they need no published site, and lead where the pages' do."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ours = [target for target in LINK.findall(readme) if "torch-sagan" in target.lower()]
+    assert ours == []
+    assert len([target for target in LINK.findall(readme) if not target.startswith("https://")]) > 20
+
+
+def test_an_index_shows_the_readme_with_absolute_links() -> None:
+    """By the substitutions of the build; `make package` looks at what it has built."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    hook = tomllib.loads(METADATA)["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for substitution in hook["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    assert not [target for target in LINK.findall(text) if not target.startswith("https://")]
+    site = "https://torch-sagan.github.io/torch-sagan"
+    assert f"({site}/dcgan.html)" in text
+    assert f"({site}/performance.html#the-training-step)" in text
+    assert "(https://raw.githubusercontent.com/torch-sagan/torch-sagan/main/docs/images/demo.png)" in text
+
+
+def test_extras_are_for_those_who_have_the_package_alone() -> None:
+    """What scripts, pages and tests of a checkout need is in files of requirements there."""
+    (section,) = re.findall(r"^\[project\.optional-dependencies\]\n(.*?)\n\n", METADATA, re.MULTILINE | re.DOTALL)
+    extras = set(re.findall(r"^(\w+) = ", section, re.MULTILINE))
+    assert not extras & {"examples", "evaluation", "docs", "dev", "test", "tests"}
+    named = set()
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob(".github/workflows/*.yml"), ROOT / "Makefile"]:
+        named |= set(re.findall(r"torch-sagan\[(\w+)\]|'\.\[(\w+)\]'", page.read_text(encoding="utf-8")))
+    assert {one or other for one, other in named} == extras
+
+
+def test_each_file_of_requirements_is_installed_somewhere() -> None:
+    texts = "".join(
+        path.read_text(encoding="utf-8")
+        for path in [ROOT / "Makefile", *WORKFLOWS, ROOT / "docs" / "evaluation.md", ROOT / "docs" / "training.md"]
+    )
+    files = [
+        path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/**/requirements.txt") if ".venv" not in path.parts
+    ]
+    assert len(files) >= 4
+    assert all(file in texts for file in files)
+    for file in files:  # those that they include
+        for included in re.findall(r"^-r (.+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE):
+            assert ((ROOT / file).parent / included).is_file()
+
+
+def test_the_steps_of_a_release_exist() -> None:
+    text = (ROOT / "RELEASING.md").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"\bmake ([a-z]+)", text)) <= set(targets)
+    assert {"check", "exhaustive", "rehearsal"} <= set(re.findall(r"\bmake ([a-z]+)", text))
+    release = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
+    assert "environment `release`" in text
+    assert "environment: release" in release
+    for name in re.findall(r"workflows? \*(\w+)\*", text):
+        assert any(f"name: {name}\n" in path.read_text(encoding="utf-8") for path in WORKFLOWS), name

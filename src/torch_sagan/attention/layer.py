@@ -231,7 +231,7 @@ class SelfAttention2d(SelfAttention):
             the same number to all logits of a query, which softmax ignores.)
         projection: a function ``projection(in_channels, out_channels) -> Module`` that makes each projection. Default:
             1×1 convolutions. The modules must keep H×W.
-        similarity: ``"dot"``, the product above, or ``"l2"``, the negative squared distance below.
+        similarity: ``"dot"``, the product, or ``"l2"``, the negative squared distance, both above.
         device: where the parameters are made; default: PyTorch's default device.
         dtype: of the parameters; default: PyTorch's default dtype.
 
