@@ -85,7 +85,7 @@ types: $(VENV)/.stamp-dev ## mypy, strict
 	@echo "==> types"
 	@$(BIN)/mypy
 
-docs: $(VENV)/.stamp-dev ## build the documentation into docs/_build/html, warnings are errors
+docs: $(VENV)/.stamp-docs ## build the documentation into docs/_build/html, warnings are errors
 	@echo "==> docs"
 	@rm -rf docs/api/*.rst docs/_build/html # the pages of names that may be gone
 	@$(BIN)/sphinx-build -q -E -n -W --keep-going -b html docs docs/_build/html
@@ -118,7 +118,12 @@ $(VENV)/.stamp-examples: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@$(PIP_INSTALL) -e '.[examples]'
 	@touch $@
 
+$(VENV)/.stamp-docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "==> set up: the package and what the documentation needs, into $(VENV) (torch is large: this may take minutes)"
+	@$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
 $(VENV)/.stamp-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "==> set up: the package and the development tools, into $(VENV) (torch is large: this may take minutes)"
 	@$(PIP_INSTALL) -e '.[dev]'
-	@touch $(VENV)/.stamp-examples $@
+	@touch $(VENV)/.stamp-examples $(VENV)/.stamp-docs $@
