@@ -24,11 +24,11 @@ from typing import Any, ClassVar
 
 import torch
 from docutils import nodes
-from safetensors.torch import load_file
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.logging import getLogger
 
+from models import load
 from torch_sagan import SAGANGenerator, remove_spectral_norm
 from torch_sagan.maps.overlay import RAMP
 
@@ -44,14 +44,6 @@ OLDEST_TORCH = "2.7"  # whose exporter knows all operators
 
 class Unavailable(Exception):
     """Why this build of the pages has no generators."""
-
-
-def load(model: Path) -> tuple[SAGANGenerator, dict[str, Any]]:
-    """The generator of a safetensors file, with its weights as they are used, and its card."""
-    card = json.loads(model.with_suffix(".json").read_text(encoding="utf-8"))
-    generator = SAGANGenerator(**card["generator"]).eval()
-    generator.load_state_dict(load_file(model))
-    return remove_spectral_norm(generator), card
 
 
 def export(generator: SAGANGenerator, path: Path) -> None:
@@ -123,7 +115,7 @@ def make(models: Path, cache: Path, site: Path) -> int:
     for model in sorted(models.glob("*.safetensors"), key=lambda path: (path.stem != "faces", path.stem)):
         generator, card = load(model)
         file = model.with_suffix(".onnx").name
-        export(generator, site / "models" / file)
+        export(remove_spectral_norm(generator), site / "models" / file)
         title = TITLES.get(card["data"], model.stem)
         described.append(
             {"file": file, "title": title, "zDim": generator.z_dim, "classes": list(card.get("classes", {}))}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 import chromium
 from explorer_page import expected
 from served_site import served
-from torch_sagan import SAGANGenerator
+from torch_sagan import SAGANGenerator, remove_spectral_norm
 from training.latents import slerp
 from training.output.model_card import load
 
@@ -52,7 +54,7 @@ def test_an_exported_generator_computes_what_pytorch_does(model: Path, tmp_path:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     generator, _ = load(model)
-    browser_generators.export(browser_generators.load(model)[0], tmp_path / "generator.onnx")
+    browser_generators.export(remove_spectral_norm(load(model)[0]), tmp_path / "generator.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["generator.onnx"]  # no weights beside it
     assert (tmp_path / "generator.onnx").stat().st_size < 2_000_000
     session = onnxruntime.InferenceSession(tmp_path / "generator.onnx")
@@ -73,6 +75,23 @@ def test_a_build_without_npm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(browser_generators.Unavailable, match="npm is not installed"):
         browser_generators.runtime(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("on_ci", [False, True], ids=["at home", "on CI"])
+def test_a_site_without_npm_is_built_except_on_ci(tmp_path: Path, on_ci: bool) -> None:
+    (tmp_path / "conf.py").write_text("extensions = ['browser_generators']\n")
+    (tmp_path / "index.rst").write_text("Title\n=====\n\n.. draw::\n")
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "PATH")}
+    environment |= {"PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)} | ({"CI": "true"} if on_ci else {})
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "html", str(tmp_path), str(tmp_path / "html")]
+    built = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (built.returncode == 0) is not on_ci, built.stderr
+    if on_ci:
+        assert "the start page draws nothing: npm is not installed" in built.stderr
+    else:
+        text = (tmp_path / "html" / "index.html").read_text(encoding="utf-8")
+        assert "This build of the pages has no generator to run: npm is not installed." in text
+        assert "draw.mjs" not in text
 
 
 def test_another_package_than_the_pinned_one_is_not_taken(tmp_path: Path) -> None:
