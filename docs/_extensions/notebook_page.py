@@ -80,7 +80,8 @@ def shown(cell: Cell, value: object, site: Path) -> str:
         name = f"explorer-{cell['id']}.html"
         site.mkdir(parents=True, exist_ok=True)
         value.save(site / name)
-        frame = f'<iframe class="explorer" src="{name}" loading="lazy" title="{alternative}"></iframe>'
+        view = escape(cell["metadata"].get("view", ""))
+        frame = f'<iframe class="explorer" src="{name}{view}" loading="lazy" title="{alternative}"></iframe>'
         return f"```{{raw}} html\n{frame}\n```\n"
     return f"```text\n{pprint.pformat(value, width=WIDTH, sort_dicts=False)}\n```\n"
 

@@ -267,6 +267,32 @@ def test_the_map_follows_pointer_and_keys(browser: chromium.Page, address: str) 
     assert said(browser).startswith("Row 3, column 10 of 16×16")
 
 
+def test_a_swipe_scrolls_and_a_tap_chooses(browser: chromium.Page, address: str) -> None:
+    browser.size(390, 844, touch=True)
+    browser.open(f"{address}index.html")
+    loaded(browser)
+    browser.run("document.querySelector('#draw').scrollIntoView({ behavior: 'instant', block: 'center' })")
+    place = (
+        "(() => { const b = document.querySelector('#draw [name=map]').getBoundingClientRect();"
+        " return [b.x, b.y, b.width, scrollY]; })()"
+    )
+    x, y, side, scrolled = browser.run(place)
+    before = said(browser)
+    browser.touch("touchStart", (x + side / 4, y + side / 4))
+    for moved in range(20, 201, 20):
+        browser.touch("touchMove", (x + side / 4, y + side / 4 - moved))
+        browser.next_frame()
+    browser.touch("touchEnd")
+    browser.run("new Promise((done) => setTimeout(done, 500))")
+    assert browser.run("scrollY") > scrolled + 100
+    assert said(browser) == before
+    x, y, side, _ = browser.run(place)
+    browser.touch("touchStart", (x + side * 4.5 / 16, y + side * 12.5 / 16))
+    browser.touch("touchEnd")
+    browser.next_frame()
+    assert said(browser).startswith("Row 12, column 4 of 16×16")
+
+
 @pytest.mark.skipif(len(MODELS) < 2, reason="only one generator ships")
 def test_a_class_can_be_chosen(browser: chromium.Page, address: str) -> None:
     generator, card = load(MODELS[[model.stem for model in MODELS].index("clothes")])
