@@ -3,6 +3,7 @@
     python benchmarks/benchmark.py                          # everything, some ten minutes on two CPU cores
     python benchmarks/benchmark.py attention                # one part; --help lists them
     python benchmarks/benchmark.py --device cuda --json benchmark.json --plot growth.svg
+    python benchmarks/benchmark.py --draw docs/images/attention-growth.json   # a chart from results, as in the docs
 
 Each number is the median of repeats that take turns with the baseline's, so that a machine whose speed drifts does not
 favor either. A ratio above 1 means that the library is so many times as fast. The plain implementations are those
@@ -18,7 +19,6 @@ import training.threads  # noqa: F401  before torch  # isort: skip
 
 import argparse
 import gc
-import importlib.util
 import json
 import multiprocessing
 import platform
@@ -39,6 +39,7 @@ import torch_sagan
 from measurement.contenders import CUDA_SHAPES, compare, small_matrix
 from measurement.derivatives import CONTENDERS, PASSES, fits, peak, points
 from measurement.floors import Rates, attention_work, layer_work, measure_rates, times
+from measurement.growth_chart import growth_chart
 from measurement.passes import (
     attention_layers,
     feature_map,
@@ -51,7 +52,8 @@ from measurement.peak_memory import can_measure_memory, peak_memory, peak_of_thi
 from measurement.photographs import photographs
 from measurement.plain import plain_step
 from measurement.stopwatch import CALLS, Run, Stopwatch, on_device
-from measurement.tables import draw_growth, print_rows
+from measurement.summary_chart import draw
+from measurement.tables import print_rows
 from torch_sagan import SAGANDiscriminator, spectral_norm
 from training.flags import Config
 from training.runs.atomic_files import write_text
@@ -359,15 +361,19 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="time for each comparison (default: 5, on CUDA 1)")
     parser.add_argument("--batch-size", type=int, help="images in a step (default: 32, residual 8; on CUDA 64)")
     parser.add_argument("--json", type=given_path, help="also write everything to this file")
-    parser.add_argument("--plot", type=given_path, help="also draw growth to this SVG or PNG (needs matplotlib)")
+    parser.add_argument("--plot", type=given_path, help="also draw growth to this SVG")
+    parser.add_argument(
+        "--draw", type=given_path, metavar="RESULTS", help="only that chart, from a file that --json wrote"
+    )
     arguments = parser.parse_args(given)
+    if arguments.draw:
+        draw(arguments.draw, lambda results: growth_chart(results["growth"]))
+        return
     unknown = set(arguments.parts) - set(parts)
     if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(parts)}")
     if arguments.plot and arguments.parts and "growth" not in arguments.parts:
         parser.error("--plot draws the part growth: add it to the parts")
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib, which is not installed")
     if not arguments.device.startswith(("cpu", "cuda")):
         parser.error(f"--device {arguments.device}: expected cpu or cuda")
     for file in filter(None, (arguments.json, arguments.plot)):  # now, not after ten minutes
@@ -414,7 +420,7 @@ def main(given: Sequence[str] | None = None) -> None:
         print(f"\nGrowth of one training pass, float32{ON_DEVICE * cuda}")
         results["growth"] = growth(watch)
         if arguments.plot:
-            draw_growth(results["growth"], arguments.plot)
+            write_text(arguments.plot, growth_chart(results["growth"]))
     if "spectral" in chosen:
         print("\nSpectral norm, forward + backward")
         results["spectral"] = spectral(watch)

@@ -274,10 +274,10 @@ def summarize(found: dict[str, dict[int, dict[str, Any]]], marks: dict[str, Any]
     return summary
 
 
-# Legible on white and on black.
+# Legible on white and on black, and on a phone, whose width the chart has.
 COLORS = {"attention": "#e8813a", "local": "#6f8fc0", "chance": "#c0508a", "real faces": "#2f9e6e"}
 INK, SPREAD = "#777777", "#333333"
-WIDTH, HEIGHT, LEFT, ABOVE, BELOW, BAR = 560, 350, 46, 58, 46, 38
+WIDTH, HEIGHT, LEFT, ABOVE, BELOW, BAR = 398, 368, 34, 76, 46, 30
 
 
 def chart(summary: dict[str, Any]) -> str:
@@ -291,9 +291,9 @@ def chart(summary: dict[str, Any]) -> str:
     for i, (name, text) in enumerate(
         zip(COLORS, ("attention", "without attention", "chance", "real faces"), strict=True)
     ):
-        left = LEFT + (0, 100, 260, 340)[i]
-        shape = f"M{left} 24h14v10h-14z" if name in ARMS else f"M{left} 28h14v3h-14z"
-        parts.append(f'<path d="{shape}" fill="{COLORS[name]}"/><text x="{left + 20}" y="34">{text}</text>')
+        left, top = LEFT + (0, 170)[i % 2], 24 + 18 * (i // 2)
+        shape = f"M{left} {top}h14v10h-14z" if name in ARMS else f"M{left} {top + 4}h14v3h-14z"
+        parts.append(f'<path d="{shape}" fill="{COLORS[name]}"/><text x="{left + 20}" y="{top + 10}">{text}</text>')
     for percent in range(0, 101, 20):
         parts.append(f'<path d="M{LEFT} {y(percent):.1f}H{WIDTH}" stroke="{INK}" opacity=".3"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(percent) + 5:.1f}" text-anchor="end">{percent}</text>')
@@ -315,10 +315,10 @@ def chart(summary: dict[str, Any]) -> str:
         for mark in ("chance", "real faces"):
             line = f"M{middle - BAR - 12:.1f} {y(pair[mark]):.1f}H{middle + BAR + 12:.1f}"
             parts.append(f'<path d="{line}" stroke="{COLORS[mark]}" stroke-width="3"/>')
-        parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 24}" text-anchor="middle">{name}</text>')
+        parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 24}" text-anchor="middle" font-size="12">{name}</text>')
         apart = f"{pair['pixels apart']:.0f} px apart"
         parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 7}" text-anchor="middle" font-size="12">{apart}</text>')
-    style = f'font-family="system-ui, sans-serif" font-size="14" fill="{INK}"'
+    style = f'font-family="system-ui, sans-serif" font-size="13" fill="{INK}"'
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
 

@@ -15,6 +15,8 @@ copyright = "torch-sagan authors"
 release = version = torch_sagan.__version__
 
 extensions = [
+    "browser_generators",
+    "code_in_tables",
     "flags",
     "myst_parser",
     "sphinx.ext.autodoc",
@@ -25,6 +27,7 @@ extensions = [
     "sphinx_copybutton",
     "live_explorer",
     "mathml",
+    "notebook_page",
     "signatures",
     "site_files",
 ]
@@ -74,11 +77,14 @@ copybutton_prompt_is_regexp = True
 copybutton_line_continuation_character = "\\"
 
 html_theme = "furo"
+# How found pages are ranked.
+html_search_scorer = str(HERE / "_extensions" / "search.js")
 html_title = f"torch-sagan {release}"
 html_baseurl = "https://torch-sagan.github.io/torch-sagan/"
 html_logo = html_favicon = "_static/logo.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = [("theme.js", {"defer": "defer"})]
 html_theme_options = {
     "source_repository": "https://github.com/torch-sagan/torch-sagan",
     "source_branch": "main",

@@ -9,7 +9,7 @@ from html import escape
 from typing import NamedTuple
 
 INK, DOT, REAL = "#777777", "#4c72b0", "#c2542f"  # all show on white and on black
-WIDTH, LEFT, RIGHT, ROW, ABOVE, BELOW, KEY = 560, 96, 24, 26, 30, 30, 28
+WIDTH, LEFT, RIGHT, ROW, ABOVE, BELOW, KEY = 390, 92, 20, 26, 30, 30, 28  # a phone's width
 
 
 class Panel(NamedTuple):
@@ -34,7 +34,7 @@ def dot_chart(panels: Sequence[Panel]) -> str:
         parts += _panel(panel, top)
         top += _height(panel)
     size = f'width="{WIDTH}" height="{top}" viewBox="0 0 {WIDTH} {top}"'
-    style = f'font-family="system-ui, sans-serif" font-size="14" fill="{INK}"'
+    style = f'font-family="system-ui, sans-serif" font-size="13" fill="{INK}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from sphinx.application import Sphinx
 
-from torch_sagan import SAGANGenerator, explore_attention, record_attention
+from models import load
+from torch_sagan import explore_attention, record_attention
 
 IMAGES = 8
 
@@ -21,9 +20,7 @@ def write_explorer(app: Sphinx, exception: Exception | None) -> None:
         return
     models = Path(app.srcdir) / "models"
     shutil.copytree(models, Path(app.outdir) / "models", dirs_exist_ok=True)
-    card = json.loads((models / "faces.json").read_text(encoding="utf-8"))
-    generator = SAGANGenerator(**card["generator"]).eval()
-    generator.load_state_dict(load_file(models / "faces.safetensors"))
+    generator, _ = load(models / "faces.safetensors")
     z = torch.randn(IMAGES, generator.z_dim, generator=torch.Generator().manual_seed(0))
     with record_attention(generator) as records, torch.no_grad():
         images = generator(z)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -48,17 +45,6 @@ class Html(HTMLParser):
             self.alternatives.append(given.get("alt"))
         if re.fullmatch("h[1-6]", tag):
             self.headings.append(int(tag[1]))
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-E", "-n", "-W", "--keep-going", "-b", "html", "-d"]
-    built = subprocess.run(
-        [*command, str(folder / "doctrees"), str(ROOT / "docs"), str(folder / "html")], capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stderr
-    return folder / "html"
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +159,6 @@ def test_formulas_need_no_script(site: Path) -> None:
     assert not re.search(r"<script[^>]*mathjax", text, re.IGNORECASE)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[chromium.Page]:
-    if chromium.FOUND is None:
-        pytest.skip("neither Chromium nor Chrome is installed")
-    with chromium.chromium() as page:
-        yield page
-
-
 CUT_OFF = """[...document.querySelectorAll('pre')].filter((e) => e.scrollWidth > e.clientWidth)
     .map((e) => e.innerText.split('\\n').reduce((a, b) => a.length > b.length ? a : b))"""
 
@@ -202,3 +180,67 @@ def test_pages_fit_a_phone(site: Path, pages: dict[str, Html], browser: chromium
         assert browser.run("document.documentElement.scrollWidth") <= 390, name
         assert not [address for address in browser.requests() if not address.startswith(("file:", "data:"))], name
         assert browser.complaints() == [], name
+
+
+def test_the_theme_switch_reaches_the_explorer(site: Path, browser: chromium.Page) -> None:
+    browser.size(1280, 900)
+    browser.open((site / "index.html").as_uri())
+    browser.run("document.querySelector('iframe.explorer').scrollIntoView()")  # it loads when it is near
+    (frame,) = browser.send("Page.getFrameTree")["frameTree"]["childFrames"]
+    backgrounds = []
+    for _ in range(4):
+        browser.run("new Promise((done) => setTimeout(done, 500))")
+        world = browser.send("Page.createIsolatedWorld", frameId=frame["frame"]["id"])["executionContextId"]
+        expression = "getComputedStyle(document.body).backgroundColor"
+        answer = browser.send("Runtime.evaluate", expression=expression, contextId=world, returnByValue=True)
+        theme = browser.run("document.body.dataset.theme")
+        backgrounds.append((theme, answer["result"]["value"]))
+        browser.run("document.querySelector('.theme-toggle').click()")
+    dark, light = "rgb(23, 23, 27)", "rgb(255, 255, 255)"
+    assert sorted(set(backgrounds)) == [("auto", light), ("dark", dark), ("light", light)]
+
+
+# Words of code in cells that lie on several lines; of CamelCase each part is one.
+BROKEN = """[...document.querySelectorAll('td code')].flatMap((code) => {
+  const walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT), broken = [];
+  while (walker.nextNode()) {
+    for (const { 0: word, index } of walker.currentNode.data.matchAll(/[A-Z]*[a-z0-9]+|[A-Z]+/g)) {
+      const range = document.createRange();
+      range.setStart(walker.currentNode, index);
+      range.setEnd(walker.currentNode, index + word.length);
+      if (new Set([...range.getClientRects()].map(({ top }) => Math.round(top))).size > 1) broken.push(word);
+    }
+  }
+  return broken;
+})"""
+
+
+def test_code_in_tables_does_not_break_inside_words(site: Path, pages: dict[str, Html], browser: chromium.Page) -> None:
+    broken = {}
+    for width in (390, 1280):
+        browser.size(width, 844)
+        for name in set(pages) - {"404.html"}:
+            if "<td>" in (site / name).read_text(encoding="utf-8"):
+                browser.open((site / name).as_uri())
+                broken[name, width] = browser.run(BROKEN)
+    assert len(broken) > 20
+    assert not {where: words for where, words in broken.items() if words}
+
+
+def test_the_notebook_is_shown_with_what_its_cells_show(site: Path, browser: chromium.Page) -> None:
+    browser.size(1280, 900)
+    browser.open((site / "attention.html").as_uri())
+    text = browser.run("document.querySelector('article').textContent")
+    assert "'image_size': 64" in text  # the card, the value of a cell
+    assert "the model itself:" in text  # the table of insertion points, which a cell prints
+    size = browser.run("(({ naturalWidth: w, naturalHeight: h }) => [w, h])(document.querySelector('img.output'))")
+    assert size == [8 * 128, 128]
+    frames = browser.run("[...document.querySelectorAll('iframe.explorer')].map((frame) => frame.getAttribute('src'))")
+    assert len(frames) == 2
+    assert frames[0].endswith("#query=8,5")
+    for frame in frames:
+        assert "What the position attends to" in (site / frame.partition("#")[0]).read_text(encoding="utf-8")
+    colab = "https://colab.research.google.com/github/torch-sagan/torch-sagan/blob/main/docs/attention.ipynb"
+    assert browser.run(f"document.querySelector('a[href=\"{colab}\"]') !== null")
+    download = browser.run("document.querySelector('article a.download').getAttribute('href')")
+    assert (site / download).read_bytes() == (ROOT / "docs" / "attention.ipynb").read_bytes()

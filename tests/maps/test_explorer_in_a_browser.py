@@ -207,15 +207,15 @@ def test_clicks_pin_and_release(page: Page, example: tuple[Tensor, str]) -> None
     assert query_in_address(page)["pins"] == "6,3"
 
 
-def test_touch_moves_and_a_tap_pins(page: Page, example: tuple[Tensor, str]) -> None:
+def test_a_drag_across_moves_and_a_tap_pins(page: Page, example: tuple[Tensor, str]) -> None:
     attention, address = example
     page.size(390, 844, touch=True)
     page.open(address)
-    page.touch("touchStart", position(page, "map", 0.3, 0.3))
-    for row, column in ((3, 4), (6, 5)):
-        page.touch("touchMove", position(page, "map", (row + 0.5) / 8, (column + 0.5) / 8))
+    page.touch("touchStart", position(page, "map", 3.5 / 8, 0.1))
+    for column in (4, 6):
+        page.touch("touchMove", position(page, "map", 3.5 / 8, (column + 0.5) / 8))
         page.next_frame()
-        wanted = expected(attention[0, row * 8 + column].view(8, 8), 64)
+        wanted = expected(attention[0, 3 * 8 + column].view(8, 8), 64)
         torch.testing.assert_close(shown(page, 8, 8), wanted, **CLOSE)
     page.touch("touchEnd")
     assert "pins" not in query_in_address(page)
@@ -223,6 +223,20 @@ def test_touch_moves_and_a_tap_pins(page: Page, example: tuple[Tensor, str]) -> 
     page.touch("touchEnd")
     assert query_in_address(page)["pins"] == "6,1"
     assert page.run("document.documentElement.scrollWidth") == 390  # nothing is wider than the phone
+
+
+def test_a_swipe_scrolls_the_page_and_leaves_the_position(page: Page, example: tuple[Tensor, str]) -> None:
+    page.size(390, 700, touch=True)
+    page.open(example[1])
+    x, y = position(page, "map", 0.6, 0.6)
+    assert y < 650
+    page.touch("touchStart", (x, y))
+    for moved in range(20, 201, 20):
+        page.touch("touchMove", (x, y - moved))
+        page.next_frame()
+    page.touch("touchEnd")
+    assert query_in_address(page) == {"image": "0", "layer": "0", "query": "0,0", "mode": "from", "opacity": "1"}
+    assert page.run("scrollY") > 100
 
 
 def test_controls_choose_image_layer_mode_and_opacity(page: Page, example: tuple[Tensor, str]) -> None:
@@ -296,4 +310,34 @@ def test_a_notebook_shows_it_in_a_frame(page: Page, tmp_path: Path) -> None:
         answer = page.send("Runtime.evaluate", expression=expression, contextId=world, returnByValue=True)
         assert answer["result"]["value"] == value
     page.run("new Promise((done) => setTimeout(done, 400))")  # until the address would be written
+    assert page.complaints() == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light system", "dark system"])
+def test_a_page_around_it_chooses_its_colors(page: Page, tmp_path: Path, dark: bool) -> None:
+    """By a message; without one, and for any other theme, they are the system's. Other windows have no say."""
+    explore_attention(torch.zeros(1, 1, 8, 8), [peaked(1, 4, 4)]).save(tmp_path / "page.html")
+    host = tmp_path / "host.html"
+    host.write_text('<!DOCTYPE html><iframe src="page.html"></iframe>', encoding="utf-8")
+    page.size(1280, 900, dark=dark)
+    page.open(host.as_uri())
+    (frame,) = page.send("Page.getFrameTree")["frameTree"]["childFrames"]
+    world = page.send("Page.createIsolatedWorld", frameId=frame["frame"]["id"])["executionContextId"]
+
+    def background() -> str:
+        page.run("new Promise((done) => setTimeout(done, 100))")
+        expression = "getComputedStyle(document.body).backgroundColor"
+        answer = page.send("Runtime.evaluate", expression=expression, contextId=world, returnByValue=True)
+        return answer["result"]["value"]
+
+    light, black = "rgb(255, 255, 255)", "rgb(23, 23, 27)"
+    system = black if dark else light
+    assert background() == system
+    for message, wanted in (("{ theme: 'dark' }", black), ("{ theme: 'light' }", light), ("{ theme: 'auto' }", system),
+                            ("null", system), ("{ theme: 'url(x)' }", system)):  # fmt: skip
+        page.run(f"frames[0].postMessage({message}, '*')")
+        assert background() == wanted, message
+    page.run("frames[0].postMessage({ theme: 'dark' }, '*')")
+    page.send("Runtime.evaluate", expression="postMessage({ theme: 'light' }, '*')", contextId=world)
+    assert background() == black
     assert page.complaints() == []
