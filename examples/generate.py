@@ -6,7 +6,7 @@
     python examples/generate.py runs/faces --interpolate --video webp          # walks between latent vectors
     python examples/generate.py runs/faces --score faces --export faces.safetensors
     python examples/generate.py faces.safetensors --seed 7                     # the exported generator needs no run
-    python examples/generate.py sagan.pth --labels 207 --columns 16            # a published generator (docs/pretrained.md)
+    python examples/generate.py sagan.pth --labels 207 --columns 16            # a published one (docs/pretrained.md)
 
 On one machine the same command writes the same files, byte for byte; image number i of a seed does not depend on how
 many are made.
