@@ -87,7 +87,7 @@ def test_the_guide_builds_these_for_cifar10(kind: Literal["generator", "discrimi
     (code,) = [block for block in page.split("```") if "downsampling_blocks=2" in block]
     namespace: dict[str, Any] = {}
     with torch.device("meta"):
-        exec(code.removeprefix("py\n"), namespace)
+        exec(code.removeprefix("python\n"), namespace)
     model = namespace[kind]
     assert load_published(weights_of(f"studiogan/sagan-32/{kind}"), model) is model
     assert isinstance(model, SAGANGenerator) == (kind == "generator")
