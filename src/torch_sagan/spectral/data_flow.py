@@ -169,9 +169,9 @@ class DataFlow(TorchDispatchMode):
             bound = self._bound(name.removesuffix("_") if mutable else name, given, outputs) if known else None
             if bound is None:
                 self._because(self._path(), f"{schema.name.replace('::', '.')} has no known bound")
-            if not outputs:
-                self.reads_values = True
-                self._because(self._path(), "the pass depends on a value, so other inputs may take another way")
+        if any(constants) and not outputs:
+            self.reads_values = True
+            self._because(self._path(), "the pass depends on a value, so other inputs may take another way")
         bound = math.inf if bound is None else bound
         if mutable and any(constants):
             self._change_aliases(operands[0], bound)

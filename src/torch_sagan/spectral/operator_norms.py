@@ -76,7 +76,8 @@ def operator_norms(
     The bound of the model follows the data: constants multiply along chains, and add up where branches meet. It knows
     activations, evaluated batch norms, pooling, sums, means, concatenations, products with constants, and attention
     with ``similarity="l2"``. Whatever else the input goes through is named in ``unbounded``. A bound holds for inputs
-    of the shape of the example, a batch taken as one vector, in exact arithmetic, and in evaluation mode.
+    of the shape of the example, a batch taken as one vector, in exact arithmetic, and in evaluation mode. What leaves
+    PyTorch, as by ``tolist``, is not seen.
 
     Modes, buffers, hooks and random states are afterwards as they were.
 
