@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from torch_sagan._checks import at_least_one, one_of
-from torch_sagan._torch import TorchSpectralNorm, no_autocast
+from torch_sagan._torch import TorchSpectralNorm, is_recorded, no_autocast
 from torch_sagan.spectral.iteration import divide_by_sigma, divisor, power_iteration, spectral_normalize, unit
 from torch_sagan.spectral.layer_map import LayerMap, is_pointwise, spatial_dims
 from torch_sagan.spectral.legacy import LegacySpectralNorm, drop_load_hook, legacy_hooks
@@ -226,7 +226,7 @@ class ConvolutionNorm(SpectralNorm):
     def _warm_up(self, weight: Tensor) -> None:
         # The upper end of a convolution's spectrum is so dense that 15 steps of power iteration end some per cent
         # below the norm.
-        if weight.is_meta or not (weight.any() and weight.isfinite().all()):
+        if weight.is_meta or is_recorded() or not (weight.any() and weight.isfinite().all()):
             return
         for buffer, vector in zip((self._u, self._v), self.singular_vectors(weight, self._v)[1:], strict=True):
             buffer.copy_(vector)
