@@ -40,7 +40,7 @@ def test_the_rows_of_a_model() -> None:
         ("0", "Conv2d", (2, 8, 8)), ("3", "Linear", (27,)), ("4", "Linear", (5,))
     ]  # fmt: skip
     for row, layer in zip(found.layers[1:], (model[3], model[4]), strict=True):
-        norm = float(torch.linalg.matrix_norm(layer.weight.double(), 2))
+        norm = float(torch.linalg.matrix_norm(layer.weight.detach().double(), 2))
         assert (row.lower, row.upper) == (pytest.approx(norm), pytest.approx(norm))
     assert found.bound == pytest.approx(math.prod(row.upper for row in (*found.layers, found.layers[2])))
 

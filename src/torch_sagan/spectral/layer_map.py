@@ -63,8 +63,7 @@ class LayerMap:
                 x, weight, None, get("stride"), get("padding"), get("dilation"), get("transposed"),
                 get("output_padding"), get("groups"),
             )  # fmt: skip
-        layer = object.__new__(self.kind)
-        nn.Module.__init__(layer)
+        layer = object.__new__(self.kind)  # with the settings as attributes, and nothing else
         vars(layer).update(self.settings, weight=weight, bias=None)
         image: Tensor = self.kind.forward(layer, x)
         return image
