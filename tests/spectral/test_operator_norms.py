@@ -107,6 +107,24 @@ def test_a_generator_is_bounded_in_evaluation(architecture: str) -> None:
     assert 0 < found.bound < math.inf
 
 
+def test_in_inference_mode() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)), torch.randn(1, 3, 5, 5)
+    expected = operator_norms(model, x)
+    with torch.inference_mode():
+        assert operator_norms(model, x) == expected
+        made_here = spectral_norm(nn.Conv2d(3, 4, 3), of="convolution", input_size=5)
+        made_here(x)
+        assert operator_norms(made_here, x).layers[0].lower == pytest.approx(1, abs=1e-3)
+
+
+def test_a_compiled_model_is_measured_as_it_is_written() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(1, 3, 5, 5)
+    expected = operator_norms(model, x)
+    model.compile(backend="eager")
+    model(x)
+    assert operator_norms(model, x) == expected
+
+
 def test_layers_of_integers_alone_are_measured() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
     found = operator_norms(model, torch.tensor([1, 2]))

@@ -59,6 +59,7 @@ class OperatorNorms(NamedTuple):
         return "\n".join([line.rstrip() for line in lines] + [f"Lipschitz constant of the model: at most {bound}"])
 
 
+@torch.inference_mode(False)  # in which PyTorch shows layers as they are written, and not as what they compute
 @torch.no_grad()
 def operator_norms(
     model: nn.Module, example_input: ExampleInput, *, tolerance: float = 1e-7, dense_up_to: int = 1024
