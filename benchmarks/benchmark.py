@@ -55,6 +55,7 @@ from measurement.stopwatch import CALLS, Run, Stopwatch, on_device
 from measurement.summary_chart import draw
 from measurement.tables import print_rows
 from torch_sagan import SAGANDiscriminator, spectral_norm
+from training.architectures import build_discriminator
 from training.flags import Config
 from training.runs.atomic_files import write_text
 from training.runs.distributed import SINGLE_PROCESS, pick_device
@@ -201,14 +202,19 @@ def spectral(watch: Stopwatch) -> list[dict[str, Any]]:
         "none": None,
         "torch": parametrizations.spectral_norm,
         "ours": spectral_norm,
+        "convolution's": partial(spectral_norm, of="convolution", input_size=8),
     }
     convolutions: dict[str, nn.Module] = {}
     for name, normalize in kinds.items():
-        convolution = nn.Conv2d(256, 512, 4, 2, 1).to(watch.device)
-        convolutions[name] = normalize(convolution) if normalize else convolution
-    networks: dict[str, nn.Module] = {
-        name: SAGANDiscriminator(64, spectral_norm=normalize).to(watch.device) for name, normalize in kinds.items()
-    }
+        convolution = nn.Conv2d(256, 512, 4, 2, 1)
+        convolutions[name] = (normalize(convolution) if normalize else convolution).to(watch.device)
+    networks: dict[str, nn.Module] = {}
+    for name, normalize in kinds.items():
+        if name == "convolution's":
+            networks[name] = build_discriminator("dcgan", 64, attention_resolutions=None, norm_of="convolution")
+        else:
+            networks[name] = SAGANDiscriminator(64, spectral_norm=normalize)
+        networks[name].to(watch.device)
     comparisons: list[tuple[str, dict[str, nn.Module], Tensor]] = [
         ("Conv2d(256, 512, 4) to 4×4, batch 1", convolutions, torch.randn(1, 256, 8, 8, device=watch.device)),
         ("discriminator, 64 px, batch 8", networks, torch.randn(8, 3, 64, 64, device=watch.device)),
@@ -219,12 +225,14 @@ def spectral(watch: Stopwatch) -> list[dict[str, Any]]:
         modules = {name: in_trained_layout(module, watch.device) for name, module in modules.items()}
         gradient = torch.ones_like(modules["none"](x))
         seconds = watch(**{name: forward_backward(module, x, gradient) for name, module in modules.items()})
-        extra = {name: seconds[name] - seconds["none"] for name in ("torch", "ours")}
+        extra = {name: seconds[name] - seconds["none"] for name in ("torch", "ours", "convolution's")}
         rows.append(
             {"spectral norm on": title}
             | {f"{name} ms": 1e3 * value for name, value in seconds.items()}
             | {"extra torch ms": 1e3 * extra["torch"], "extra ours ms": 1e3 * extra["ours"]}
+            | {"extra convolution's ms": 1e3 * extra["convolution's"]}
             | {"ours/torch": extra["ours"] / extra["torch"]}
+            | {"convolution's, share of the pass": extra["convolution's"] / seconds["convolution's"]}
         )
     print_rows(rows)
     return rows

@@ -9,11 +9,12 @@ An arm is the trainer with `recipes/fashion-mnist.txt` and what it adds; setting
 
     recipe      nothing
     G, D, both  attention in the generator at 14×14, in the discriminator at 7×7, or in both
+    conv        spectral norm of D's convolutions in the place of their unfolded kernels (`--d-norm convolution`)
     plain       no trainer: a DCGAN of forty lines with spectral norm in D (measurement/plain_dcgan.py), Adam at 2e-3,
                 which was better than 1e-3; it trains as many CPU-seconds as the recipe's runs took in all, with their
                 start and evaluation
 
-With `--equal-time` the arms with attention get the recipe's time instead of its steps: the times of their steps are
+With `--equal-time` the arms above `plain` get the recipe's time instead of its steps: the times of their steps are
 measured first, and they train fewer.
 
 All are scored alike, by features of a classifier of the real images, against the test images. Each run has one thread.
@@ -66,8 +67,16 @@ ARMS = {
     "G": ["--g-attention", "14"],
     "D": ["--d-attention", "7"],
     "both": ["--g-attention", "14", "--d-attention", "7"],
+    "conv": ["--d-norm", "convolution"],
 }
-LABELS = {"recipe": "recipe", "G": "in G", "D": "in D", "both": "in both", "plain": "plain"}  # in the chart
+LABELS = {
+    "recipe": "recipe",
+    "G": "in G",
+    "D": "in D",
+    "both": "in both",
+    "conv": "conv. norm",
+    "plain": "plain",
+}  # in the chart
 RATE, BATCH = 2e-3, 64  # of the plain DCGAN
 # Score, heading, and how many digits it is shown with.
 SHOWN = {
@@ -85,7 +94,7 @@ Result = dict[str, Any]
 
 
 def fewer_steps(more: Sequence[str]) -> dict[str, list[str]]:
-    """For each arm with attention, settings with which it takes the recipe's time, by the measured time of a step."""
+    """For each arm but the recipe, settings with which it takes the recipe's time, by the measured time of a step."""
     torch.set_num_threads(1)
     configs = {arm: read_recipe(RECIPE, *added, *more) for arm, added in ARMS.items()}
     times = Stopwatch(torch.device("cpu"), seconds=60)(**{arm: one_step(config) for arm, config in configs.items()})
@@ -275,7 +284,9 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=given_path, default=Path("runs/real-images"), help="folder (default: %(default)s)"
     )
-    parser.add_argument("--equal-time", action="store_true", help="fewer steps for arms with attention, in equal time")
+    parser.add_argument(
+        "--equal-time", action="store_true", help="fewer steps for arms that take longer, in equal time"
+    )
     parser.add_argument("--report", action="store_true", help="only the table, from the existing results")
     parser.add_argument(
         "--draw", type=given_path, metavar="SUMMARY", help="only a chart, from a summary.json that a run wrote"

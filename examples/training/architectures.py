@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, spectral_norm
+from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, apply_spectral_norm, spectral_norm
 
 ARCHITECTURES = ("dcgan", "resnet", "mnist")
 
@@ -42,13 +43,20 @@ def build_discriminator(
     image_size: int,
     *,
     attention_resolutions: Sequence[int] | None,
-    normalize: bool = True,
+    norm_of: str | None = "matrix",
     eps: float = 1e-12,
     **arguments: Any,
 ) -> SAGANDiscriminator:
-    """The discriminator, spectrally normalized (with `eps`) if `normalize`; further arguments are
-    `SAGANDiscriminator`'s."""
-    norm = partial(spectral_norm, eps=eps) if normalize else None
+    """The discriminator, its weights divided by the norm (with `eps`) of what `norm_of` says, if anything; further
+    arguments are `SAGANDiscriminator`'s."""
+    chosen: list[nn.Module] = []
+
+    def collect(layer: nn.Module) -> nn.Module:
+        chosen.append(layer)
+        return layer
+
+    # A convolution's norm needs the size of its feature maps, which is known when the network is there.
+    norm = {"matrix": partial(spectral_norm, eps=eps), "convolution": collect, None: None}[norm_of]
     if architecture != "mnist":
         arguments["architecture"] = architecture
     else:
@@ -56,7 +64,16 @@ def build_discriminator(
             SelfAttention2d, projection=partial(_discriminator_projection, normalize=norm or _unchanged)
         )
         attention_resolutions = _mnist_resolutions(image_size, attention_resolutions)
-    return SAGANDiscriminator(image_size, attention_resolutions=attention_resolutions, spectral_norm=norm, **arguments)
+    discriminator = SAGANDiscriminator(
+        image_size, attention_resolutions=attention_resolutions, spectral_norm=norm, **arguments
+    )
+    if norm_of == "convolution":
+        labels = [torch.zeros(1, dtype=torch.int64)] if discriminator.num_classes else []
+        example = torch.zeros(1, *discriminator.image_shape), *labels
+        apply_spectral_norm(
+            discriminator, include=lambda name, layer: layer in chosen, eps=eps, of="convolution", example_input=example
+        )
+    return discriminator
 
 
 def _mnist_resolutions(image_size: int, resolutions: Sequence[int] | None) -> Sequence[int]:

@@ -71,6 +71,13 @@ class Config:
     )
     g_attention: str = option("auto", "networks", "sizes of G's feature maps with attention: 16, or 16,32, auto, none")
     d_attention: str = option("auto", "networks", "sizes of D's feature maps with attention: 8, or 4,8, auto, none")
+    d_norm: str = option(
+        "matrix",
+        "networks",
+        "what D's spectral norm bounds: its unfolded kernels, or its convolutions",
+        choices=("matrix", "convolution"),
+        fixed=True,
+    )
     sigma_eps: float = option(1e-12, "networks", "eps of the spectral norm's power iteration", least=0)
 
     loss: str = option("hinge", "training", "wgan-gp builds D without spectral norm", choices=LOSSES, fixed=True)
@@ -147,6 +154,8 @@ def check(config: Config, processes: int) -> None:
     _check_penalty(config)
     if config.conditioning == "latent" and config.classes == "none":
         fail("--conditioning latent: with --classes none there is no class that could be joined to the latent vector")
+    if config.d_norm == "convolution" and config.loss == "wgan-gp":
+        fail("--d-norm convolution: --loss wgan-gp builds D without spectral norm")
     if config.upsampling == "transposed" and config.architecture == "resnet":
         fail("--upsampling transposed: --architecture resnet has nearest alone")
     if config.normalize_classes and (config.classes == "none" or config.conditioning == "latent"):

@@ -218,7 +218,7 @@ def build_networks(
         config.image_size,
         attention_resolutions=resolutions("d_attention", config.d_attention),
         # WGAN-GP's penalty pulls gradients to norm 1, spectral norm keeps them far below: use only one of the two.
-        normalize=config.loss != "wgan-gp",
+        norm_of=None if config.loss == "wgan-gp" else config.d_norm,
         **_widths(config, "d_widths"),
         downsampling_blocks=None if halvings == "auto" else int(halvings),
         **shared,

@@ -28,6 +28,7 @@ from torch_sagan.spectral.models import (
     spectral_norms,
 )
 from torch_sagan.spectral.norm import SpectralNorm, spectral_norm
+from torch_sagan.spectral.operator_norms import OperatorNorm, OperatorNorms, operator_norms
 from torch_sagan.spectral.recalibration import recalibrate
 from torch_sagan.surgery.insert import insert_self_attention, remove_self_attention
 from torch_sagan.surgery.points import InsertionPoint, InsertionPoints, insertion_points
@@ -40,6 +41,8 @@ __all__ = [
     "ConditionalBatchNorm2d",
     "InsertionPoint",
     "InsertionPoints",
+    "OperatorNorm",
+    "OperatorNorms",
     "ProjectionHead",
     "SAGANDiscriminator",
     "SAGANGenerator",
@@ -60,6 +63,7 @@ __all__ = [
     "load_generator",
     "load_published",
     "mark_queries",
+    "operator_norms",
     "recalibrate",
     "record_attention",
     "relativistic_discriminator_loss",

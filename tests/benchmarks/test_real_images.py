@@ -48,14 +48,14 @@ def write(out: Path, *results: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_an_arm_differs_from_the_recipe_in_attention_alone(arm: str) -> None:
+def test_an_arm_differs_from_the_recipe_in_attention_or_norm_alone(arm: str) -> None:
     settings = [
         vars(resolve_config(Config, {n: v for n, v in given.items() if n in Config.__annotations__}, None))
         for given in (read_arguments(Config, [f"@{real_images.RECIPE}", *more], "") for more in ([], ARMS[arm]))
     ]
     changed = {name: value for name, value in settings[1].items() if value != settings[0][name]}
-    where = {"recipe": "", "G": "g", "D": "d", "both": "gd"}[arm]
-    assert changed == {f"{network}_attention": "14" if network == "g" else "7" for network in where}
+    g, d = {"g_attention": "14"}, {"d_attention": "7"}
+    assert changed == {"recipe": {}, "G": g, "D": d, "both": g | d, "conv": {"d_norm": "convolution"}}[arm]
     assert settings[0]["g_attention"] == settings[0]["d_attention"] == "none"
 
 
@@ -119,7 +119,7 @@ def test_the_share_of_even_keys_is_that_of_the_maps(tmp_path: Path) -> None:
 
 
 def test_in_equal_time_an_arm_with_slower_steps_gets_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"recipe": 0.1, "G": 0.2, "D": 0.125, "both": 0.4}
+    times = {"recipe": 0.1, "G": 0.2, "D": 0.125, "both": 0.4, "conv": 0.1}
     asked: list[float] = []
 
     class Watch:
@@ -143,6 +143,7 @@ def test_in_equal_time_an_arm_with_slower_steps_gets_fewer(monkeypatch: pytest.M
         "G": ["--steps", "300", "--decay-from", "100"],
         "D": ["--steps", "480", "--decay-from", "160"],
         "both": ["--steps", "150", "--decay-from", "50"],
+        "conv": ["--steps", "600", "--decay-from", "200"],
     }
 
 
@@ -211,7 +212,7 @@ def test_the_chart_has_every_run_its_median_and_real_images_at_their_values() ->
     assert "agreement, % (larger is better)" in texts
 
 
-@pytest.mark.parametrize("name", ["real-images-recipe", "real-images-attention"])
+@pytest.mark.parametrize("name", ["real-images-recipe", "real-images-attention", "real-images-norms"])
 def test_the_charts_of_the_docs_are_drawn_from_their_numbers(name: str, tmp_path: Path) -> None:
     recorded = Path(__file__).parents[2] / "docs" / "images" / f"{name}.json"
     (tmp_path / "copy.json").write_text(recorded.read_text())

@@ -310,6 +310,25 @@ def test_weights_that_are_not_plain_parameters_iterate_on_their_own() -> None:
     assert second.parametrizations.weight[0]._prepared is None
 
 
+def test_norms_of_convolutions_iterate_on_their_own() -> None:
+    """Beside norms of matrices, which are grouped."""
+    network = SAGANDiscriminator(16, base_channels=4, architecture="resnet", spectral_norm=None).double()
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    apply_spectral_norm(network, of="convolution", example_input=x)
+    kinds = {type(norm).__name__ for norm in norms(network)}
+    assert kinds == {"SpectralNorm", "ConvolutionNorm"}
+    alone = copy.deepcopy(network)
+    prepared: list[list[str]] = []
+    network.blocks[0].register_forward_pre_hook(
+        lambda *_: prepared.append([type(norm).__name__ for norm in norms(network) if norm._prepared])
+    )
+    y = network(x)
+    with each_alone():
+        torch.testing.assert_close(y, alone(x), rtol=1e-12, atol=1e-12)
+    assert {*prepared[0]} == {"SpectralNorm"}
+    torch.testing.assert_close(network.state_dict(), alone.state_dict(), rtol=1e-11, atol=1e-11)
+
+
 class Subclass(nn.Parameter):
     """A weight that may do anything with the operations of tensors."""
 

@@ -165,6 +165,21 @@ def test_remove_by_name() -> None:
     assert isinstance(attention.in_proj_weight, nn.Parameter)
 
 
+@layers
+def test_a_copy_is_another_module(kind: str) -> None:
+    """PyTorch keeps the property of a parametrized weight in a class, which both have: each gets its own."""
+    layer, x = make(kind).eval(), inputs(kind)
+    expected = layer(x).detach()
+    copied = copy.deepcopy(layer)
+    remove_spectral_norm(copied)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(copied(x), expected)
+    if getattr(layer, "bias", None) is not None:
+        other = spectral_norm(copy.deepcopy(layer), "bias", dim=0).eval()
+        assert torch.equal(layer(x), expected)
+        assert not torch.equal(other(x), expected)
+
+
 def test_removing_what_is_not_there() -> None:
     layer = spectral_norm(nn.Linear(3, 4))
     with pytest.raises(ValueError, match="bias"):

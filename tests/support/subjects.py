@@ -37,6 +37,9 @@ SUBJECTS = {
     "attention in a volume": Subject(lambda: SelfAttention3d.official(16), (16, 4, 3, 5)),
     "l2 attention": Subject(lambda: SelfAttention2d(16, similarity="l2"), (16, 6, 5)),
     "spectral norm": Subject(lambda: spectral_norm(nn.Conv2d(4, 6, 3)), (4, 6, 5)),
+    "spectral norm of a convolution": Subject(
+        lambda: spectral_norm(nn.Conv2d(4, 6, 3), of="convolution", input_size=(6, 5)), (4, 6, 5)
+    ),
     "torch's spectral norm": Subject(lambda: spectral_norm(nn.Conv2d(4, 6, 3), implementation="torch"), (4, 6, 5)),
     "generator": Subject(lambda: SAGANGenerator(16, z_dim=8, base_channels=8), (8,)),
     "residual generator with classes": Subject(
@@ -51,7 +54,7 @@ SUBJECTS = {
     ),
 }
 ATTENTION = [name for name in SUBJECTS if "attention" in name]
-LAYERS = ["spectral norm", "torch's spectral norm"]
+LAYERS = ["spectral norm", "spectral norm of a convolution", "torch's spectral norm"]
 NETWORKS = [name for name in SUBJECTS if name not in ATTENTION + LAYERS]
 NORMALIZED = LAYERS + NETWORKS
 

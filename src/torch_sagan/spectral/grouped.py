@@ -56,7 +56,8 @@ def iterate_together(model: nn.Module) -> None:
     for module in model.modules() if runs_custom_operations() else ():
         if isinstance(module, parametrize.ParametrizationList) and len(module) == 1:
             norm, weight = module[0], module.original
-            if isinstance(norm, SpectralNorm) and norm.training and _can_be_grouped(norm, weight):
+            # Only of a matrix: that of a convolution has no matrix, and a user's subclass may do anything.
+            if type(norm) is SpectralNorm and norm.training and _can_be_grouped(norm, weight):
                 key = weight.device, weight.dtype, norm.n_power_iterations, norm.eps
                 groups.setdefault(key, []).append(_Member(norm, weight))
     for (device, _, n_iterations, eps), members in groups.items():

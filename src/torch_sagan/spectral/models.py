@@ -6,16 +6,27 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torch_sagan._checks import at_least_one, one_of
+from torch_sagan.spectral.layer_map import spatial_dims
 from torch_sagan.spectral.legacy import LegacySpectralNorm, legacy_hooks, remove_legacy_hook
-from torch_sagan.spectral.norm import Norm, SpectralNorm, as_matrix, find_norm, make_norm, register
+from torch_sagan.spectral.norm import (
+    ConvolutionNorm,
+    Norm,
+    SpectralNorm,
+    as_matrix,
+    find_norm,
+    make_norm,
+    own_class,
+    register,
+)
 from torch_sagan.spectral.selection import Layers, select_layers
+from torch_sagan.surgery.example_pass import ExampleInput, example_pass
 
 __all__ = [
     "align_power_iteration",
@@ -36,6 +47,8 @@ def apply_spectral_norm(
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     implementation: Literal["sagan", "torch"] = "sagan",
+    of: Literal["matrix", "convolution"] = "matrix",
+    example_input: ExampleInput | None = None,
 ) -> M:
     """Normalize the weight of every convolution (transposed too), linear layer and embedding of a model, in place.
 
@@ -51,13 +64,20 @@ def apply_spectral_norm(
             module, but does not count as a part of it. A layer that has several names is matched by any of them.
         exclude: the layers to leave out, given as for ``include``.
         n_power_iterations, eps, implementation: as in :func:`spectral_norm`.
+        of: ``"convolution"`` divides the weight of a convolution by the norm of its map, as :func:`spectral_norm`
+            explains. Linear layers and embeddings, and convolutions whose kernel is 1 in every direction, are matrices.
+        example_input: with ``of="convolution"``, what the model can be called with: a tensor, a tuple of arguments or a
+            mapping of keyword arguments. One pass of it in evaluation mode shows the size of each layer's feature maps;
+            buffers and random states stay as they are.
 
     Returns:
         The model itself.
 
     Raises:
         ValueError: when there is no layer to normalize, a name matches no layer (similar names are listed), or a
-            weight has no shape yet, is computed by a hook, or is tied to another. The model is then unchanged.
+            weight has no shape yet, is computed by a hook, or is tied to another; for ``of="convolution"`` without an
+            ``example_input``, and for a convolution that is not called in its pass, or with feature maps of several
+            sizes. The model is then unchanged.
         TypeError: when ``include`` or ``exclude`` is neither names nor a function, or for an integer weight.
 
     >>> from torch import nn
@@ -70,16 +90,23 @@ def apply_spectral_norm(
     ['0.weight', '2.weight']
     """
     one_of(("sagan", "torch"), implementation=implementation)
+    one_of(("matrix", "convolution"), of=of)
     at_least_one(n_power_iterations=n_power_iterations)
     layers = select_layers(model, include, exclude)
     done = [path for path, layer in layers.items() if find_norm(layer, "weight") is not None]
     new = {path: layer for path, layer in layers.items() if path not in done}
     _check_untied(model, new)
     # Made first and registered afterwards, so that an error leaves the model as it was.
+    if of == "matrix" and example_input is not None:
+        raise ValueError('example_input has no effect on the norm of a matrix: expected of="convolution"')
+    sizes = _input_sizes(model, new, example_input) if of == "convolution" else {}
     norms = {}
     for path, layer in new.items():
+        kind = of if layer in sizes else "matrix"
         try:
-            norms[layer] = make_norm(layer, "weight", n_power_iterations, eps, None, implementation)
+            norms[layer] = make_norm(
+                layer, "weight", n_power_iterations, eps, None, implementation, kind, sizes.get(layer)
+            )
         except (TypeError, ValueError) as error:
             if not path:
                 raise
@@ -126,6 +153,7 @@ def remove_spectral_norm(model: M, name: str | None = None) -> M:
         if isinstance(weight.norm, LegacySpectralNorm):
             remove_legacy_hook(weight.module, weight.name)
         else:
+            own_class(weight.module)
             parametrize.remove_parametrizations(weight.module, weight.name, leave_parametrized=False)
         getattr(weight.module, weight.name).copy_(normalized)
     return model
@@ -141,7 +169,10 @@ def reset_power_iteration(model: nn.Module) -> None:
     for weight in _normalized_weights(model):
         raw, _ = weight.values()
         if raw.ndim > 1:
-            fresh = SpectralNorm(raw, dim=weight.norm.dim, eps=weight.norm.eps)
+            if isinstance(weight.norm, ConvolutionNorm):
+                fresh: SpectralNorm = ConvolutionNorm(raw, weight.norm.layer, eps=weight.norm.eps)
+            else:
+                fresh = SpectralNorm(raw, dim=weight.norm.dim, eps=weight.norm.eps)
             u, v = weight.vectors()
             u.copy_(fresh._u)
             v.copy_(fresh._v)
@@ -158,6 +189,8 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
     Args:
         model: a layer or a model.
 
+    Under ``of="convolution"`` it is the norm of the convolution, iterated in float64 as in :func:`operator_norms`.
+
     Returns:
         A dictionary from each weight's dotted name to its largest singular value, NaN for a weight that holds
         infinities or NaN. Every implementation is covered.
@@ -166,7 +199,11 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
     for weight in _normalized_weights(model):
         _, value = weight.values()
         norms[weight.path] = math.nan  # the decomposition would not converge, and its error would not name the weight
-        if value.isfinite().all():
+        if not value.isfinite().all():
+            continue
+        if isinstance(weight.norm, ConvolutionNorm):
+            norms[weight.path] = _exact(weight.norm, value)[0] if value.any() else 0.0
+        else:
             matrix, scale = _scaled_matrix(value, weight.norm.dim)
             norms[weight.path] = scale * float(torch.linalg.eigvalsh(matrix @ matrix.mH)[-1].sqrt())  # they ascend
     return norms
@@ -177,7 +214,8 @@ def align_power_iteration(model: nn.Module) -> None:
     """Set u and v of every normalized weight of a model to its first singular vectors, whatever they were before.
 
     They come from an eigendecomposition in float64. An iteration might need hundreds of steps where the first two
-    singular values are close, and would never escape a u that is orthogonal to the first singular vector.
+    singular values are close, and would never escape a u that is orthogonal to the first singular vector. Those of a
+    convolution come from Lanczos iterations, always from the same start.
 
     Raises:
         ValueError: for a weight that holds infinities or NaN. Nothing is changed then.
@@ -188,13 +226,46 @@ def align_power_iteration(model: nn.Module) -> None:
             raise ValueError(f"{weight.path!r} holds infinities or NaN, which have no singular vectors")
     for weight, raw in found:
         if raw.ndim > 1 and raw.any():  # a zero weight keeps its vectors
-            matrix, _ = _scaled_matrix(raw.cpu(), weight.norm.dim)  # some devices have no float64
             u, v = weight.vectors()
+            if isinstance(weight.norm, ConvolutionNorm):
+                for buffer, exact in zip((u, v), _exact(weight.norm, raw)[1:], strict=True):
+                    buffer.copy_(exact)
+                continue
+            matrix, _ = _scaled_matrix(raw.cpu(), weight.norm.dim)  # some devices have no float64
             # The first eigenvector of matrix @ matrix.mH is u, or v where the matrix was transposed.
             first, second = (u, v) if len(matrix) == len(u) else (v, u)
             vector = torch.linalg.eigh(matrix @ matrix.mH).eigenvectors[:, -1]
             first.copy_(vector)
             second.copy_(torch.nn.functional.normalize(matrix.mH @ vector, dim=0))
+
+
+def _exact(norm: ConvolutionNorm, weight: Tensor) -> tuple[float, Tensor, Tensor]:
+    return norm.singular_vectors(weight, tolerance=1e-7, restarts=100)
+
+
+def _input_sizes(
+    model: nn.Module, layers: dict[str, nn.Module], example_input: ExampleInput | None
+) -> dict[nn.Module, tuple[int, ...]]:
+    """The size of the feature maps that each convolution among the layers is called with."""
+    if example_input is None:
+        raise ValueError('of="convolution" needs an example_input, whose pass shows the sizes of feature maps')
+    dims = {layer: n for layer in layers.values() if (n := spatial_dims(layer))}
+    seen: dict[nn.Module, set[tuple[int, ...]]] = {layer: set() for layer in dims}
+
+    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[layer].add(tuple(args[0].shape[-dims[layer] :]))
+
+    handles = [layer.register_forward_pre_hook(note) for layer in dims]
+    try:
+        example_pass(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path, layer in layers.items():
+        if layer in dims and len(seen[layer]) != 1:
+            found = f"maps of {sorted(seen[layer])}" if seen[layer] else "none: it was not called"
+            raise ValueError(f"{path}: expected feature maps of one size, got {found} (exclude={path!r} leaves it out)")
+    return {layer: size for layer, (size,) in seen.items()}
 
 
 def _scaled_matrix(weight: Tensor, dim: int) -> tuple[Tensor, float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal, TypeAlias, TypeVar
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,24 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from torch_sagan._checks import at_least_one, one_of
-from torch_sagan._torch import TorchSpectralNorm, no_autocast
-from torch_sagan.spectral.iteration import divide_by_sigma, divisor, power_iteration, spectral_normalize
+from torch_sagan._torch import TorchSpectralNorm, is_recorded, no_autocast
+from torch_sagan.spectral.iteration import divide_by_sigma, divisor, power_iteration, spectral_normalize, unit
+from torch_sagan.spectral.layer_map import LayerMap, is_pointwise, spatial_dims
 from torch_sagan.spectral.legacy import LegacySpectralNorm, drop_load_hook, legacy_hooks
 from torch_sagan.spectral.selection import TRANSPOSED_CONVOLUTIONS
+from torch_sagan.spectral.singular_value import largest_singular_value, start
 
-__all__ = ["Norm", "SpectralNorm", "as_matrix", "find_norm", "make_norm", "register", "spectral_norm"]
+__all__ = [
+    "ConvolutionNorm",
+    "Norm",
+    "SpectralNorm",
+    "as_matrix",
+    "find_norm",
+    "make_norm",
+    "own_class",
+    "register",
+    "spectral_norm",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,9 +81,8 @@ class SpectralNorm(nn.Module):
         # What iterate_together computed for the next access: the weight, its version, and u, v and the divisor.
         self._prepared: tuple[Tensor, int, tuple[Tensor, Tensor, Tensor]] | None = None
         if weight.ndim > 1:
-            h, w = as_matrix(weight, self.dim).shape
-            self.register_buffer("_u", weight.new_empty(h))
-            self.register_buffer("_v", weight.new_empty(w))
+            for name, shape in zip(("_u", "_v"), self._shapes(weight), strict=True):
+                self.register_buffer(name, weight.new_empty(shape))
             self.reset(weight)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -84,8 +97,7 @@ class SpectralNorm(nn.Module):
         weight = _half_to_float32(weight)
         if weight.ndim == 1:
             return _normalize_vector(weight, self.eps).to(dtype)
-        u, v, sigma = self._iterate(weight, self.n_power_iterations if self.training else 0)
-        return spectral_normalize(weight, u, v, sigma, dim=self.dim, eps=self.eps).to(dtype)
+        return self._normalize(weight, self.n_power_iterations if self.training else 0).to(dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Accept a new weight: u and v are warmed up on it, so that sigma is right at once."""
@@ -100,10 +112,7 @@ class SpectralNorm(nn.Module):
         caller = sys._getframe(1).f_locals.get("self")
         if isinstance(caller, parametrize.ParametrizationList) and hasattr(caller, "ntensors"):
             _check_weight(weight, self.dim)
-            h, w = as_matrix(weight[..., None], self.dim).shape
-            outputs, each = (len(self._u), len(self._v)) if hasattr(self, "_u") else (h, 1)
-            if (h, w) != (outputs, each):
-                raise ValueError(f"expected {outputs} outputs with {each} weights each, got {h} with {w}")
+            self._check_shape(weight)
             if weight.ndim > 1:
                 self._warm_up(weight)
         return weight
@@ -115,6 +124,22 @@ class SpectralNorm(nn.Module):
             vector /= torch.linalg.vector_norm(vector)
         self._warm_up(weight)
 
+    def _shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of u and v."""
+        h, w = as_matrix(weight, self.dim).shape
+        return (h,), (w,)
+
+    def _check_shape(self, weight: Tensor) -> None:
+        """Raise a ValueError for a new weight of another shape."""
+        h, w = as_matrix(weight[..., None], self.dim).shape
+        outputs, each = (len(self._u), len(self._v)) if hasattr(self, "_u") else (h, 1)
+        if (h, w) != (outputs, each):
+            raise ValueError(f"expected {outputs} outputs with {each} weights each, got {h} with {w}")
+
+    def _normalize(self, weight: Tensor, n_iterations: int) -> Tensor:
+        u, v, sigma = self._iterate(weight, n_iterations)
+        return spectral_normalize(weight, u, v, sigma, dim=self.dim, eps=self.eps)
+
     def _warm_up(self, weight: Tensor) -> None:
         if weight.numel() and not weight.is_meta:  # whose iterations would take a second, on no values
             self._iterate(_half_to_float32(weight), WARM_UP_ITERATIONS)
@@ -122,12 +147,7 @@ class SpectralNorm(nn.Module):
     @torch.no_grad()
     def _iterate(self, weight: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
         """Run the iterations, store u and v, and return them with sigma."""
-        # The autograd graph must not hold the buffers: the next forward, DistributedDataParallel's broadcast and
-        # load_state_dict write to them, perhaps before the backward. power_iteration returns new tensors if it runs an
-        # iteration; if it runs none, u and v are copied here.
-        u, v = (vector.to(weight.dtype, copy=n_iterations == 0) for vector in (self._u, self._v))
-        if self._u.dtype != weight.dtype:  # they are stored in half precision: rounding lost their unit norm
-            u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
+        u, v = self._vectors(weight.dtype, copy=n_iterations == 0)
         matrix = as_matrix(weight, self.dim)  # (h, w)
         # In half precision, which autocast would choose, rounding spoils u and v, and norms overflow in float16. The
         # block is inside of no_grad: around it, an export would hold an empty one as well, which PyTorch cannot load.
@@ -138,8 +158,124 @@ class SpectralNorm(nn.Module):
             self._v.copy_(v)
         return u, v, sigma
 
+    def _vectors(self, dtype: torch.dtype, *, copy: bool) -> tuple[Tensor, Tensor]:
+        # The autograd graph must not hold the buffers: the next forward, DistributedDataParallel's broadcast and
+        # load_state_dict write to them, perhaps before the backward. An iteration makes new tensors; without one, u and
+        # v are copied here.
+        u, v = (vector.to(dtype, copy=copy) for vector in (self._u, self._v))
+        if self._u.dtype != dtype:  # they are stored in half precision: rounding lost their unit norm
+            u, v = u / torch.linalg.vector_norm(u), v / torch.linalg.vector_norm(v)
+        return u, v
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        here, there = getattr(self, "_v", None), state_dict.get(f"{prefix}_v")
+        if isinstance(here, Tensor) and isinstance(there, Tensor) and here.shape != there.shape:
+            kinds = [_kind_of_norm(v) for v in (there, here)]
+            if kinds[0] != kinds[1]:
+                error_msgs.append(f"{prefix}_u and _v are those of {kinds[0]}, and this is {kinds[1]}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def extra_repr(self) -> str:
         return f"n_power_iterations={self.n_power_iterations}, dim={self.dim}, eps={self.eps}"
+
+
+class ConvolutionNorm(SpectralNorm):
+    r"""Divide a weight by the operator norm of its convolution on feature maps of one size.
+
+    :class:`SpectralNorm` with the convolution, :math:`A x = W * x`, in the place of the matrix; u is one image of its
+    layer, (1, out, …), and v one feature map, (1, C, …). An access in training runs, for each iteration, one adjoint
+    and one convolution of a single feature map. :func:`spectral_norm` makes it, with ``of="convolution"``.
+
+    Args:
+        weight: of a convolution.
+        layer: its layer without bias, as a function of the weight.
+        n_power_iterations, dim, eps: as in :class:`SpectralNorm`.
+
+    Raises:
+        ValueError: as :class:`SpectralNorm` does.
+        TypeError: also for a complex weight.
+    """
+
+    def __init__(
+        self, weight: Tensor, layer: LayerMap, *, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12
+    ) -> None:
+        if weight.is_complex():
+            raise TypeError(f"expected a real weight for the norm of a convolution, got {weight.dtype}")
+        self.layer = layer  # first, since the shapes of u and v are its
+        super().__init__(weight, n_power_iterations=n_power_iterations, dim=dim, eps=eps)
+
+    def _shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.layer.out_shape, self.layer.in_shape
+
+    def _check_shape(self, weight: Tensor) -> None:
+        if tuple(weight.shape) != self.layer.weight_shape:
+            raise ValueError(f"expected a weight {self.layer.weight_shape}, got {tuple(weight.shape)}")
+
+    def _normalize(self, weight: Tensor, n_iterations: int) -> Tensor:
+        # Sigma is linear in the weight, so autograd has its derivatives of every order.
+        _, _, sigma = self._iterate(weight, n_iterations)
+        return weight / divisor(sigma, self.eps)[0]
+
+    @torch.no_grad()
+    def _warm_up(self, weight: Tensor) -> None:
+        # The upper end of a convolution's spectrum is so dense that 15 steps of power iteration end some per cent
+        # below the norm.
+        if weight.is_meta or is_recorded() or not (weight.any() and weight.isfinite().all()):
+            return
+        for buffer, vector in zip((self._u, self._v), self.singular_vectors(weight, self._v)[1:], strict=True):
+            buffer.copy_(vector)
+
+    def singular_vectors(
+        self, weight: Tensor, v: Tensor | None = None, *, tolerance: float = 1e-4, restarts: int = 8
+    ) -> tuple[float, Tensor, Tensor]:
+        """The norm of the convolution with a weight that is finite and not zero, and its first singular vectors u and
+        v, in float64: looked for from v on, or from numbers that are always the same."""
+        weight = weight.detach().cpu().double()  # some devices have no float64
+        scale = weight.abs().max()
+        apply, adjoint = partial(self.layer, weight / scale), partial(self.layer.adjoint, weight / scale)
+        first = start(self.layer.in_shape, weight.device) if v is None else v.cpu().double()
+        sigma, v = largest_singular_value(apply, adjoint, first, tolerance=tolerance, restarts=restarts)
+        u = apply(v)
+        return float(scale * sigma), u / torch.linalg.vector_norm(u), v
+
+    def _iterate(self, weight: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the iterations, store u and v, and return them with sigma, which has a graph to the weight."""
+        with torch.no_grad():
+            u, v = self._vectors(weight.dtype, copy=n_iterations == 0)
+        with no_autocast(weight.device.type):
+            for _ in range(n_iterations):
+                with torch.no_grad():
+                    v = self._unit(self.layer.adjoint(weight, u), otherwise=v)  # (1, C, …)
+                image = self.layer(weight, v)  # (1, out, …)
+                with torch.no_grad():
+                    u = self._unit(image, otherwise=u)  # (1, out, …)
+            if not n_iterations:
+                image = self.layer(weight, v)
+            sigma = (u * image).sum()
+        if n_iterations:
+            with torch.no_grad():
+                self._u.copy_(u)
+                self._v.copy_(v)
+        return u, v, sigma
+
+    def _unit(self, x: Tensor, *, otherwise: Tensor) -> Tensor:
+        return unit(x.flatten(), otherwise=otherwise.flatten(), eps=self.eps)[0].view_as(x)
+
+    def extra_repr(self) -> str:
+        return f"input_size={self.layer.input_size}, {super().extra_repr()}"
+
+
+def _kind_of_norm(v: Tensor) -> str:
+    """Of which spectral norm this is the vector v, in the words of an error."""
+    if v.ndim == 1:
+        return "the norm of a matrix"
+    return f"the norm of a convolution of {'×'.join(map(str, v.shape[2:]))} feature maps"
 
 
 # A weight may be normalized by our parametrization, by PyTorch's, or by its older hook.
@@ -154,10 +290,15 @@ def spectral_norm(
     dim: int | None = None,
     *,
     implementation: Literal["sagan", "torch"] = "sagan",
+    of: Literal["matrix", "convolution"] = "matrix",
+    input_size: int | Sequence[int] | None = None,
 ) -> M:
     r"""Normalize one weight of a module in place, by its spectral norm: :math:`W / \sigma(W)`.
 
-    It takes the arguments of :func:`torch.nn.utils.parametrizations.spectral_norm`.
+    It takes the arguments of :func:`torch.nn.utils.parametrizations.spectral_norm`, and two of its own. With
+    ``of="convolution"`` sigma is the norm of the convolution as a map between feature maps,
+    :math:`\max_x \lVert W * x \rVert / \lVert x \rVert`, with its stride, padding, dilation and groups. That of the
+    unfolded kernel, the default, can be smaller by a factor of up to the square root of the number of its positions.
 
     Args:
         module: the layer.
@@ -165,6 +306,10 @@ def spectral_norm(
         n_power_iterations, eps: as in :class:`SpectralNorm`.
         dim: the dimension of the outputs. Default: 1 for transposed convolutions, else 0.
         implementation: ``"sagan"`` for :class:`SpectralNorm`, ``"torch"`` for PyTorch's own.
+        of: ``"matrix"`` for the unfolded weight, ``"convolution"`` for the map that the layer is.
+        input_size: with ``of="convolution"``, the size (H, W) of the layer's feature maps, or one number for every
+            dimension. Larger maps can have a norm that is slightly larger, smaller ones have none that is larger where
+            padding is with zeros.
 
     Returns:
         The module itself.
@@ -172,22 +317,35 @@ def spectral_norm(
     Raises:
         ValueError: when the module has no such parameter; when the parameter has no shape yet, is computed by a hook,
             or is normalized already (by any implementation); for an unknown implementation, a ``dim`` that the weight
-            does not have, or fewer than one iteration.
-        TypeError: for an integer weight.
+            does not have, or fewer than one iteration; for ``of="convolution"`` without an ``input_size`` that the
+            layer can take, with another implementation, or for anything else than the weight of a convolution.
+        TypeError: for an integer weight, and for a complex one with ``of="convolution"``.
 
     >>> layer = spectral_norm(torch.nn.Conv2d(3, 64, 3))
     >>> layer.weight.shape
     torch.Size([64, 3, 3, 3])
+    >>> layer = spectral_norm(torch.nn.Conv2d(3, 64, 3), of="convolution", input_size=16)
     """
-    register(module, name, make_norm(module, name, n_power_iterations, eps, dim, implementation))
+    norm = make_norm(module, name, n_power_iterations, eps, dim, implementation, of, input_size)
+    register(module, name, norm)
     return module
 
 
 def make_norm(
-    module: nn.Module, name: str, n_power_iterations: int, eps: float, dim: int | None, implementation: str
+    module: nn.Module,
+    name: str,
+    n_power_iterations: int,
+    eps: float,
+    dim: int | None,
+    implementation: str,
+    of: str = "matrix",
+    input_size: int | Sequence[int] | None = None,
 ) -> nn.Module:
     """The parametrization for one weight, not registered yet. Raises what :func:`spectral_norm` raises."""
     one_of(("sagan", "torch"), implementation=implementation)
+    one_of(("matrix", "convolution"), of=of)
+    if of == "matrix" and input_size is not None:
+        raise ValueError(f'input_size={input_size} has no effect on the norm of a matrix: expected of="convolution"')
     at_least_one(n_power_iterations=n_power_iterations)
     kind = type(module).__name__
     if find_norm(module, name) is not None:
@@ -205,14 +363,48 @@ def make_norm(
         dim = 1 if isinstance(module, TRANSPOSED_CONVOLUTIONS) else 0
     if implementation == "torch":
         _check_weight(weight, dim)
+        if of == "convolution":
+            raise ValueError('implementation="torch" has the norm of a matrix alone, got of="convolution"')
         return TorchSpectralNorm(weight, n_power_iterations, dim, eps)
+    if of == "convolution":
+        _check_weight(weight, dim)
+        layer = LayerMap(module, weight, _feature_map_size(module, name, input_size))
+        if not is_pointwise(module):
+            return ConvolutionNorm(weight, layer, n_power_iterations=n_power_iterations, dim=dim, eps=eps)
     return SpectralNorm(weight, n_power_iterations=n_power_iterations, dim=dim, eps=eps)
+
+
+def _feature_map_size(module: nn.Module, name: str, input_size: int | Sequence[int] | None) -> tuple[int, ...]:
+    dims = spatial_dims(module)
+    if dims is None or name != "weight":
+        what = f"{name!r} of {type(module).__name__}"
+        raise ValueError(f'of="convolution" is for the weight of a convolution, got {what}: of="matrix" has its norm')
+    sizes = (input_size,) * dims if isinstance(input_size, int) else tuple(input_size or ())
+    if len(sizes) != dims or min(sizes) < 1:
+        raise ValueError(
+            f'of="convolution" needs the size of the feature maps, input_size, {dims} numbers of at least 1, got '
+            f"{input_size}"
+        )
+    return sizes
 
 
 def register(module: nn.Module, name: str, norm: nn.Module) -> None:
     """Register what :func:`make_norm` made."""
     drop_load_hook(module, name)
+    own_class(module)
     parametrize.register_parametrization(module, name, norm)
+
+
+def own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class that no other has.
+
+    PyTorch keeps the property ``weight`` in the class that it makes for a parametrized module. A deep copy has the same
+    class, so removing the parametrization of one would remove the weight of the other.
+    """
+    if parametrize.is_parametrized(module):
+        kind = type(module)
+        content = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, kind.__bases__, content)
 
 
 def find_norm(module: nn.Module, name: str) -> Norm | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_sagan._modes import evaluation_mode
 from torch_sagan.surgery.feature_maps import FeatureMap, described, has_channels_second
 
-__all__ = ["ExampleInput", "outputs_of_a_pass"]
+__all__ = ["ExampleInput", "example_pass", "outputs_of_a_pass"]
 
 ExampleInput: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -26,17 +26,8 @@ def outputs_of_a_pass(
     """Call a model once, in evaluation mode, and note what some of its modules return: an output for each call.
 
     That is a feature map, or the description of anything else. Names are in the order in which the modules first
-    returned; one that was not called is missing. Modes, buffers, hooks and the random states of PyTorch, NumPy and
-    Python are then as they were, after an error too. A graph is recorded unless the caller disabled gradients.
+    returned; one that was not called is missing. The model is left as :func:`example_pass` leaves it.
     """
-    if isinstance(example_input, Tensor):
-        example_input = (example_input,)
-    if not isinstance(example_input, (tuple, Mapping)):
-        raise TypeError(
-            "example_input takes a tensor, a tuple of arguments or a mapping of keyword arguments, got "
-            f"{type(example_input).__name__}"
-        )
-    args, kwargs = (example_input, {}) if isinstance(example_input, tuple) else ((), dict(example_input))
     outputs: dict[str, list[FeatureMap | str]] = {}
 
     sequence: torch.Size | None = None  # the last shape that was (B, C, L) beyond doubt
@@ -49,18 +40,38 @@ def outputs_of_a_pass(
     def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
         outputs.setdefault(name, []).append(described(module, output, sequence))
 
-    # Evaluation mode keeps the statistics of norms; all other changes to buffers are made to copies.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     handles = [module.register_forward_hook(note_sequence) for module in filter(has_channels_second, model.modules())]
     handles += [module.register_forward_hook(partial(note, name)) for name, module in modules.items()]
     try:
-        with evaluation_mode(model), _random_states_kept((*tensors, *model.parameters(), *model.buffers())):
-            torch.func.functional_call(model, buffers, args, kwargs)
+        example_pass(model, example_input)
     finally:
         for handle in handles:
             handle.remove()
     return outputs
+
+
+def example_pass(model: nn.Module, example_input: ExampleInput) -> Any:
+    """What a model returns when it is called once, in evaluation mode.
+
+    Modes, buffers and the random states of PyTorch, NumPy and Python are then as they were, after an error too. A graph
+    is recorded unless the caller disabled gradients.
+
+    Raises:
+        TypeError: when ``example_input`` is neither a tensor nor a tuple or mapping of arguments.
+    """
+    if isinstance(example_input, Tensor):
+        example_input = (example_input,)
+    if not isinstance(example_input, (tuple, Mapping)):
+        raise TypeError(
+            "example_input takes a tensor, a tuple of arguments or a mapping of keyword arguments, got "
+            f"{type(example_input).__name__}"
+        )
+    args, kwargs = (example_input, {}) if isinstance(example_input, tuple) else ((), dict(example_input))
+    # Evaluation mode keeps the statistics of norms; all other changes to buffers are made to copies.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    with evaluation_mode(model), _random_states_kept((*tensors, *model.parameters(), *model.buffers())):
+        return torch.func.functional_call(model, buffers, args, kwargs)
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import generate
 from tiny_runs import assert_same, checkpoint, leave_out_images, lines, resume, train
-from torch_sagan import SAGANDiscriminator, SpectralNorm, spectral_norms
+from torch_sagan import SAGANDiscriminator, SpectralNorm, operator_norms, spectral_norms
 from training import state as state_module
 from training.augmentation import POLICIES
-from training.flags import Config
+from training.flags import Config, check
 from training.objectives import LOSSES
 from training.output.model_card import load
 from training.script import read_arguments, resolve_config
@@ -346,6 +346,32 @@ def test_eps_reaches_every_spectral_norm() -> None:
             found = [module.eps for module in network.modules() if isinstance(module, SpectralNorm)]
             assert len(found) == len(spectral_norms(network)) > 0
             assert set(found) == {1e-4}
+
+
+@pytest.mark.parametrize("architecture", ["dcgan", "resnet", "mnist"])
+def test_the_norm_of_ds_convolutions(architecture: str) -> None:
+    """The weights that are normalized are the same; those of convolutions are divided by another norm."""
+    classes = {"a": 1, "b": 1}
+    runs = [state("--d-norm", of, "--architecture", architecture, classes=classes) for of in ("matrix", "convolution")]
+    matrix, convolution = (spectral_norms(run.discriminator).keys() for run in runs)
+    assert matrix == convolution
+    assert len(runs[0].generator.state_dict()) == len(runs[1].generator.state_dict())
+    x, labels = torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.int64)
+    largest = [max(row.lower for row in operator_norms(run.discriminator, (x, labels)).layers) for run in runs]
+    # Attention of dcgan is not normalized, and 1×1 convolutions are matrices, warmed up by 15 iterations.
+    assert largest[0] > 1.25
+    for row in operator_norms(runs[1].discriminator, (x, labels)).layers:
+        if row.path.startswith("blocks"):
+            assert row.lower <= 1.002, row
+    advance(runs[1], torch.zeros(4, dtype=torch.int64))
+    other = state("--d-norm", "convolution", "--architecture", architecture, classes=classes)
+    other.load_state_dict(runs[1].state_dict())
+    torch.testing.assert_close(other.discriminator.state_dict(), runs[1].discriminator.state_dict(), rtol=0, atol=0)
+
+
+def test_the_norm_of_ds_convolutions_needs_a_norm() -> None:
+    with pytest.raises(SystemExit, match="--d-norm convolution: --loss wgan-gp builds D without spectral norm"):
+        check(config("--d-norm", "convolution", "--loss", "wgan-gp"), 1)
 
 
 @pytest.mark.parametrize("synchronized", [True, False])
