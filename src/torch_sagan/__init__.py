@@ -19,7 +19,7 @@ from torch_sagan.networks.conditional import ConditionalBatchNorm2d, ProjectionH
 from torch_sagan.networks.discriminator import SAGANDiscriminator
 from torch_sagan.networks.generator import SAGANGenerator
 from torch_sagan.networks.published.loading import load_published
-from torch_sagan.networks.sharing import load_generator, save_generator
+from torch_sagan.networks.generator_file import load_generator, save_generator
 from torch_sagan.spectral.legacy import convert_legacy_spectral_norm
 from torch_sagan.spectral.models import (
     apply_spectral_norm,

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, hf_hub_download
 
 from torch_sagan.networks.generator import SAGANGenerator
-from torch_sagan.networks.sharing import load_generator, save_generator
+from torch_sagan.networks.generator_file import load_generator, save_generator
 
 __all__ = ["HubGenerator"]
 

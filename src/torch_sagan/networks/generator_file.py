@@ -69,8 +69,10 @@ def save_generator(
 
     >>> from torch_sagan import SAGANGenerator, load_generator, save_generator
     >>> generator = SAGANGenerator(28, num_classes=2, image_channels=1)
-    >>> save_generator("animals.safetensors", generator, classes=["cat", "dog"])
-    >>> load_generator("animals.safetensors").card["classes"]
+    >>> save_generator(  # doctest: +SKIP
+    ...     "animals.safetensors", generator, classes=["cat", "dog"]
+    ... )
+    >>> load_generator("animals.safetensors").card["classes"]  # doctest: +SKIP
     ['cat', 'dog']
     """
     path = Path(path)
