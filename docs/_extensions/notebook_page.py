@@ -25,7 +25,7 @@ Cell = Mapping[str, Any]
 
 REPOSITORY = "torch-sagan/torch-sagan/blob/main/docs"
 HEADER = """
-:::{{index}} ! colab, ! notebook, ! Jupyter
+:::{{index}} ! colab, ! Google Colab, ! notebook, ! Jupyter
 :::
 
 [Open it in Colab](https://colab.research.google.com/github/{repository}/{name}), or {{download}}`download it <{name}>`.

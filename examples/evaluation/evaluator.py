@@ -253,7 +253,7 @@ def open_evaluator(
     evaluator.against = "held-out images"
     if reference is data:
         asked = "as published scores" if against_training else "none are held out"
-        evaluator.against = f"training images ({asked}): it is good to repeat them"
+        evaluator.against = f"training images ({asked}), of which copies score best"
     return evaluator
 
 

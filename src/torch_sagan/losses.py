@@ -108,7 +108,8 @@ def gradient_penalty(
         \operatorname{mean}\,(\lVert \nabla_{\hat x} D(\hat x) \rVert_2 - t)^2
 
     at random points :math:`\hat x` between real and generated images. It has no weight (the source multiplies it by
-    10), and can be differentiated with respect to D's parameters; no gradient flows into the images.
+    10), and can be differentiated with respect to D's parameters; no gradient flows into the images. A D with several
+    outputs for an image, as a PatchGAN, counts by their sum.
 
     Args:
         discriminator: D; called as ``discriminator(images)`` or ``discriminator(images, labels)``.
@@ -120,8 +121,9 @@ def gradient_penalty(
     Raises:
         ValueError: when the shapes of real and fake differ.
 
-    A D with spectral normalization starts with gradients far below 1, which this penalty then fights: build D with
-    ``spectral_norm=None``. ``torch.compile`` has no double backward, so D must run eagerly here.
+    :class:`SAGANDiscriminator` with spectral normalization starts with gradients far below 1, which this penalty then
+    fights: build it with ``spectral_norm=None``. (The summed outputs of a large PatchGAN can be far above 1.)
+    ``torch.compile`` has no double backward, so D must run eagerly here.
 
     Source: Gulrajani et al., arXiv:1704.00028, equation 3.
     """

@@ -105,13 +105,15 @@ def test_sixteen_images_of_a_large_layer_are_under_24_megabytes() -> None:
 
 def test_the_limit_and_the_way_out() -> None:
     images, maps = torch.zeros(4, 3, 32, 32), [peaked(4, 256, 256), peaked(4, 64, 64)]
-    with pytest.raises(ValueError, match=r"give at most 2 of 4 images, fewer layers, or a larger max_bytes") as raised:
+    with pytest.raises(
+        ValueError, match=r"on at most 2 of 4 images, or give fewer layers or a larger max_bytes"
+    ) as raised:
         explore_attention(images, maps, max_bytes=250_000)
     assert len(explore_attention(images[:2], [one[:2] for one in maps], max_bytes=250_000).page) <= 250_000
     said = int(re.findall(r"take ([\d,]+) bytes", str(raised.value))[0].replace(",", ""))
     size = len(explore_attention(images, maps, max_bytes=said).page.encode())
     assert said - 100 < size <= said  # commas and quotes between the parts are counted generously
-    with pytest.raises(ValueError, match=r"give at most 0 of 4 images"):
+    with pytest.raises(ValueError, match=r"on at most 0 of 4 images"):
         explore_attention(images, maps, max_bytes=1000)
 
 

@@ -12,7 +12,13 @@ from torch import nn
 from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
 from normalized_layers import NORMALIZERS, normalizers
-from torch_sagan import apply_spectral_norm, remove_spectral_norm, spectral_norm, spectral_norms
+from torch_sagan import (
+    apply_spectral_norm,
+    convert_legacy_spectral_norm,
+    remove_spectral_norm,
+    spectral_norm,
+    spectral_norms,
+)
 
 
 def test_two_weights_of_one_module_in_two_ways() -> None:
@@ -84,3 +90,9 @@ def test_parameters_that_do_not_require_gradients_stay_so() -> None:
     remove_spectral_norm(layer)
     assert not layer.weight.requires_grad
     assert isinstance(layer.weight, nn.Parameter)
+
+
+def test_a_whole_checkpoint_is_not_a_state_dict() -> None:
+    state = legacy_spectral_norm(nn.Linear(2, 2)).state_dict()
+    with pytest.raises(TypeError, match="got a mapping that has some: give its entry 'D'"):
+        convert_legacy_spectral_norm({"D": state, "step": 3})  # type: ignore[dict-item]

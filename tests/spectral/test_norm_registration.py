@@ -27,6 +27,7 @@ from torch_sagan import (
     SpectralNorm,
     apply_spectral_norm,
     functional,
+    operator_norms,
     remove_spectral_norm,
     spectral_norm,
     spectral_norms,
@@ -301,3 +302,19 @@ def test_what_is_no_vector() -> None:
         layer.bias = None
     with pytest.raises(ValueError, match="expected 5 outputs with 1 weights each, got 5 with 2"):
         layer.bias = torch.ones(5, 2)
+
+
+def test_a_convolution_under_the_norm_of_its_kernel_is_no_silent_exception() -> None:
+    """The other norm was asked for, so leaving such a layer alone would not be it; linear layers have one norm."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4 * 36, 1))
+    x = torch.randn(1, 3, 8, 8)
+    for index in (0, 1, 3):
+        spectral_norm(model[index])
+    with pytest.raises(
+        ValueError, match=r"^'0': normalized by the norm of a matrix already; call remove_spectral_norm"
+    ):
+        apply_spectral_norm(model, of="convolution", example_input=x)
+    remove_spectral_norm(model[0])
+    with pytest.warns(UserWarning, match="left alone: '1', '3'"):
+        apply_spectral_norm(model, of="convolution", example_input=x)
+    assert operator_norms(model, x).layers[0].lower == pytest.approx(1, abs=1e-3)  # warmed up to 1e-4

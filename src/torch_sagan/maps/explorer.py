@@ -111,7 +111,8 @@ def explore_attention(images: Tensor, records: Records, *, max_bytes: int = 32_0
         fitting = max((max_bytes - frame) // per_image, 0)
         raise ValueError(
             f"the page would take {size:,} bytes, more than max_bytes={max_bytes:,}: an image with its maps takes "
-            f"{per_image:,}, so give at most {fitting} of {len(images)} images, fewer layers, or a larger max_bytes"
+            f"{per_image:,}, so run the model again on at most {fitting} of {len(images)} images, or give fewer layers "
+            "or a larger max_bytes"
         )
 
     data["images"] = [_encoded_image(image) for image in images]

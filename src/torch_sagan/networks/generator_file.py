@@ -108,9 +108,9 @@ def load_generator(
         build: what makes the network from the arguments in the card.
 
     Returns:
-        The network. ``generator.card`` has the card: ``classes``, the names of the classes in the order of their
-        numbers, and whatever else was saved. z is (B, ``generator.z_dim``), usually standard normal; labels, (B,), are
-        needed if ``generator.num_classes`` is not None; images are from -1 to 1.
+        The network. In ``generator.card`` are ``classes``, the names of the classes in the order of their numbers, and
+        whatever else was saved. z is (B, ``generator.z_dim``), usually standard normal; labels, (B,), are needed if
+        ``generator.num_classes`` is not None; images are from -1 to 1.
 
     Raises:
         FileNotFoundError: when there is no such file.

@@ -63,10 +63,14 @@ def convert_legacy_spectral_norm(state_dict: dict[str, Tensor]) -> dict[str, Ten
 
     Raises:
         ValueError: when there is a ``weight_u`` and no ``weight_v``, as in the first form that PyTorch saved.
-        TypeError: when it is not a state dict but, for example, a model or the name of a file.
+        TypeError: when it is not a state dict but, for example, a model, the name of a file or a whole checkpoint.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"expected a state dict, got {type(state_dict).__name__}")
+    entries: Mapping[str, object] = state_dict
+    inner = [key for key, value in entries.items() if isinstance(value, Mapping) and not key.endswith("_extra_state")]
+    if inner:
+        raise TypeError(f"expected a state dict, got a mapping that has some: give its entry {inner[0]!r}")
     names = [key.removesuffix("_orig") for key in state_dict if key.endswith("_orig")]
     names = [name for name in names if f"{name}_u" in state_dict]  # pruning has keys in _orig too
     without_v = [f"{name}_v" for name in names if f"{name}_v" not in state_dict]

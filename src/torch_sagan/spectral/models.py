@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torch_sagan._checks import at_least_one, one_of
-from torch_sagan.spectral.layer_map import spatial_dims
+from torch_sagan.spectral.layer_map import is_pointwise, spatial_dims
 from torch_sagan.spectral.legacy import LegacySpectralNorm, legacy_hooks, remove_legacy_hook
 from torch_sagan.spectral.norm import (
     ConvolutionNorm,
@@ -77,7 +77,7 @@ def apply_spectral_norm(
         ValueError: when there is no layer to normalize, a name matches no layer (similar names are listed), or a
             weight has no shape yet, is computed by a hook, or is tied to another; for ``of="convolution"`` without an
             ``example_input``, and for a convolution that is not called in its pass, or with feature maps of several
-            sizes. The model is then unchanged.
+            sizes, or that has the norm of a matrix already. The model is then unchanged.
         TypeError: when ``include`` or ``exclude`` is neither names nor a function, or for an integer weight.
 
     >>> from torch import nn
@@ -96,6 +96,8 @@ def apply_spectral_norm(
     done = [path for path, layer in layers.items() if find_norm(layer, "weight") is not None]
     new = {path: layer for path, layer in layers.items() if path not in done}
     _check_untied(model, new)
+    if of == "convolution":
+        _check_kind({path: layers[path] for path in done})
     # Made first and registered afterwards, so that an error leaves the model as it was.
     if of == "matrix" and example_input is not None:
         raise ValueError('example_input has no effect on the norm of a matrix: expected of="convolution"')
@@ -118,6 +120,22 @@ def apply_spectral_norm(
     for layer, norm in norms.items():
         register(layer, "weight", norm)
     return model
+
+
+def _check_kind(normalized: dict[str, nn.Module]) -> None:
+    """Raise for convolutions that have another norm than the convolution's."""
+    others = [
+        path
+        for path, layer in normalized.items()
+        if spatial_dims(layer)
+        and not is_pointwise(layer)
+        and not isinstance(find_norm(layer, "weight"), ConvolutionNorm)
+    ]
+    if others:
+        raise ValueError(
+            f"{', '.join(map(repr, others[:5]))}{' …' if len(others) > 5 else ''}: normalized by the norm of a matrix "
+            "already; call remove_spectral_norm first, build the model without, or exclude them"
+        )
 
 
 @torch.no_grad()

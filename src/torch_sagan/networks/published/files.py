@@ -40,7 +40,8 @@ KINDS: dict[tuple[str, ...], str] = {
     "to the nearest pixel",
     (r"lin_code\.weight", r"conv\d\.embed\.weight"): "a generator of rosinality's sagan-pytorch, whose attention "
     "normalizes over queries and not over keys",
-    (r"blocks\.\d+\.(conv|linear).*", r"to_(image|logit)\..*"): "a network of torch-sagan itself, for load_state_dict",
+    (r"blocks\.\d+\.(conv|linear).*", r"to_(image|logit)\..*"): "a network of torch-sagan itself, for "
+    "load_state_dict, or for load_generator if save_generator wrote it",
     (r"(query|key|value)\.(weight|parametrizations\.weight\.original)", "gamma"): "an attention layer of torch-sagan "
     "itself, for load_state_dict, or of another implementation with the same names, whose outputs may differ",
     (r".*_orig", r".*_[uv]"): "a model under PyTorch's older spectral norm, for convert_legacy_spectral_norm",
