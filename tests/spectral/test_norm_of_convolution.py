@@ -448,7 +448,7 @@ DISCRIMINATORS: dict[str, Callable[..., nn.Module]] = {
     "architecture", ["convolutions", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dcgan", "resnet"))]
 )
 def test_every_layer_stays_at_one_while_a_discriminator_trains(architecture: str) -> None:
-    """As a training pass uses the weight. The optimizer then moves it, by up to some per cent of the norm at this rate
+    """As a training pass uses the weight. The optimizer then moves it, by up to a per cent of the norm at this rate
     that no u and v from before can know of; recalibrated, it is exact again. Under the norm of the matrix layers exceed
     1 by a fifth at least."""
     torch.manual_seed(0)
