@@ -89,18 +89,40 @@ def test_the_operator_has_norm_one(kind: str) -> None:
 
 @kinds
 def test_one_reading_is_one_iteration(kind: str) -> None:
-    """v from the old u by the adjoint, then u from the new v: power iteration with the dense matrix."""
+    """v is the best vector of the space of the adjoint images of u and the seven others, by the dense matrix, and u its
+    image; the new space is the image of the old one."""
     layer = make(kind).train()
     with torch.no_grad():
         original(layer).normal_()
+    norm = norm_of(layer)
     matrix = dense(kind, original(layer)).mT  # (outputs, inputs)
-    u, _ = u_and_v(layer)
-    v = F.normalize(matrix.mT @ u.flatten(), dim=0)
-    image = matrix @ v
+    followed = torch.cat([norm._u, norm._rivals]).flatten(1)
+    assert len(followed) == 8
+    space = torch.linalg.svd(matrix.mT @ followed.mT, full_matrices=False).U  # (inputs, 8)
+    left, sigma, _ = torch.linalg.svd(matrix @ space, full_matrices=False)
     weight = layer.weight
-    torch.testing.assert_close(weight, original(layer) / image.norm(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(u_and_v(layer)[1].flatten(), v, rtol=0, atol=1e-10)
-    torch.testing.assert_close(u_and_v(layer)[0].flatten(), image / image.norm(), rtol=0, atol=1e-10)
+    # The first eigenvector is that of a power of the Gram matrix, which is within 1e-4 of the largest eigenvalue.
+    torch.testing.assert_close(weight, original(layer) / sigma[0], rtol=1e-4, atol=0)
+    u, v = (vector.flatten() for vector in u_and_v(layer))
+    torch.testing.assert_close(matrix @ v, u * (matrix @ v).norm(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(space @ (space.mT @ v), v, rtol=0, atol=1e-10)
+    now = torch.cat([norm._u, norm._rivals]).flatten(1)
+    torch.testing.assert_close(left @ (left.mT @ now.mT), now.mT, rtol=0, atol=1e-10)
+    assert torch.linalg.matrix_rank(now) == torch.linalg.matrix_rank(matrix @ space)
+
+
+def test_the_first_singular_vector_is_found_when_another_overtakes_it() -> None:
+    """As in training: in a step, the second singular value of a diagonal map becomes the first, and u is orthogonal
+    to the new one. A power iteration would stay where it is."""
+    layer = spectral_norm(nn.Conv1d(6, 6, 1, groups=6).double(), of="convolution", input_size=4).train()
+    assert type(norm_of(layer)).__name__ == "ConvolutionNorm"
+    with torch.no_grad():
+        original(layer).copy_(torch.tensor([1.01, 1, 0.5, 0.4, 0.3, 0.2]).view(6, 1, 1))
+        reset_power_iteration(layer)
+        original(layer)[1] = 1.2
+    for _ in range(4):
+        weight = layer.weight.detach()
+    assert float(weight.abs().max()) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["1-D", "3-D", "circular", "own forward"])
@@ -117,8 +139,9 @@ def test_derivatives(kind: str) -> None:
 
 def test_n_power_iterations() -> None:
     once = make("2-D")
-    thrice = make("2-D", n_power_iterations=3)
-    thrice.load_state_dict(once.state_dict())
+    thrice = copy.deepcopy(once)
+    assert norm_of(make("2-D", n_power_iterations=3)).n_power_iterations == 3
+    norm_of(thrice).n_power_iterations = 3
     for layer in (once, thrice):
         with torch.no_grad():
             original(layer).copy_(torch.ones_like(original(layer)))
@@ -417,7 +440,7 @@ DISCRIMINATORS: dict[str, Callable[..., nn.Module]] = {
         nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 16, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(16, 1, 4)
     ),
     "dcgan": partial(SAGANDiscriminator, 16, base_channels=4),
-    "resnet": partial(SAGANDiscriminator, 16, base_channels=4, architecture="resnet"),
+    "resnet": partial(SAGANDiscriminator, 16, base_channels=12, architecture="resnet"),
 }
 
 
@@ -425,8 +448,9 @@ DISCRIMINATORS: dict[str, Callable[..., nn.Module]] = {
     "architecture", ["convolutions", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dcgan", "resnet"))]
 )
 def test_every_layer_stays_at_one_while_a_discriminator_trains(architecture: str) -> None:
-    """With one iteration at each use the norm lags behind the weights, by some per cent at this rate; recalibrated, it
-    is exact at any time. Under the norm of the matrix layers exceed 1 by a fifth at least."""
+    """As a training pass uses the weight. The optimizer then moves it, by up to a per cent of the norm at this rate
+    that no u and v from before can know of; recalibrated, it is exact again. Under the norm of the matrix layers exceed
+    1 by a fifth at least."""
     torch.manual_seed(0)
     x, model = torch.randn(8, 3, 16, 16), DISCRIMINATORS[architecture](spectral_norm=None)
     apply_spectral_norm(model, of="convolution", example_input=x[:1])
@@ -434,16 +458,19 @@ def test_every_layer_stays_at_one_while_a_discriminator_trains(architecture: str
     assert max(row.lower for row in operator_norms(matrix, x[:1]).layers) > 1.2
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-4, betas=(0.0, 0.9))
     start = copy.deepcopy(model.state_dict())
-    for step in range(20):
+    for step in range(30):
         optimizer.zero_grad()
         real, fake = model(x.roll(step, 2)), model(torch.randn_like(x))
         (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).backward()
+        used = copy.deepcopy(model)
         optimizer.step()
-        if step % 19 == 0:
-            exact = recalibrate(copy.deepcopy(model))
-            for each, most in ((model, 1.1), (exact, 1.001)):
+        if step % 29 == 0:
+            for each in (used, recalibrate(copy.deepcopy(model))):
                 found = operator_norms(each, x[:1])
                 assert len(found.layers) == len(spectral_norms(each))
-                assert max(row.lower for row in found.layers) <= most, str(found)
+                for row in found.layers:
+                    is_matrix = type(norm_of(each.get_submodule(row.path))) is SpectralNorm
+                    most = 1.01 if is_matrix else 1.001  # matrices are warmed up by 15 steps alone
+                    assert row.lower <= most, str(found)
     moved = [(value - start[name]).norm() / start[name].norm() for name, value in model.state_dict().items()]
     assert max(moved) > 0.05

@@ -71,7 +71,7 @@ class LayerMap:
     def adjoint(self, weight: Tensor, y: Tensor) -> Tensor:
         """The adjoint map, from (1, out, …) to (1, C, …)."""
         if not self.is_plain:
-            return torch.func.vjp(lambda x: self(weight, x), y.new_zeros(self.in_shape))[1](y)[0]
+            return torch.func.vjp(lambda x: self(weight, x), y.new_zeros(len(y), *self.in_shape[1:]))[1](y)[0]
         get, size = self.settings.__getitem__, self.in_shape[2:]
         stride, padding, dilation, kernel = get("stride"), get("padding"), get("dilation"), self.weight_shape[2:]
         rest = (0,) * len(size)

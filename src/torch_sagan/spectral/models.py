@@ -188,7 +188,9 @@ def reset_power_iteration(model: nn.Module) -> None:
         raw, _ = weight.values()
         if raw.ndim > 1:
             if isinstance(weight.norm, ConvolutionNorm):
-                fresh: SpectralNorm = ConvolutionNorm(raw, weight.norm.layer, eps=weight.norm.eps)
+                convolution = ConvolutionNorm(raw, weight.norm.layer, eps=weight.norm.eps)
+                weight.norm._rivals.copy_(convolution._rivals)
+                fresh: SpectralNorm = convolution
             else:
                 fresh = SpectralNorm(raw, dim=weight.norm.dim, eps=weight.norm.eps)
             u, v = weight.vectors()
