@@ -205,9 +205,9 @@ class ConvolutionNorm(SpectralNorm):
         u = \frac{A v}{\lVert A v \rVert}, \qquad [u, r_1, \dots, r_7] \leftarrow A Q.
 
     An access in training takes one adjoint and one convolution of eight feature maps for each iteration, and then one
-    convolution of a single one, through which the gradient flows. The seven other images are a buffer outside of the
-    state dict. After a load they start from fixed numbers, so training goes on with slightly other values of sigma than
-    without an interruption. :func:`spectral_norm` makes it, with ``of="convolution"``.
+    convolution of a single one, through which the gradient flows. The seven other images are a buffer, and in the state
+    dict, since training would otherwise go on with slightly other values of sigma. :func:`spectral_norm` makes it, with
+    ``of="convolution"``.
 
     Args:
         weight: of a convolution.
@@ -234,9 +234,9 @@ class ConvolutionNorm(SpectralNorm):
 
     def _register_buffers(self, weight: Tensor) -> None:
         super()._register_buffers(weight)
-        # Not in state dicts: u and v are all that evaluation needs, and the others soon catch up.
+        # In state dicts, so that a resumed training goes on as it would have; evaluation needs u and v alone.
         count = min(FOLLOWED, self._u.numel(), self._v.numel()) - 1
-        self.register_buffer("_rivals", weight.new_zeros(count, *self._u.shape[1:]), persistent=False)
+        self.register_buffer("_rivals", weight.new_zeros(count, *self._u.shape[1:]))
 
     def _shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self.layer.out_shape, self.layer.in_shape
@@ -256,24 +256,12 @@ class ConvolutionNorm(SpectralNorm):
         # below the norm.
         if weight.is_meta or is_recorded():
             return
-        self._start_rivals()
+        self._rivals.copy_(start(tuple(self._rivals.shape), torch.device("cpu")))
         if not (weight.any() and weight.isfinite().all()):
             return
         for buffer, vector in zip((self._u, self._v), self.singular_vectors(weight, self._v)[1:], strict=True):
             buffer.copy_(vector)
         self._iterate(_half_to_float32(weight), WARM_UP_ITERATIONS)
-
-    def _start_rivals(self) -> None:
-        rivals = start(tuple(self._rivals.shape), torch.device("cpu")).to(self._u)
-        if self._rivals.device == rivals.device:
-            self._rivals.copy_(rivals)
-        else:  # u and v were assigned by a load to a module on the meta device
-            self._rivals = rivals
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-        if f"{prefix}_u" in state_dict:
-            self._start_rivals()
 
     def singular_vectors(
         self, weight: Tensor, v: Tensor | None = None, *, tolerance: float = 1e-4, restarts: int = 8
