@@ -62,10 +62,11 @@ class DataFlow(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, dense_up_to: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.dense_up_to = model, dense_up_to
+        self.model: nn.Module = model
+        self.dense_up_to: int = dense_up_to
         self.calls: list[LinearCall] = []
         self.reasons: dict[str, None] = {}
-        self.reads_values = False
+        self.reads_values: bool = False
         self.running: list[_Running] = []
         # Tensors by identity, kept alive so that no other gets their place.
         self.known: dict[int, tuple[Tensor, float]] = {}

@@ -35,13 +35,13 @@ class LayerMap:
 
     def __init__(self, layer: Any, weight: Tensor, input_size: Sequence[int]) -> None:
         self.kind: type[Any] = _kind(layer)
-        self.settings = {name: value for name, value in vars(layer).items() if _is_setting(name, value)}
-        self.weight_shape = tuple(weight.shape)
-        self.in_shape = (1, layer.in_channels, *input_size)
-        self.is_plain = _is_plain(layer, self.kind)
+        self.settings: dict[str, Any] = {name: value for name, value in vars(layer).items() if _is_setting(name, value)}
+        self.weight_shape: tuple[int, ...] = tuple(weight.shape)
+        self.in_shape: tuple[int, ...] = (1, layer.in_channels, *input_size)
+        self.is_plain: bool = _is_plain(layer, self.kind)
         try:
             image = self(torch.zeros(self.weight_shape, device="cpu"), torch.zeros(self.in_shape, device="cpu"))
-            self.out_shape = tuple(image.shape)
+            self.out_shape: tuple[int, ...] = tuple(image.shape)
             if math.prod(self.out_shape) == 0 or (not is_recorded() and image.any()):
                 raise ValueError("it does not map zeros to zeros")
         except Exception as error:

@@ -229,7 +229,7 @@ class ConvolutionNorm(SpectralNorm):
     ) -> None:
         if weight.is_complex():
             raise TypeError(f"expected a real weight for the norm of a convolution, got {weight.dtype}")
-        self.layer = layer  # first, since the shapes of u and v are its
+        self.layer: LayerMap = layer  # first, since the shapes of u and v are its
         super().__init__(weight, n_power_iterations=n_power_iterations, dim=dim, eps=eps)
 
     def _register_buffers(self, weight: Tensor) -> None:
