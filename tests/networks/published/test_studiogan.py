@@ -50,8 +50,9 @@ def size_of(tag: str) -> int:
 def check_images(generator: SAGANGenerator, stored: Arrays, tag: str) -> None:
     step = size_of(tag) // 32
     images = generator(rand(11, 2, 128), LABELS)[:, :, ::step, ::step]
-    # The arrays are stored in float32.
-    assert_all_close([(tag, images, torch.from_numpy(stored[f"{tag}/generator/images"]))], atol=1e-6)
+    expected = torch.from_numpy(stored[f"{tag}/generator/images"])
+    # Some are stored in float32, whose rounding of numbers below 1 is at most 2^-25; else the order of summation is left.
+    assert_all_close([(tag, images, expected)], atol=2**-24 if expected.dtype == torch.float32 else 1e-10)
 
 
 @torch.no_grad()
