@@ -51,7 +51,7 @@ def check_images(generator: SAGANGenerator, stored: Arrays, tag: str) -> None:
     step = size_of(tag) // 32
     images = generator(rand(11, 2, 128), LABELS)[:, :, ::step, ::step]
     expected = torch.from_numpy(stored[f"{tag}/generator/images"])
-    # Some are stored in float32, whose rounding of numbers below 1 is at most 2^-25; else the order of summation is left.
+    # Some are stored in float32, which rounds numbers below 1 by at most 2^-25; else the order of summation is left.
     assert_all_close([(tag, images, expected)], atol=2**-24 if expected.dtype == torch.float32 else 1e-10)
 
 
