@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from training.runs.memory import out_of_memory
+
 WEIGHTS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 LAYERS = ["2048", "logits_unbiased"]  # what FID and KID use, and what the Inception score uses
 
@@ -50,7 +52,9 @@ def load_inception(path: Path | None, device: torch.device) -> Extractor:
     try:
         torch.load(file, weights_only=True)  # torch-fidelity itself would execute code in a foreign file
         network = FeatureExtractorInceptionV3("inception-v3-compat", LAYERS, feature_extractor_weights_path=str(file))
-    except Exception:  # whatever a damaged or foreign file makes the reader raise
+    except Exception as error:  # whatever a damaged or foreign file makes the reader raise
+        if short := out_of_memory(error):  # which says nothing about the file
+            raise OSError(f"{file}: {short}") from None
         raise InceptionUnavailable(
             f"{file} does not hold torch-fidelity's Inception weights, which are at {WEIGHTS}"
         ) from None

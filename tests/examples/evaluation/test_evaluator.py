@@ -403,6 +403,16 @@ def test_weights_that_are_missing_or_wrong_are_named(
     assert "\n" not in str(error.value)
 
 
+@needs_torchmetrics
+def test_lack_of_memory_is_not_the_fault_of_the_weights(
+    fidelity: Callable[[dict[str, Tensor]], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fidelity({"weight": torch.ones(1)})
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(10**15))
+    with pytest.raises(OSError, match="can't allocate memory: you tried to allocate"):
+        Evaluator(batches(noise(8)), samples=8, inception=path)
+
+
 @pytest.mark.parametrize("package", ["torchmetrics", "torch_fidelity"])
 def test_packages_that_are_missing_are_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
