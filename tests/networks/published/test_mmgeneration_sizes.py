@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from references import assert_all_close, filled_with_settled_vectors, rand, stored_shapes
-from torch_sagan import SAGANDiscriminator, SAGANGenerator, load_published
+from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, load_published
 
 Arrays = Mapping[str, Any]
 Weights = dict[str, Tensor]
@@ -115,3 +115,13 @@ def test_arguments_say_what_the_name_does_not(stored: Arrays) -> None:
 def test_arguments_that_the_weights_have_no_use_for(stored: Arrays, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_published(weights_of(stored, "sagan32", "generator"), **arguments)
+
+
+def test_its_attention_alone(stored: Arrays) -> None:
+    weights, place = weights_of(stored, "sagan32", "generator"), "conv_blocks.2."
+    alone = {key.removeprefix(place): value for key, value in weights.items() if key.startswith(place)}
+    layer = load_published(alone, SelfAttention2d.official(32).double().eval())
+    x = rand(1, 2, 32, 8, 8)
+    expected = load_published(weights).attention["16"](x)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)  # float64, perhaps in another order
+    assert (layer(x) - x).abs().max() > 0.01  # its gamma is 0.5

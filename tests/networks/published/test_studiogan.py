@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from references import assert_all_close, filled_with_settled_vectors, rand, stored_shapes
-from torch_sagan import SAGANDiscriminator, SAGANGenerator, load_published
+from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, apply_spectral_norm, load_published
 
 Arrays = Mapping[str, Any]
 Weights = dict[str, Tensor]
@@ -178,3 +178,18 @@ def test_what_does_not_fit_is_named(stored: Arrays, change: dict[str, Tensor | N
         changed["linear0.bias"] = changed["linear0.bias"]
     with pytest.raises(ValueError, match=message):
         load_published(changed)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_its_attention_alone(stored: Arrays, normalized: bool) -> None:
+    """Into a layer with plain projections, whose weights are divided by sigma, or normalized ones."""
+    weights, place = weights_of(stored, "sagan32", "generator"), "blocks.2.0."
+    alone = {key.removeprefix(place): value for key, value in weights.items() if key.startswith(place)}
+    layer = SelfAttention2d.official(32).double().eval()
+    if normalized:
+        apply_spectral_norm(layer)
+    assert load_published(alone, layer) is layer
+    x = rand(1, 2, 32, 8, 8)
+    expected = load_published(weights).attention["16"](x)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)  # float64, perhaps in another order
+    assert (layer(x) - x).abs().max() > 0.01  # its gamma is 0.5
