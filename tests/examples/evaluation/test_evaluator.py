@@ -364,6 +364,8 @@ def fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[
             pooled, logits = two_means(images)
             return self.weight * pooled, logits
 
+    if find_spec("torchmetrics"):  # it asks for torch-fidelity when it is imported, and keeps the answer
+        inception_module.import_torchmetrics()
     module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
     module.FeatureExtractorInceptionV3 = Stub  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
