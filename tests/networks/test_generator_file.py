@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import stat
 import struct
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from refused_calls import refusing
 from torch_sagan import (
     SAGANGenerator,
     SelfAttention2d,
@@ -239,27 +242,48 @@ def test_no_such_file(tmp_path: Path) -> None:
         load_generator(tmp_path / "g.safetensors")
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_old_file(call: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_refuses_leaves_the_old_file(
+    call: str, code: int, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = saved.read_bytes()
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, call, refuse)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, call, refusing(getattr(os, call), code, lambda *_: True))
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))):
         save_generator(saved, shaken(num_classes=2))
     assert saved.read_bytes() == before
     assert [file.name for file in saved.parent.iterdir()] == ["g.safetensors"]
 
 
-def test_a_file_system_that_cannot_sync(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: int) -> None:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+# EINVAL: older CIFS, WSL; ENOSYS and EOPNOTSUPP: FUSE; EBADF: folders on some network shares.
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])
+@pytest.mark.parametrize("of_folders_alone", [False, True])
+def test_a_file_system_that_cannot_sync(
+    code: int, of_folders_alone: bool, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(descriptor: int) -> bool:
+        return not of_folders_alone or stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
-    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", refusing(os.fsync, code, refused))
     generator = shaken(num_classes=2)
     save_generator(saved, generator)
+    assert torch.equal(images(load_generator(saved)), images(generator))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders cannot be opened there")
+def test_file_and_folder_are_forced_onto_the_disk(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: forced.append(os.fstat(descriptor)))
+    save_generator(saved, shaken(num_classes=2))
+    assert [entry.st_ino for entry in forced] == [saved.stat().st_ino, saved.parent.stat().st_ino]
+
+
+def test_a_symbolic_link_stays_one(saved: Path, tmp_path: Path) -> None:
+    link = tmp_path / "latest.safetensors"
+    link.symlink_to(saved)
+    generator = shaken(num_classes=2)
+    save_generator(link, generator)
+    assert link.is_symlink()
     assert torch.equal(images(load_generator(saved)), images(generator))
 
 

@@ -224,19 +224,40 @@ def _data(content: bytes) -> bytes:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file that is complete or as it was, whenever the process or the machine stops."""
-    new = path.with_name(f"{path.name}.new")
+    """Write a file that is complete or as it was, whenever the process or the machine stops. A symbolic link stays one:
+    the file that it points to is replaced."""
+    target = Path(os.path.realpath(path))
+    new = target.with_name(f"{target.name}.new")
     try:
         with open(new, "wb") as file:
             file.write(content)
             file.flush()
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # a network file system that cannot, and has written it all the same
-                    raise
-        os.replace(new, path)
+            _force_to_disk(file.fileno())
+        os.replace(new, target)
+        if os.name == "posix":  # on other systems folders cannot be opened
+            _force_folder_to_disk(target.parent)
     except BaseException:
         with suppress(OSError):
             os.unlink(new)
         raise
+
+
+def _force_folder_to_disk(folder: Path) -> None:
+    """The folder holds the name of the file."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # it may be written but not listed
+        return
+    try:
+        _force_to_disk(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _force_to_disk(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Else it is a file system that cannot, as older CIFS and FUSE, and has written it all the same.
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
