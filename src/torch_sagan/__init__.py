@@ -27,9 +27,10 @@ from torch_sagan.spectral.models import (
     reset_power_iteration,
     spectral_norms,
 )
-from torch_sagan.spectral.norm import SpectralNorm, spectral_norm
+from torch_sagan.spectral.norm import SpectralNorm
 from torch_sagan.spectral.operator_norms import OperatorNorm, OperatorNorms, operator_norms
 from torch_sagan.spectral.recalibration import recalibrate
+from torch_sagan.spectral.registration import spectral_norm
 from torch_sagan.surgery.insert import insert_self_attention, remove_self_attention
 from torch_sagan.surgery.points import InsertionPoint, InsertionPoints, insertion_points
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_sagan._checks import at_least_one
 from torch_sagan._torch import on_device
 from torch_sagan.networks.labels import check_labels
-from torch_sagan.spectral.norm import spectral_norm
+from torch_sagan.spectral.registration import spectral_norm
 
 __all__ = ["ConditionalBatchNorm2d", "ProjectionHead"]
 

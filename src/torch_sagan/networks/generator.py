@@ -33,7 +33,7 @@ from torch_sagan.networks.stages import (
     stage_widths,
 )
 from torch_sagan.spectral.grouped import iterate_together
-from torch_sagan.spectral.norm import spectral_norm
+from torch_sagan.spectral.registration import spectral_norm
 
 __all__ = ["SAGANGenerator"]
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_sagan.attention.layer import SelfAttention
-from torch_sagan.spectral.convolution import ROUNDING, Convolution, Padding, norm_of_matrix
+from torch_sagan.spectral.convolution_bounds import ROUNDING, Convolution, Padding, norm_of_matrix
 from torch_sagan.spectral.layer_map import spatial_dims
 
 __all__ = ["DataFlow", "LinearCall"]

@@ -13,18 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from torch_sagan._checks import at_least_one, one_of
+from torch_sagan.spectral.convolution_norm import ConvolutionNorm
 from torch_sagan.spectral.layer_map import is_pointwise, spatial_dims
 from torch_sagan.spectral.legacy import LegacySpectralNorm, legacy_hooks, remove_legacy_hook
-from torch_sagan.spectral.norm import (
-    ConvolutionNorm,
-    Norm,
-    SpectralNorm,
-    as_matrix,
-    find_norm,
-    make_norm,
-    own_class,
-    register,
-)
+from torch_sagan.spectral.norm import SpectralNorm, as_matrix
+from torch_sagan.spectral.registration import Norm, find_norm, make_norm, own_class, register
 from torch_sagan.spectral.selection import Layers, select_layers
 from torch_sagan.surgery.example_pass import ExampleInput, example_pass
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_sagan.networks.published.dialect import Dialect, Kind, Network, State
-from torch_sagan.spectral.norm import spectral_norm
+from torch_sagan.spectral.registration import spectral_norm
 
 __all__ = ["PARTS", "REFERENCE"]
 

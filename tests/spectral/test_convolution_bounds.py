@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_sagan import operator_norms
-from torch_sagan.spectral.convolution import norm_of_matrix
+from torch_sagan.spectral.convolution_bounds import norm_of_matrix
 
 # Twenty convolutions: the layer, and the size of its feature maps.
 CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
