@@ -50,8 +50,7 @@ def export_to_onnx(module: nn.Module, example: Example, path: Path) -> None:
 
 
 def export_to_onnx_by_the_older(module: nn.Module, example: Example, path: Path) -> None:
-    """In a model, because this exporter passes the keyword-only arguments of what it exports by position."""
-    torch.onnx.export(nn.Sequential(module).eval(), example, path, dynamo=False)
+    torch.onnx.export(module.eval(), example, path, dynamo=False)
 
 
 def save_safetensors(module: nn.Module, example: Example, path: Path) -> None:
@@ -96,7 +95,7 @@ IN_ONNX = [
 IN_AUTOCAST = ["official attention", "l2 attention", "spectral norm", "generator", "discriminator"]
 FEWER = dict.fromkeys(MODULES, ATTENTION) | {
     "ONNX": IN_ONNX if ONNX_EXPORTS else [],
-    "ONNX, dynamo=False": ["attention in tiles", *IN_AUTOCAST] if ONNX_EXPORTS else [],
+    "ONNX, dynamo=False": [*IN_ONNX, "l2 attention"] if ONNX_EXPORTS else [],
     "torch.export in autocast": IN_AUTOCAST if NEW_EXPORTER else [],
     "safetensors": SUBJECTS if find_spec("safetensors") else [],
 }

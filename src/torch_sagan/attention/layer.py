@@ -132,7 +132,8 @@ class SelfAttention(nn.Module):
     @overload
     def forward(self, x: Tensor, *, return_attention: Literal[True]) -> tuple[Tensor, Tensor]: ...
 
-    def forward(self, x: Tensor, *, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    # Not keyword-only: PyTorch's older ONNX exporter passes every argument by position.
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Apply attention to a feature map.
 
         Args:

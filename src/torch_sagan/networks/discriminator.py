@@ -167,8 +167,9 @@ class SAGANDiscriminator(Stages):
         self, images: Tensor, labels: Tensor | None = None, *, return_attention: Literal[True]
     ) -> tuple[Tensor, list[Tensor]]: ...
 
+    # Not keyword-only: PyTorch's older ONNX exporter passes every argument by position.
     def forward(
-        self, images: Tensor, labels: Tensor | None = None, *, return_attention: bool = False
+        self, images: Tensor, labels: Tensor | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Compute the logits of images.
 

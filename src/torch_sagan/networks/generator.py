@@ -216,8 +216,9 @@ class SAGANGenerator(Stages):
         self, z: Tensor, labels: Tensor | None = None, *, return_attention: Literal[True]
     ) -> tuple[Tensor, list[Tensor]]: ...
 
+    # Not keyword-only: PyTorch's older ONNX exporter passes every argument by position.
     def forward(
-        self, z: Tensor, labels: Tensor | None = None, *, return_attention: bool = False
+        self, z: Tensor, labels: Tensor | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Generate images from latent vectors.
 
