@@ -20,6 +20,7 @@ from torch_sagan.networks.discriminator import SAGANDiscriminator
 from torch_sagan.networks.generator import SAGANGenerator
 from torch_sagan.networks.generator_file import load_generator, save_generator
 from torch_sagan.networks.published.loading import load_published
+from torch_sagan.networks.published.loading import load_reference_state_dict as load_reference_state_dict  # deprecated
 from torch_sagan.spectral.legacy import convert_legacy_spectral_norm
 from torch_sagan.spectral.models import (
     apply_spectral_norm,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from references import assert_all_close, filled_with_settled_vectors, rand, stored_shapes
 from torch_sagan import SAGANDiscriminator, SAGANGenerator, SelfAttention2d, load_published
+from torch_sagan.networks.published.mmgeneration import MMGENERATION
 
 Arrays = Mapping[str, Any]
 Weights = dict[str, Tensor]
@@ -90,6 +91,26 @@ def test_what_the_name_of_a_file_tells(stored: Arrays, name: str, tmp_path: Path
     check_images(generator, stored, "sagan32", order)
     discriminator = load_published(tmp_path / name, network="discriminator")
     check_logits(discriminator, stored, "sagan32", in_place=in_place, order=order)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("widths", [(5, 6, 6, 7), (5, 7)])
+def test_a_discriminator_that_is_there_has_to_be_what_the_name_tells(
+    widths: tuple[int, ...], name: str, tmp_path: Path
+) -> None:
+    """Of four blocks, and of one and the block at the logit, which then is the only one with a ReLU in front."""
+    _, in_place = FILES[name]
+    arguments: dict[str, Any] = {"widths": widths, "downsampling_blocks": 1, "architecture": "resnet"}
+    arguments |= {"attention_resolutions": ()}
+    plain, quirky = (SAGANDiscriminator(32, **arguments, shortcut_after_relu=quirk) for quirk in (False, True))
+    state = {MMGENERATION.names(plain)[ours]: value for ours, value in plain.state_dict().items()}
+    torch.save({"state_dict": {f"discriminator.{key}": value for key, value in state.items()}}, tmp_path / name)
+    assert load_published(tmp_path / name, quirky) is quirky
+    if not in_place:
+        load_published(tmp_path / name, plain)
+        return
+    with pytest.raises(ValueError, match="works in place: build this SAGANDiscriminator with shortcut_after_relu=True"):
+        load_published(tmp_path / name, plain)
 
 
 def test_arguments_say_what_the_name_does_not(stored: Arrays) -> None:

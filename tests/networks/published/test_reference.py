@@ -33,6 +33,7 @@ from torch_sagan import (
     apply_spectral_norm,
     convert_legacy_spectral_norm,
     load_published,
+    load_reference_state_dict,
     spectral_norm,
 )
 
@@ -240,6 +241,15 @@ def test_every_entry_arrives(generator_weights: dict[str, Tensor]) -> None:
     kept = [name for name, value in network.state_dict().items() if torch.equal(value, before[name])]
     assert all(name.endswith("num_batches_tracked") for name in kept), kept
     assert len(network.state_dict()) == len(generator_weights)
+
+
+def test_the_former_name(arrays: Arrays, generator_weights: dict[str, Tensor]) -> None:
+    network = generator().double()
+    with pytest.warns(DeprecationWarning, match=r"write load_published\(state_dict, model\)"):
+        load_reference_state_dict(network, with_after(generator_weights, arrays, "generator"))
+    check_generator(network.eval(), arrays)
+    with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match="expected a state dict, got str"):
+        load_reference_state_dict(network, "generator.pth")  # type: ignore[arg-type]
 
 
 def test_the_state_dict_is_left_alone_and_not_shared() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from itertools import groupby
 from operator import itemgetter
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from torch_sagan._checks import one_of
 from torch_sagan.attention.layer import SelfAttention2d
-from torch_sagan.networks.blocks import FirstResidualDownBlock, LatentBlock
+from torch_sagan.networks.blocks import FirstResidualDownBlock, LatentBlock, ResidualHead
 from torch_sagan.networks.discriminator import SAGANDiscriminator
 from torch_sagan.networks.generator import SAGANGenerator
 from torch_sagan.networks.published import attention, mmgeneration
@@ -24,7 +25,7 @@ from torch_sagan.networks.published.mmgeneration import MMGENERATION
 from torch_sagan.networks.published.reference import REFERENCE
 from torch_sagan.networks.published.studiogan import STUDIOGAN, STUDIOGAN_2021
 
-__all__ = ["load_published"]
+__all__ = ["load_published", "load_reference_state_dict"]
 
 Model = SAGANGenerator | SAGANDiscriminator | SelfAttention2d
 M = TypeVar("M", bound=Model)
@@ -147,7 +148,7 @@ def load_published(
         raise ValueError(f"channel_order is for mmgeneration's networks; this resembles {describe(state)}")
     model: Network
     if into is not None:
-        dialect = _dialect_of(into, dialect, kind, state)
+        dialect = _dialect_of(into, dialect, kind, state, file)
         model = into
     else:
         if dialect is None:
@@ -171,6 +172,17 @@ def load_published(
             "image_range": [-1, 1],
         }
     return model
+
+
+def load_reference_state_dict(
+    model: Model, state_dict: Mapping[str, object], *, channel_order: Literal["bgr", "rgb"] | None = None
+) -> None:
+    """The former name of ``load_published(state_dict, model)``, which it calls with a DeprecationWarning."""
+    message = "load_reference_state_dict(model, state_dict) is deprecated; write load_published(state_dict, model)"
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"expected a state dict, got {type(state_dict).__name__}")
+    load_published(state_dict, model, channel_order=channel_order)
 
 
 def _check_arguments(
@@ -230,14 +242,18 @@ def _built(
     if kind == "generator":
         return SAGANGenerator(**arguments, norm_eps=dialect.eps(arguments) if eps is None else eps)
     if arguments.get("architecture") == "resnet":
-        known = dialect.shortcut_after_relu or IN_PLACE in file or CONVERTED in file
-        arguments["shortcut_after_relu"] = known if in_place is None else in_place
+        arguments["shortcut_after_relu"] = _works_in_place(dialect, file) if in_place is None else in_place
     elif in_place is not None:
         raise ValueError(f"shortcut_after_relu is for residual networks; this resembles {describe(state)}")
     return SAGANDiscriminator(**arguments)
 
 
-def _dialect_of(into: Network, dialect: Dialect | None, kind: Kind, state: dict[str, Tensor]) -> Dialect:
+def _works_in_place(dialect: Dialect, file: str) -> bool:
+    """Whether the discriminator's ReLU does, as far as the framework and the file's name tell."""
+    return dialect.shortcut_after_relu or (dialect is MMGENERATION and (IN_PLACE in file or CONVERTED in file))
+
+
+def _dialect_of(into: Network, dialect: Dialect | None, kind: Kind, state: dict[str, Tensor], file: str) -> Dialect:
     """The dialect of a state dict for a network that is there, or one whose names an error can tell.
 
     Raises:
@@ -257,6 +273,7 @@ def _dialect_of(into: Network, dialect: Dialect | None, kind: Kind, state: dict[
             f"the state dict has attention at {theirs} pixels, this {name} at {ours}: build it with "
             f"attention_resolutions={tuple(theirs)}"
         )
+    head = into.to_logit if isinstance(into, SAGANDiscriminator) else None
     if isinstance(into, SAGANGenerator) and residual:
         eps = dialect.eps(needed)
         if into.arguments["norm_eps"] != eps:
@@ -264,11 +281,9 @@ def _dialect_of(into: Network, dialect: Dialect | None, kind: Kind, state: dict[
                 f"batch norms of {dialect.framework} add {eps} to the variance, those of this {name} "
                 f"{into.arguments['norm_eps']}: build it with norm_eps={eps}"
             )
-    elif residual and dialect.shortcut_after_relu and not into.blocks[-1].shortcut_after_relu:
-        raise ValueError(
-            f"the ReLU of {dialect.framework}'s discriminators works in place: build this {name} with "
-            "shortcut_after_relu=True"
-        )
+    elif isinstance(head, ResidualHead) and _works_in_place(dialect, file) and not head.shortcut_after_relu:
+        whose = f"{dialect.framework}'s discriminators" if dialect.shortcut_after_relu else file
+        raise ValueError(f"the ReLU of {whose} works in place: build this {name} with shortcut_after_relu=True")
     return dialect
 
 
