@@ -27,8 +27,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.logging import getLogger
 
-from models import load
-from torch_sagan import SAGANGenerator, remove_spectral_norm
+from torch_sagan import SAGANGenerator, load_generator, remove_spectral_norm
 from torch_sagan.maps.overlay import RAMP
 
 logger = getLogger(__name__)
@@ -118,12 +117,12 @@ def make(models: Path, cache: Path, site: Path) -> int:
     (site / "models").mkdir(parents=True, exist_ok=True)
     described = []
     for model in sorted(models.glob("*.safetensors"), key=lambda path: (path.stem != "faces", path.stem)):
-        generator, card = load(model)
+        generator = load_generator(model)
         file = model.with_suffix(".onnx").name
         export(remove_spectral_norm(generator), site / "models" / file)
-        title = TITLES.get(card["data"], model.stem)
+        title = TITLES.get(generator.card["data"], model.stem)
         described.append(
-            {"file": file, "title": title, "zDim": generator.z_dim, "classes": list(card.get("classes", {}))}
+            {"file": file, "title": title, "zDim": generator.z_dim, "classes": list(generator.card["classes"])}
         )
     listed = site / "models" / "generators.json"
     listed.write_text(json.dumps({"ramp": RAMP, "generators": described}), encoding="utf-8")

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from sphinx.application import Sphinx
 
-from models import load
-from torch_sagan import explore_attention, record_attention
+from torch_sagan import explore_attention, load_generator, record_attention
 
 IMAGES = 8
 
@@ -20,10 +19,11 @@ def write_explorer(app: Sphinx, exception: Exception | None) -> None:
         return
     models = Path(app.srcdir) / "models"
     shutil.copytree(models, Path(app.outdir) / "models", dirs_exist_ok=True)
-    generator, _ = load(models / "faces.safetensors")
+    generator = load_generator(models / "faces.safetensors")
     z = torch.randn(IMAGES, generator.z_dim, generator=torch.Generator().manual_seed(0))
+    labels = None if generator.num_classes is None else torch.arange(IMAGES) % generator.num_classes
     with record_attention(generator) as records, torch.no_grad():
-        images = generator(z)
+        images = generator(z, labels)
     explore_attention(images, records).save(Path(app.outdir) / "explorer.html")
 
 

@@ -212,7 +212,9 @@ def test_the_chart_has_every_run_its_median_and_real_images_at_their_values() ->
     assert "agreement, % (larger is better)" in texts
 
 
-@pytest.mark.parametrize("name", ["real-images-recipe", "real-images-attention", "real-images-norms"])
+@pytest.mark.parametrize(
+    "name", ["real-images-recipe", "real-images-attention", "real-images-equal-time", "real-images-norms"]
+)
 def test_the_charts_of_the_docs_are_drawn_from_their_numbers(name: str, tmp_path: Path) -> None:
     recorded = Path(__file__).parents[2] / "docs" / "images" / f"{name}.json"
     (tmp_path / "copy.json").write_text(recorded.read_text())
