@@ -22,8 +22,9 @@ def write_explorer(app: Sphinx, exception: Exception | None) -> None:
     shutil.copytree(models, Path(app.outdir) / "models", dirs_exist_ok=True)
     generator, _ = load(models / "faces.safetensors")
     z = torch.randn(IMAGES, generator.z_dim, generator=torch.Generator().manual_seed(0))
+    labels = () if generator.num_classes is None else (torch.arange(IMAGES) % generator.num_classes,)
     with record_attention(generator) as records, torch.no_grad():
-        images = generator(z)
+        images = generator(z, *labels)
     explore_attention(images, records).save(Path(app.outdir) / "explorer.html")
 
 
