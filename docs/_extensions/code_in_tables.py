@@ -10,7 +10,8 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
-BREAK = re.compile(r"(?<=[_.,(=/@])(?=\w)|(?<=\w)(?=\()")
+# Not behind what a name begins with, as in `.half()` and `__init__`.
+BREAK = re.compile(r"(?<=[^\s_.@][_.,(=/@])(?=\w)|(?<=\w)(?=\()")
 # Names that fill a column of a phone may break between their parts.
 LONG = re.compile(r"\w{18,}")
 PARTS = re.compile(r"(?<=[a-z])(?=[A-Z])")

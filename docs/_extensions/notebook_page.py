@@ -23,13 +23,11 @@ from torch_sagan import AttentionExplorer
 
 Cell = Mapping[str, Any]
 
-REPOSITORY = "torch-sagan/torch-sagan/blob/main/docs"
 HEADER = """
 :::{{index}} ! colab, ! Google Colab, ! notebook, ! Jupyter
 :::
 
-[Open it in Colab](https://colab.research.google.com/github/{repository}/{name}), or {{download}}`download it <{name}>`.
-Below each cell stands what it showed when these pages were built.
+You can also {{download}}`download it <{name}>`. Below each cell stands what it showed when these pages were built.
 """
 WIDTH = 88  # of a line of output, in characters
 
@@ -55,10 +53,10 @@ def run(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str, object]]:
 
 @contextmanager
 def beside_the_models(models: Path) -> Iterator[None]:
-    """A working folder that holds what the notebook's download would leave there."""
+    """A working folder with the models where the notebook finds them, so that it downloads nothing."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(models, folder, dirs_exist_ok=True)
+        shutil.copytree(models, Path(folder, "models"))
         os.chdir(folder)
         try:
             yield
@@ -100,7 +98,7 @@ def page(notebook: Path, site: Path) -> str:
             if printed:
                 parts.append(f"```text\n{printed}```\n")
             parts.append(shown(cell, value, site))
-    parts.insert(1, HEADER.format(repository=REPOSITORY, name=notebook.name))
+    parts.insert(1, HEADER.format(name=notebook.name))
     return "\n".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -231,7 +232,8 @@ def test_the_notebook_is_shown_with_what_its_cells_show(site: Path, browser: chr
     browser.size(1280, 900)
     browser.open((site / "attention.html").as_uri())
     text = browser.run("document.querySelector('article').textContent")
-    assert "'image_size': 64" in text  # the card, the value of a cell
+    card = json.loads((ROOT / "docs" / "models" / "faces.json").read_text(encoding="utf-8"))
+    assert f"'image_size': {card['generator']['image_size']}" in text  # the card, the value of a cell
     assert "the model itself:" in text  # the table of insertion points, which a cell prints
     size = browser.run("(({ naturalWidth: w, naturalHeight: h }) => [w, h])(document.querySelector('img.output'))")
     assert size == [8 * 128, 128]

@@ -24,10 +24,10 @@ Shapes = list[tuple[int, ...]]
 
 def documented(network: str) -> tuple[int, list[tuple[str, int, int, int]]]:
     """The number of parameters that the page states, and its rows (part, in, out, width of the map)."""
-    title = re.search(rf"\*\*{network}\*\*, ([\d ]+) parameters\n\n(.*?)\n\n", PAGE, re.DOTALL)
+    title = re.search(rf"\*\*{network}\*\*, ([\d,]+) parameters\n\n(.*?)\n\n", PAGE, re.DOTALL)
     assert title is not None
     rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+)×\d+ \|$", title[2], re.MULTILINE)
-    return int(title[1].replace(" ", "")), [(part, int(i), int(o), int(size)) for part, i, o, size in rows]
+    return int(title[1].replace(",", "")), [(part, int(i), int(o), int(size)) for part, i, o, size in rows]
 
 
 def convolution(i: int, o: int, kernel: int) -> Shapes:
