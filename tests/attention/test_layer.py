@@ -310,11 +310,6 @@ def test_variants_are_layers_of_their_class(dims: int) -> None:
     assert type(Own.official(8)) is Own
 
 
-def test_return_attention_is_keyword_only() -> None:
-    with pytest.raises(TypeError, match="positional"):
-        SelfAttention2d(8)(torch.randn(1, 8, 4, 4), True)
-
-
 # --- derivatives ---------------------------------------------------------------------------------------------------
 
 

@@ -43,9 +43,9 @@ def test_fake_tensors(subject: str, training: bool) -> None:
 @jit_is_deprecated
 @subjects()
 def test_script_fails(subject: str) -> None:
-    """With an error of torch's own: keyword-only arguments and parametrizations are no TorchScript."""
-    errors = torch.jit.frontend.NotSupportedError, ValueError
-    with pytest.raises(errors, match=r"keyword-only|Unknown type annotation|not supported"):
+    """With an error of torch's own: the checks of arguments and parametrizations are no TorchScript."""
+    errors = torch.jit.frontend.NotSupportedError, RuntimeError, ValueError
+    with pytest.raises(errors, match=r"cannot be used as a value|Unknown type annotation|not supported"):
         torch.jit.script(build(subject))
 
 

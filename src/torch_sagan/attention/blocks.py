@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torch_sagan._torch import no_autocast, tangent
 
-__all__ = ["Blockwise", "block_size"]
+__all__ = ["Block", "Blockwise", "block_size"]
 
 # On the CPU, chosen by measuring: fewer cost call overhead, more fall out of the cache.
 BLOCK_QUERIES = 64
@@ -39,19 +39,42 @@ def block_size(query: Tensor, key: Tensor) -> int:
 
 
 @dataclass(frozen=True)
+class Block:
+    """What computes one block, and its derivatives by hand where they take less than those that autograd makes.
+
+    Attributes:
+        function: ``function(start, *arguments)`` returns a tuple, where ``start`` is the position of the block's first
+            query. It has to be differentiable.
+        backward: ``(start, *arguments, *gradients of the results)`` to the gradients of all arguments.
+        tangent: ``(start, *arguments, *tangents of all of them)`` to the tangents of the results.
+    """
+
+    function: Callable[..., tuple[Tensor, ...]]
+    backward: Block | None = None
+    tangent: Block | None = None
+
+    def chosen(self, of: Sequence[bool]) -> Block:
+        """The same of the chosen results alone."""
+
+        def function(start: int, *arguments: Tensor) -> tuple[Tensor, ...]:
+            return tuple(compress(self.function(start, *arguments), of))
+
+        return Block(function, tangent=self.tangent and self.tangent.chosen(of))
+
+
+@dataclass(frozen=True)
 class Blockwise:
     """A function of tensors whose last dimension is that of positions, block by block of its queries.
 
     Attributes:
-        function: computes one block: ``function(start, *arguments)`` returns a tuple, where ``start`` is the position
-            of the block's first query. It has to be differentiable.
+        block: computes one block.
         of_queries: of each argument, whether it has a position for each query, and the function gets a block of them.
             The others are passed whole. There has to be at least one query.
         per_query: of each result, whether it has a position for each query. The others are summed over the blocks.
         size: how many queries a block has.
     """
 
-    function: Callable[..., tuple[Tensor, ...]]
+    block: Block
     of_queries: tuple[bool, ...]
     per_query: tuple[bool, ...]
     size: int
@@ -66,14 +89,14 @@ class Blockwise:
         count = len(self.of_queries)
 
         def differentiate(start: int, *given: Tensor) -> tuple[Tensor, ...]:
-            function, chosen = _of_chosen(self.function, start, given[:count], of)
+            function, chosen = _of_chosen(self.block.function, start, given[:count], of)
             pull_back = torch.func.vjp(function, *chosen)[1]
             gradients: tuple[Tensor, ...] = pull_back(given[count:])
             return gradients
 
         return replace(
             self,
-            function=differentiate,
+            block=self.block.backward.chosen(of) if self.block.backward else Block(differentiate),
             of_queries=self.of_queries + self.per_query,
             per_query=tuple(compress(self.of_queries, of)),
         )
@@ -83,10 +106,12 @@ class Blockwise:
         count = len(self.of_queries)
 
         def differentiate(start: int, *given: Tensor) -> tuple[Tensor, ...]:
-            function, chosen = _of_chosen(self.function, start, given[:count], of)
+            function, chosen = _of_chosen(self.block.function, start, given[:count], of)
             return tangent(function, tuple(chosen), given[count:])
 
-        return replace(self, function=differentiate, of_queries=(*self.of_queries, *compress(self.of_queries, of)))
+        by_hand = self.block.tangent if all(of) else None
+        of_queries = (*self.of_queries, *compress(self.of_queries, of))
+        return replace(self, block=by_hand or Block(differentiate), of_queries=of_queries)
 
 
 def _of_chosen(
@@ -116,7 +141,7 @@ class _Blocks(torch.autograd.Function):
         with no_autocast(arguments[0].device.type):
             for i, start in enumerate(range(0, n, blockwise.size)):
                 block = (parts[i] if parts else whole for whole, parts in zip(arguments, split, strict=True))
-                results = blockwise.function(start, *block)
+                results = blockwise.block.function(start, *block)
                 totals = totals or [
                     result.new_empty(*result.shape[:-1], n) if per_query else torch.zeros_like(result)
                     for result, per_query in zip(results, blockwise.per_query, strict=True)

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torch_sagan._torch import CustomOpDef, only_plain_operations, plain_tensor
-from torch_sagan.attention.blocks import Blockwise, block_size
+from torch_sagan.attention.blocks import Block, Blockwise, block_size
 from torch_sagan.attention.plain import gradients_in_blocks, in_float32, scaled
 
 __all__ = ["as_base", "register_derivatives"]
@@ -136,7 +136,7 @@ def _double_backward(scale: float, *tensors: Tensor) -> tuple[Tensor, Tensor, Te
     """From a, b, c, d_attended, query, key and value the gradients of the last four, with every derivative."""
     a, b, c, d_attended, query, key, value = in_float32(*tensors)
     of_queries, per_query = (True, True, True, False, False, False), (True, True, False, False)
-    in_blocks = Blockwise(_double_backward_of_block, of_queries, per_query, block_size(query, key))
+    in_blocks = Blockwise(Block(_double_backward_of_block), of_queries, per_query, block_size(query, key))
     key_b = torch.cat([key, b], dim=1)  # (B, 2D, M)
     a, query = scaled(a, scale), scaled(query, scale)
     g_d_attended, g_query, g_key, g_value = in_blocks(a, d_attended, query, key_b, value, c)
