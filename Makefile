@@ -15,8 +15,7 @@
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
-DEMO ?= --data faces --image-size 64 --base-channels 16 --batch-size 16 --g-attention 16 --lr-g 1e-3 --lr-d 1e-3 \
-	--ema-decay 0.998 --steps 1200 --out runs/demo
+DEMO ?= @examples/recipes/faces-cpu.txt --out runs/demo
 PYTEST_ARGS ?=
 WORKERS ?= 3
 TIMEOUT ?= 600
