@@ -136,6 +136,14 @@ def test_any_number_of_images(count: int) -> None:
     assert distances(kept, slices(images, like=kept))["mean"] == 0
 
 
+def test_the_images_at_a_time_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither to the scales, which are those of all images, nor to the distances."""
+    real, fake = portraits(7, 32), portraits(7, 32, first=7) // 2
+    expected = sliced_wasserstein(real, fake)
+    monkeypatch.setattr(sw, "CHUNK", 3)
+    assert sliced_wasserstein(real, fake) == pytest.approx(expected, rel=1e-5)  # float32, in another order of summation
+
+
 @pytest.mark.parametrize(
     ("real", "fake", "message"),
     [
