@@ -174,7 +174,7 @@ def test_minimal_is_small_and_stands_alone() -> None:
 
 
 def test_all_is_what_is_there() -> None:
-    """Every public name of the package that is not deprecated is in ``__all__``, and everything in ``__all__`` is there."""
+    """Every public name that is not deprecated is in ``__all__``, and everything in ``__all__`` is there."""
     # Sub-packages become attributes when they are imported; of all modules only functional is public.
     here = {
         name

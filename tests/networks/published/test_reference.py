@@ -248,7 +248,10 @@ def test_the_former_name(arrays: Arrays, generator_weights: dict[str, Tensor]) -
     with pytest.warns(DeprecationWarning, match=r"write load_published\(state_dict, model\)"):
         load_reference_state_dict(network, with_after(generator_weights, arrays, "generator"))
     check_generator(network.eval(), arrays)
-    with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match="expected a state dict, got str"):
+    with (
+        pytest.warns(DeprecationWarning, match="load_published"),
+        pytest.raises(TypeError, match="expected a state dict, got str"),
+    ):
         load_reference_state_dict(network, "generator.pth")  # type: ignore[arg-type]
 
 
