@@ -50,15 +50,15 @@ def shapes() -> dict[str, Shape]:
     }
 
 
-def can_run(shape: Shape) -> bool:
-    """On the CPU, within a fraction of a second."""
-    return HAS_GPU or shape.b * shape.n * shape.m * (shape.d + shape.e) <= 2**26
+def marks(shape: Shape) -> list[pytest.MarkDecorator]:
+    """On the CPU, what takes more than a fraction of a second is exhaustive, and what takes more than one is skipped."""
+    products = shape.b * shape.n * shape.m * (shape.d + shape.e)
+    if HAS_GPU or products <= 2**26:
+        return []
+    return [pytest.mark.exhaustive if products <= 2**28 else pytest.mark.skip("too slow without a GPU")]
 
 
-SHAPES = [
-    pytest.param(shape, id=name, marks=[] if can_run(shape) else pytest.mark.skip("too slow without a GPU"))
-    for name, shape in shapes().items()
-]
+SHAPES = [pytest.param(shape, id=name, marks=marks(shape)) for name, shape in shapes().items()]
 of_each_dtype = pytest.mark.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
