@@ -445,7 +445,8 @@ DISCRIMINATORS: dict[str, Callable[..., nn.Module]] = {
 
 
 @pytest.mark.parametrize(
-    "architecture", ["convolutions", "dcgan", pytest.param("resnet", marks=pytest.mark.exhaustive)]
+    "architecture",
+    ["convolutions", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("dcgan", "resnet"))],
 )
 def test_every_layer_stays_at_one_while_a_discriminator_trains(architecture: str) -> None:
     """As a training pass uses the weight. The optimizer then moves it, by up to a per cent of the norm at this rate
