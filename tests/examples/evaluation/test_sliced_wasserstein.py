@@ -114,6 +114,7 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
     first = sliced_wasserstein(real, fake, seed=1)
     assert sliced_wasserstein(real, fake, seed=1) == first
     assert sliced_wasserstein(real, fake, seed=2) != first
+    assert sliced_wasserstein(real, fake) == sliced_wasserstein(real, fake, seed=0)  # scores of two versions compare
     assert torch.equal(state, torch.get_rng_state())
 
 
