@@ -18,6 +18,8 @@ from torch_sagan.attention import equation
 
 pytestmark = pytest.mark.usefixtures("kernels")  # the branch of the CPU and that of CUDA
 
+one_kernel = pytest.mark.parametrize("kernels", ["cpu"], indirect=True)  # it is not reached
+
 SIZES = st.integers(1, 6)
 
 
@@ -103,6 +105,7 @@ def attention_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         yield compiled if request.param == "compiled" else functional.attention
 
 
+@one_kernel
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of the compiler's own modules
 @pytest.mark.parametrize(
     "shapes",
@@ -127,6 +130,7 @@ def test_shapes_that_do_not_fit(attention_path: Callable[..., Tensor], shapes: l
     assert raised.type is ValueError
 
 
+@one_kernel
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     "dtypes",

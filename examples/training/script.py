@@ -207,10 +207,16 @@ def resolutions(name: str, text: str) -> list[int] | None:
     return [] if text == "none" else numbers(name, text, "sizes of feature maps such as 16 or 16,32, or auto, or none")
 
 
+def widths(name: str, text: str, base_channels: int) -> dict[str, Any]:
+    """The argument for the channels of a network."""
+    given = numbers(name, text, "numbers of channels such as 256,256,256,256, or auto")
+    return {"base_channels": base_channels} if given is None else {"widths": given}
+
+
 def numbers(name: str, text: str, expected: str) -> list[int] | None:
     """Turn 16,32 into [16, 32], and auto into None."""
     if text == "auto":
         return None
     if not all(number.strip().isdecimal() for number in text.split(",")):
-        fail(f"{flag(name)} {text}: expected {expected}")
+        raise ValueError(f"{flag(name)} {text}: expected {expected}")
     return [int(number) for number in text.split(",")]

@@ -28,7 +28,7 @@ from training.objectives import objective
 from training.output.logging import Means
 from training.runs.checkpointing import CONTENTS, versions
 from training.runs.distributed import SINGLE_PROCESS, Ranks
-from training.script import numbers, resolutions
+from training.script import resolutions, widths
 from training.step import GAN, Piece, training_step
 
 
@@ -210,7 +210,7 @@ def build_networks(
         attention_resolutions=resolutions("g_attention", config.g_attention),
         normalize_classes=config.normalize_classes,
         norm_eps=config.norm_eps,
-        **_widths(config, "g_widths"),
+        **widths("g_widths", config.g_widths, config.base_channels),
         **shared,
     )
     discriminator = build_discriminator(
@@ -219,17 +219,11 @@ def build_networks(
         attention_resolutions=resolutions("d_attention", config.d_attention),
         # WGAN-GP's penalty pulls gradients to norm 1, spectral norm keeps them far below: use only one of the two.
         norm_of=None if config.loss == "wgan-gp" else config.d_norm,
-        **_widths(config, "d_widths"),
+        **widths("d_widths", config.d_widths, config.base_channels),
         downsampling_blocks=None if halvings == "auto" else int(halvings),
         **shared,
     )
     return generator, discriminator
-
-
-def _widths(config: Config, name: str) -> dict[str, Any]:
-    """The argument for the channels of one network."""
-    widths = numbers(name, getattr(config, name), "numbers of channels such as 256,256,256,256, or auto")
-    return {"base_channels": config.base_channels} if widths is None else {"widths": widths}
 
 
 def adam(model: nn.Module, lr: float, config: Config) -> torch.optim.Adam:

@@ -27,7 +27,15 @@ LAYERS: dict[str, Build] = {
     "pooled volume": SelfAttention3d.official,
 }
 layers = pytest.mark.parametrize("kind", LAYERS)
-sizes = pytest.mark.parametrize("size", [8, 33])  # the attention matrix of the larger one is not materialized
+# Each layer on a small map, some on one whose attention matrix is not materialized.
+layers_and_sizes = pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        *((kind, 8) for kind in LAYERS),
+        *((kind, 33) for kind in ("default", "l2", "pooled volume")),
+        *(pytest.param(kind, 33, marks=pytest.mark.exhaustive) for kind in ("official", "sequence", "volume")),
+    ],
+)
 
 
 def positions(layer: SelfAttention, size: int) -> tuple[int, ...]:
@@ -65,8 +73,7 @@ def new_layer(kind: str, dtype: torch.dtype, scale: float, size: int) -> tuple[S
 
 
 @extreme
-@layers
-@sizes
+@layers_and_sizes
 def test_is_the_identity(size: int, kind: str, dtype: torch.dtype, scale: float) -> None:
     """Whatever attention comes to: 0 · NaN would be NaN."""
     layer, x = new_layer(kind, dtype, scale, size)
@@ -97,8 +104,7 @@ def test_is_the_identity_in_a_program(call: str, dtype: torch.dtype, scale: floa
     assert torch.equal(CALLS[call](layer, x), x)
 
 
-@layers
-@sizes
+@layers_and_sizes
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_is_the_identity_under_autocast(dtype: torch.dtype, size: int, kind: str) -> None:
     """Of float32 inputs that float16 does not hold, and of inputs in half precision."""
@@ -186,8 +192,7 @@ def test_strides_are_those_of_the_input(size: tuple[int, ...], kind: str) -> Non
 # --- in place ------------------------------------------------------------------------------------------------------
 
 
-@layers
-@sizes
+@layers_and_sizes
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_result_may_be_changed_in_place(batch: int, size: int, kind: str) -> None:
     layer = LAYERS[kind](8)
@@ -248,8 +253,7 @@ def twice_differentiated(layer: SelfAttention, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("subclass", [WithMetadata, OfAnImage])
-@layers
-@sizes
+@layers_and_sizes
 def test_subclasses(size: int, kind: str, subclass: type[WithMetadata]) -> None:
     """The result has the class and the metadata; all numbers are those of a plain tensor."""
     layer = LAYERS[kind](8)

@@ -23,6 +23,7 @@ from training.script import flag
 EXAMPLES, BENCHMARKS = ROOT / "examples", ROOT / "benchmarks"
 PAGES = sorted([ROOT / "README.md", EXAMPLES / "README.md", BENCHMARKS / "README.md", *DOCS.glob("*.md")])
 WITH_CODE = [page for page in PAGES if blocks(page)]
+EXPORTING = [page for page in WITH_CODE if any("torch.onnx.export" in block for block in blocks(page))]  # which is slow
 
 # What a page imports that is neither ours nor installed, and what stands for it here.
 STAND_INS = {"models": public_networks, "models.networks": public_networks}
@@ -40,7 +41,11 @@ def can_run(block: str) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's exporter uses what torch has deprecated
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # as does its forward mode
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.exhaustive] if page in EXPORTING else []) for page in WITH_CODE],
+    ids=lambda page: page.name,
+)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, module in STAND_INS.items():

@@ -17,7 +17,7 @@ import generate
 import train_celeba
 from evaluation import classifier, evaluator
 from generators import ANIMALS, checkpoint, shaken
-from tiny_runs import train
+from tiny_runs import leave_out_images, train
 from training.average import recalibrated
 from training.latents import draw_latents
 from training.output import model_card, sampling
@@ -155,7 +155,8 @@ def test_images_of_a_generator_without_a_run_go_into_runs(tmp_path: Path, monkey
     assert not Path("generated").exists()
 
 
-def test_a_run_leaves_the_images_generated_from_it(tmp_path: Path) -> None:
+def test_a_run_leaves_the_images_generated_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_images(monkeypatch)
     grid = tmp_path / "generated" / "grid.png"
     train(tmp_path, "--steps", "1")
     assert generate.main([str(tmp_path), "--count", "1"]) == 0

@@ -51,7 +51,9 @@ def checkpoint(folder: Path, generator: SAGANGenerator) -> Path:
     return folder / "checkpoint.pt"
 
 
-@pytest.mark.parametrize("kind", ["plain", "gray", "classes", "resnet"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "classes", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("gray", "resnet"))]
+)
 def test_attention_of_a_checkpoint(
     kind: str, generators: dict[str, SAGANGenerator], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

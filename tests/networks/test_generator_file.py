@@ -102,7 +102,6 @@ generator(torch.randn(4, 128), torch.tensor([0, 1, 0, 1]))
 save_generator(sys.argv[1], generator, classes=["cat", "dog"])
 """
 DRAW = """
-import sys, torch
 from torch_sagan import load_generator
 generator = load_generator(sys.argv[1])
 z = torch.randn(2, generator.z_dim, generator=torch.Generator().manual_seed(0))
@@ -117,8 +116,8 @@ def test_between_processes_and_without_numpy(tmp_path: Path) -> None:
     no_numpy = "import sys; sys.modules['numpy'] = None\n"
     file = str(tmp_path / "g.safetensors")
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # of PyTorch, about its own missing NumPy
-    subprocess.run([sys.executable, "-c", no_numpy + SAVE, file], check=True, env=quiet)
-    subprocess.run([sys.executable, "-c", no_numpy + DRAW, file, str(tmp_path / "images.pt")], check=True, env=quiet)
+    command = [sys.executable, "-c", no_numpy + SAVE + DRAW, file, str(tmp_path / "images.pt")]
+    subprocess.run(command, check=True, env=quiet)
     generator = load_generator(file)
     z = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

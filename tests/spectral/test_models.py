@@ -468,10 +468,10 @@ def test_measured_while_another_thread_trains() -> None:
 
     thread = threading.Thread(target=measure)
     thread.start()
-    for _ in range(300):
+    for _ in range(100):
         network(x)
     stop.set()
     thread.join()
-    for _ in range(300):
+    for _ in range(100):
         twin(x)
     torch.testing.assert_close(network.state_dict(), twin.state_dict(), rtol=0, atol=0)

@@ -52,7 +52,7 @@ def u_and_v(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return norm_of(layer)._u.clone(), norm_of(layer)._v.clone()
 
 
-def converge(layer: nn.Module, reads: int = 400) -> None:
+def converge(layer: nn.Module, reads: int = 150) -> None:
     layer.train()
     with torch.no_grad():
         for _ in range(reads):

@@ -144,7 +144,7 @@ def test_attention_that_is_there_already() -> None:
 @pytest.mark.parametrize(
     ("make", "example"),
     [
-        (residual_generator, IMAGES[..., :16, :16]),
+        pytest.param(residual_generator, IMAGES[..., :16, :16], marks=pytest.mark.exhaustive),  # as the example is
         (patch_discriminator, IMAGES),
         (unet, IMAGES),
         (Generator, IMAGES[..., :16, :16]),

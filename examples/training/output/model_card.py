@@ -31,6 +31,7 @@ from training.runs.atomic_files import write_json
 from training.runs.folder import FILES
 from training.runs.memory import out_of_memory
 from training.runs.tensor_files import read
+from training.script import widths
 
 Card = dict[str, Any]
 Weights = Mapping[str, Tensor]
@@ -186,21 +187,13 @@ def image_channels(weights: Weights) -> int:
     return len(bias)
 
 
-def _widths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The argument for the channels of the generator."""
-    widths = config.get("g_widths", "auto")
-    if widths == "auto":
-        return {"base_channels": config["base_channels"]}
-    return {"widths": [int(width) for width in widths.split(",")]}
-
-
 def _arguments(config: Mapping[str, Any], weights: Weights, classes: Mapping[str, int]) -> dict[str, Any]:
     """The arguments that build a generator with these weights."""
     return {
         "architecture": config["architecture"],
         "image_size": config["image_size"],
         "z_dim": config["z_dim"],
-        **_widths(config),
+        **widths("g_widths", config.get("g_widths", "auto"), config["base_channels"]),
         "image_channels": image_channels(weights),
         "num_classes": len(classes) or None,
         "conditioning": config.get("conditioning", "batch_norm") if classes else "batch_norm",

@@ -20,7 +20,7 @@ from evaluation.classifier import Classified, Classifier, Network
 from evaluation.evaluator import Evaluator, open_evaluator, real_images
 from evaluation.inception import Features
 from evaluation.sliced_wasserstein import sliced_wasserstein
-from tiny_runs import assert_same, checkpoint, lines, train
+from tiny_runs import assert_same, checkpoint, leave_out_images, lines, train
 from torch_sagan import SAGANGenerator
 from training.data.dataset import Batch
 from training.data.sources import ArrayDataset, digits
@@ -457,6 +457,7 @@ def test_a_generator_of_another_size_is_named() -> None:
 def test_a_training_with_evaluation_ends_where_one_without_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    leave_out_images(monkeypatch)
     monkeypatch.setattr(classifier_module, "STEPS", 4)
     settings = [
         "--classes",
@@ -483,7 +484,8 @@ def test_a_training_with_evaluation_ends_where_one_without_does(
     assert checkpoint(tmp_path / "evaluated")["scores"] == scores[4]
 
 
-def test_the_recalibrated_average_is_evaluated(tmp_path: Path) -> None:
+def test_the_recalibrated_average_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_images(monkeypatch)
     given = []
 
     def open_evaluator(config, data, device, cache):

@@ -40,6 +40,17 @@ def test_equal_and_shifted_sets() -> None:
     assert frechet_distance(centered, 2 * centered) == pytest.approx(trace, rel=1e-5)
 
 
+def test_equal_sets_are_never_below_zero() -> None:
+    """Where rounding takes the sum of the terms below it, as it does for some of these."""
+    assert min(frechet_distance(real, real) for real in (correlated(9, 5, seed) for seed in range(20))) == 0
+
+
+def test_two_images_of_each_kind_suffice() -> None:
+    """On a line: means 1 and 2 apart by 1, variances 2 and 8."""
+    real, fake = torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [4.0]])
+    assert frechet_distance(real, fake) == pytest.approx(1 + 2 + 8 - 2 * (2 * 8) ** 0.5)
+
+
 @pytest.mark.skipif(find_spec("torchmetrics") is None, reason="torchmetrics is not installed")
 @pytest.mark.parametrize("count", [100, 20])
 def test_it_is_the_fid_of_torchmetrics(count: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from evaluation import precision_recall as module
 from evaluation.precision_recall import precision_recall
 
 
@@ -24,6 +25,19 @@ def test_precision_and_recall_are_shares_of_balls(count_real: int, count_fake: i
 
     precision, recall = precision_recall(real, fake)
     assert (precision, recall) == (share_inside(fake, real), share_inside(real, fake))
+
+
+def test_a_collapsed_generator_covers_the_one_image_that_it_draws() -> None:
+    """Its balls have radius 0, and a ball has its center and its border in it."""
+    real = torch.randn(8, 2)
+    assert precision_recall(real, real[:1].expand(5, 2)) == (1.0, 1 / 8)
+
+
+def test_the_rows_at_a_time_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, fake = torch.randn(40, 2), torch.randn(60, 2) + 0.7
+    expected = precision_recall(real, fake)
+    monkeypatch.setattr(module, "ROWS", 16)
+    assert precision_recall(real, fake) == expected
 
 
 def test_precision_and_recall_tell_dropped_modes_from_wrong_images() -> None:

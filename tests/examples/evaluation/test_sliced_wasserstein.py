@@ -114,6 +114,7 @@ def test_the_seed_decides_and_the_global_generator_is_left_alone() -> None:
     first = sliced_wasserstein(real, fake, seed=1)
     assert sliced_wasserstein(real, fake, seed=1) == first
     assert sliced_wasserstein(real, fake, seed=2) != first
+    assert sliced_wasserstein(real, fake) == sliced_wasserstein(real, fake, seed=0)  # scores of two versions compare
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -134,6 +135,14 @@ def test_any_number_of_images(count: int) -> None:
     assert kept.projections[0].shape == (sw.ROUNDS * sw.DIRECTIONS, count * sw.PATCHES)
     assert (np.diff(kept.projections[0], axis=1) >= 0).all()
     assert distances(kept, slices(images, like=kept))["mean"] == 0
+
+
+def test_the_images_at_a_time_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither to the scales, which are those of all images, nor to the distances."""
+    real, fake = portraits(7, 32), portraits(7, 32, first=7) // 2
+    expected = sliced_wasserstein(real, fake)
+    monkeypatch.setattr(sw, "CHUNK", 3)
+    assert sliced_wasserstein(real, fake) == pytest.approx(expected, rel=1e-5)  # float32, in another order of summation
 
 
 @pytest.mark.parametrize(

@@ -348,7 +348,9 @@ def test_eps_reaches_every_spectral_norm() -> None:
             assert set(found) == {1e-4}
 
 
-@pytest.mark.parametrize("architecture", ["dcgan", "resnet", "mnist"])
+@pytest.mark.parametrize(
+    "architecture", ["dcgan", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("resnet", "mnist"))]
+)
 def test_the_norm_of_ds_convolutions(architecture: str) -> None:
     """The weights that are normalized are the same; those of convolutions are divided by another norm."""
     classes = {"a": 1, "b": 1}

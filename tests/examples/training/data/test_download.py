@@ -9,6 +9,7 @@ import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +81,42 @@ def test_a_server_that_stops_is_asked_for_the_rest(server: FileServer, tmp_path:
     fetch(server, tmp_path)
     assert left(tmp_path) == {"file.gz": CONTENT}
     assert ranges(server) == [None, "bytes=100000-"]
+
+
+def test_what_a_server_sends_beyond_the_file_is_left_out(server: FileServer, tmp_path: Path) -> None:
+    """Where it states no length, the end of the file is known by its size alone."""
+    server.files["file.gz"], server.answers = CONTENT + b"more", [file_server.without_length]
+    fetch(server, tmp_path)
+    assert left(tmp_path) == {"file.gz": CONTENT}
+    assert ranges(server) == [None]
+
+
+def test_a_server_that_breaks_is_left_alone_for_a_moment(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=slept.append))
+    server.answers = [broken(100_000), broken(1)]
+    fetch(server, tmp_path)
+    assert slept == [module.PAUSE] * 2
+
+
+def test_progress_is_of_what_lies_on_the_disk(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From what is there already; from the beginning where the server knows no Range."""
+    shown: list[tuple[float, float]] = []
+
+    class Bar(module.tqdm):  # type: ignore[type-arg]
+        def close(self) -> None:
+            shown.append((self.initial, self.n))
+            super().close()
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    (tmp_path / "file.gz.part").write_bytes(CONTENT[:1000])
+    server.answers = [broken(100_000), file_server.ignoring_range]
+    fetch(server, tmp_path)
+    assert shown[0] == (1000, len(CONTENT))
 
 
 @pytest.mark.parametrize(

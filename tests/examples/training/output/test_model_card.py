@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import generate
 from generators import ANIMALS, checkpoint, shaken
-from tiny_runs import resume, train
+from tiny_runs import leave_out_images, resume, train
 from torch_sagan import SAGANGenerator, spectral_norms
 from training.average import recalibrated
 from training.output import model_card
@@ -63,7 +63,8 @@ WIDTHS = [
 
 
 @pytest.mark.parametrize("options", [[], ["--conditioning", "latent", "--upsampling", "nearest"], WIDTHS])
-def test_the_trainers_own_checkpoint(options: list[str], tmp_path: Path) -> None:
+def test_the_trainers_own_checkpoint(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_images(monkeypatch)
     trained, alone = tmp_path / "run", tmp_path / "digits.safetensors"
     assert train(trained, "--classes", "own", "--steps", "1", "--lr-g", "0.01", "--eval-every", "0", *options) == 0
     assert resume(trained, "--steps", "2") == 0
