@@ -56,10 +56,10 @@ def test_an_exported_generator_computes_what_pytorch_does(model: Path, tmp_path:
     generator, _ = load(model)
     browser_generators.export(remove_spectral_norm(load(model)[0]), tmp_path / "generator.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["generator.onnx"]  # no weights beside it
-    assert (tmp_path / "generator.onnx").stat().st_size < 2_000_000
+    assert (tmp_path / "generator.onnx").stat().st_size < 2_500_000
     session = onnxruntime.InferenceSession(tmp_path / "generator.onnx")
     names = [entry.name for entry in session.get_inputs()]
-    for seed, label in ((0, 0), (1, 7)):
+    for seed, label in ((0, 0), (1, 5)):
         z = torch.randn(generator.z_dim, generator=torch.Generator().manual_seed(seed))
         given = {names[0]: z[None].numpy(), **{name: torch.tensor([label]).numpy() for name in names[1:]}}
         image, *maps = map(torch.from_numpy, session.run(None, given))

@@ -239,7 +239,7 @@ def test_the_notebook_is_shown_with_what_its_cells_show(site: Path, browser: chr
     assert size == [8 * 128, 128]
     frames = browser.run("[...document.querySelectorAll('iframe.explorer')].map((frame) => frame.getAttribute('src'))")
     assert len(frames) == 2
-    assert frames[0].endswith("#query=8,5")
+    assert frames[0].endswith("#image=6&layer=0&query=16,19")
     for frame in frames:
         assert "What the position attends to" in (site / frame.partition("#")[0]).read_text(encoding="utf-8")
     colab = "https://colab.research.google.com/github/torch-sagan/torch-sagan/blob/main/docs/attention.ipynb"

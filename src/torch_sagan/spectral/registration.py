@@ -64,6 +64,8 @@ def spectral_norm(
             layer can take, with another implementation, or for anything else than the weight of a convolution.
         TypeError: for an integer weight, and for a complex one with ``of="convolution"``.
 
+    >>> import torch
+    >>> from torch_sagan import spectral_norm
     >>> layer = spectral_norm(torch.nn.Conv2d(3, 64, 3))
     >>> layer.weight.shape
     torch.Size([64, 3, 3, 3])
