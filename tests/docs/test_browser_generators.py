@@ -218,17 +218,19 @@ def test_the_page_draws_and_attends_as_pytorch_does(page: chromium.Page, address
     settled(page, lambda: page.run("document.querySelector('#draw [name=both]').click()"))
     start, end = latents(2, generator.z_dim)
     image, (attention,) = drawn(generator, start, 0)
-    at = (0.5 / 16 + 8 / 16, 0.5 / 16 + 5 / 16)
+    row, column = 16, 11  # the left eye, of 32×32 positions
+    at = ((row + 0.5) / 32, (column + 0.5) / 32)
     shows(page, image, at)
-    peak = int(attention[8 * 16 + 5].argmax())
+    weights = attention[row * 32 + column].view(16, 16)  # of the keys, which are pooled
+    peak = int(weights.argmax())
     assert said(page).startswith(
-        f"Row 8, column 5 of 16×16 attends most to row {peak // 16}, column {peak % 16}, with weight "
+        f"Row {row}, column {column} of 32×32 attends most to row {peak // 16}, column {peak % 16}, with weight "
     )
     luma = torch.tensor([0.299, 0.587, 0.114]) @ ((image.flatten(1) + 1) / 2)
     gray = (0.1 + 0.55 * luma).view(64, 64)
-    level = (attention[8 * 16 + 5] / max(float(attention[8 * 16 + 5].max()) / 2, 4 / 256)).clamp(max=1).view(16, 16)
+    level = (weights / max(float(weights.max()) / 2, 4 / 256)).clamp(max=1)
     level = level.repeat_interleave(4, 0).repeat_interleave(4, 1)
-    full = expected(attention[8 * 16 + 5].view(16, 16), 256, gray=0.0)  # level · color
+    full = expected(weights, 256, gray=0.0)  # level · color
     full = full.permute(2, 0, 1).repeat_interleave(4, 1).repeat_interleave(4, 2)
     wanted = gray * (1 - 0.9 * level) + 0.9 * full
     seen = ~near_ring(64, *(64 * share for share in at))
@@ -252,12 +254,12 @@ def test_the_map_follows_pointer_and_keys(browser: chromium.Page, address: str) 
         "(() => { const b = document.querySelector('#draw [name=map]').getBoundingClientRect();"
         " return [b.x, b.y, b.width]; })()"
     )
-    browser.mouse("mouseMoved", x + (11.5 / 16) * side, y + (2.5 / 16) * side)
-    assert said(browser).startswith("Row 2, column 11 of 16×16")
+    browser.mouse("mouseMoved", x + (11.5 / 32) * side, y + (2.5 / 32) * side)
+    assert said(browser).startswith("Row 2, column 11 of 32×32")
     browser.run("document.querySelector('#draw .draw-view').focus()")
     browser.press("ArrowDown")
     browser.press("ArrowLeft")
-    assert said(browser).startswith("Row 3, column 10 of 16×16")
+    assert said(browser).startswith("Row 3, column 10 of 32×32")
 
 
 def test_a_swipe_scrolls_and_a_tap_chooses(browser: chromium.Page, address: str) -> None:
@@ -280,10 +282,10 @@ def test_a_swipe_scrolls_and_a_tap_chooses(browser: chromium.Page, address: str)
     assert browser.run("scrollY") > scrolled + 100
     assert said(browser) == before
     x, y, side, _ = browser.run(place)
-    browser.touch("touchStart", (x + side * 4.5 / 16, y + side * 12.5 / 16))
+    browser.touch("touchStart", (x + side * 4.5 / 32, y + side * 12.5 / 32))
     browser.touch("touchEnd")
     browser.next_frame()
-    assert said(browser).startswith("Row 12, column 4 of 16×16")
+    assert said(browser).startswith("Row 12, column 4 of 32×32")
 
 
 @pytest.mark.skipif(len(MODELS) < 2, reason="only one generator ships")
