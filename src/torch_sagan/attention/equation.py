@@ -17,7 +17,8 @@ from torch_sagan._torch import (
     plain_tensor,
 )
 from torch_sagan.attention.cuda import fused_attention, has_kernel
-from torch_sagan.attention.plain import attention_in_blocks, in_float32, scaled
+from torch_sagan.attention.forward_mode import attention_in_blocks
+from torch_sagan.attention.plain import in_float32, scaled
 from torch_sagan.attention.tiles import tiled_attention
 
 __all__ = [

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from torch_sagan._torch import no_autocast
 from torch_sagan.attention.equation import attention, in_one_dtype, kernel_for, takes_blocks
-from torch_sagan.attention.plain import attend, attention_in_blocks, in_float32, scaled
+from torch_sagan.attention.forward_mode import attention_in_blocks
+from torch_sagan.attention.plain import attend, in_float32, scaled
 
 __all__ = ["scaled_dot_product_attention"]
 

@@ -32,7 +32,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from torch_sagan._torch import CustomOpDef, only_plain_operations, plain_tensor
 from torch_sagan.attention.blocks import Block, Blockwise, block_size
-from torch_sagan.attention.plain import gradients_in_blocks, in_float32, scaled
+from torch_sagan.attention.forward_mode import gradients_in_blocks
+from torch_sagan.attention.plain import in_float32, scaled
 
 __all__ = ["as_base", "register_derivatives"]
 

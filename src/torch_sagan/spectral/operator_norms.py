@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_sagan._checks import at_least_one
-from torch_sagan.spectral.data_flow import DataFlow, LinearCall
+from torch_sagan.spectral.lipschitz import DataFlow, LinearCall
 from torch_sagan.surgery.example_pass import ExampleInput, example_pass
 
 __all__ = ["OperatorNorm", "OperatorNorms", "operator_norms"]

@@ -12,7 +12,7 @@ from scipy.special import lambertw
 from torch import Tensor, nn
 
 from torch_sagan import SelfAttention2d, operator_norms
-from torch_sagan.spectral.data_flow import l2_attention_constant
+from torch_sagan.spectral.lipschitz import l2_attention_constant
 
 
 class Function(nn.Module):
