@@ -95,7 +95,10 @@ IN_ONNX = [
 IN_AUTOCAST = ["official attention", "l2 attention", "spectral norm", "generator", "discriminator"]
 FEWER = dict.fromkeys(MODULES, ATTENTION) | {
     "ONNX": IN_ONNX if ONNX_EXPORTS else [],
-    "ONNX, dynamo=False": [*IN_ONNX, "l2 attention"] if ONNX_EXPORTS else [],
+    # It does not know an operator of PyTorch's own spectral norm.
+    "ONNX, dynamo=False": [*(name for name in IN_ONNX if name != "torch's spectral norm"), "l2 attention"]
+    if ONNX_EXPORTS
+    else [],
     "torch.export in autocast": IN_AUTOCAST if NEW_EXPORTER else [],
     "safetensors": SUBJECTS if find_spec("safetensors") else [],
 }
