@@ -74,12 +74,7 @@ def runtime(cache: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", folder]
-            command += [
-                "--fetch-retries",
-                "1",
-                "--fetch-timeout",
-                "60000",
-            ]  # a build without a network does not wait long
+            command += ["--fetch-retries=1", "--fetch-timeout=60000"]  # a build without a network does not wait long
             try:
                 subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
             except (subprocess.SubprocessError, OSError) as error:
